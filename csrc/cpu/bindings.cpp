@@ -1,0 +1,101 @@
+// The only pybind11 file of the CPU extension: one bind() an entry point, no logic.
+//
+// This file is compiled for the baseline instruction set, since inline functions it shares with
+// the standard library must run on every machine; only what sits behind a Kernels table may use
+// more.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../ops.h"
+
+namespace py = pybind11;
+
+namespace slimkernels {
+
+#define SLIM_FOR_EACH_ISA(apply) SLIM_ISA_LIST(apply)
+#define SLIM_EXTERN(isa) extern const Kernels kernels_##isa;
+SLIM_FOR_EACH_ISA(SLIM_EXTERN)
+
+struct InstructionSet {
+  const char* name;
+  const Kernels* kernels;
+  bool available;
+};
+
+bool cpu_has(const std::string& isa) {
+#if defined(__x86_64__)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512dq");
+  if (isa == "avx2") return avx2;
+  if (isa == "avx512") return avx512;
+  if (isa == "avx512bf16") return avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
+  return isa == "base";
+}
+
+// Slowest first, as setup.py lists them.
+const std::vector<InstructionSet>& instruction_sets() {
+#define SLIM_ENTRY(isa) {#isa, &kernels_##isa, cpu_has(#isa)},
+  static const std::vector<InstructionSet> sets = {SLIM_FOR_EACH_ISA(SLIM_ENTRY)};
+  return sets;
+}
+
+const InstructionSet* active = nullptr;
+
+void set_isa(const std::string& name) {
+  for (const auto& set : instruction_sets())
+    if (name == set.name && set.available) {
+      active = &set;
+      return;
+    }
+  throw std::invalid_argument("no kernels for instruction set '" + name + "' on this machine");
+}
+
+// Pointers cross the language border as integers (tensor.data_ptr(), 0 for None).
+template <typename T>
+struct Wire {
+  using type = T;
+};
+template <typename T>
+struct Wire<T*> {
+  using type = uintptr_t;
+};
+
+template <typename... Args>
+void bind(py::module_& m, const char* name, void (*Kernels::*entry)(Args...)) {
+  m.def(
+      name,
+      [entry](typename Wire<Args>::type... args) { (active->kernels->*entry)((Args)(args)...); },
+      py::call_guard<py::gil_scoped_release>());
+}
+
+}  // namespace slimkernels
+
+PYBIND11_MODULE(_cpu, m) {
+  using namespace slimkernels;
+  for (const auto& set : instruction_sets())
+    if (set.available) active = &set;
+
+  m.def("isas_built", [] {
+    std::vector<std::string> names;
+    for (const auto& set : instruction_sets()) names.push_back(set.name);
+    return names;
+  });
+  m.def("isas_available", [] {
+    std::vector<std::string> names;
+    for (const auto& set : instruction_sets())
+      if (set.available) names.push_back(set.name);
+    return names;
+  });
+  m.def("isa", [] { return active ? active->name : ""; });
+  m.def("set_isa", &set_isa);
+
+  bind(m, "layer_norm_forward", &Kernels::layer_norm_forward);
+  bind(m, "layer_norm_backward", &Kernels::layer_norm_backward);
+}

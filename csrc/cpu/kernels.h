@@ -1,0 +1,20 @@
+// Declarations of the kernels that table.cpp collects: the same signatures as ops.h's table, in
+// the namespace of the instruction set being compiled.
+#pragma once
+#include "../ops.h"
+
+namespace slimkernels::SLIM_ISA {
+
+template <typename Member>
+struct Signature;
+template <typename... Args>
+struct Signature<void (*Kernels::*)(Args...)> {
+  using type = void(Args...);
+};
+// The table in ops.h is the one place where a signature is written down.
+#define SLIM_DECLARE(entry) Signature<decltype(&Kernels::entry)>::type entry
+
+SLIM_DECLARE(layer_norm_forward);
+SLIM_DECLARE(layer_norm_backward);
+
+}  // namespace slimkernels::SLIM_ISA

@@ -1,0 +1,108 @@
+// The arithmetic of one normalised row, and the parameters that all rows share.
+//
+// layer_norm.cpp and add_layer_norm.cpp differ in what they normalise and share how.
+#pragma once
+#include <cstdlib>
+
+#include "vec.h"
+
+namespace slimkernels::SLIM_ISA {
+
+struct Moments {
+  float mean, rstd;
+};
+
+template <typename T>
+inline Moments moments_of(const T* x, int64_t N, float eps) {
+  const float mean = sum_over(N, [&](int64_t i, auto n) { return load(x + i, n); }) / N;
+  const float squares = sum_over(N, [&](int64_t i, auto n) {
+    const vfloat centered = keep(load(x + i, n) - mean, n);
+    return centered * centered;
+  });
+  return {mean, 1.f / std::sqrt(squares / N + eps)};
+}
+
+template <typename T>
+inline void normalize(const T* x, const float* weight, const float* bias, T* y, Moments moments,
+                      int64_t N) {
+  for_vectors(N, [&](int64_t i, auto n) {
+    vfloat v = (load(x + i, n) - moments.mean) * moments.rstd;
+    if (weight) v *= load(weight + i, n);
+    if (bias) v += load(bias + i, n);
+    store(y + i, v, n);
+  });
+}
+
+// With xhat = (x - mean) * rstd and g = dy * weight:
+//   dx = rstd * (g - mean(g) - xhat * mean(g * xhat)), dweight += dy * xhat, dbias += dy.
+template <typename T>
+inline void normalize_backward(const T* dy, const T* x, const float* weight, Moments moments, T* dx,
+                               float* dweight, float* dbias, int64_t N) {
+  const auto xhat = [&](int64_t i, auto n) {
+    return keep((load(x + i, n) - moments.mean) * moments.rstd, n);
+  };
+  const auto g = [&](int64_t i, auto n) {
+    const vfloat v = load(dy + i, n);
+    return weight ? v * load(weight + i, n) : v;
+  };
+  const float mean_g = sum_over(N, g) / N;
+  const float mean_gx = sum_over(N, [&](int64_t i, auto n) { return g(i, n) * xhat(i, n); }) / N;
+  for_vectors(N, [&](int64_t i, auto n) {
+    const vfloat h = xhat(i, n), v = load(dy + i, n);
+    store(dx + i, moments.rstd * (g(i, n) - mean_g - h * mean_gx), n);
+    if (dweight) store(dweight + i, load(dweight + i, n) + v * h, n);
+    if (dbias) store(dbias + i, load(dbias + i, n) + v, n);
+  });
+}
+
+// A parameter of N elements, or none, as float32: one conversion a call instead of one a row.
+class Widened {
+ public:
+  Widened(const void* parameter, int64_t N, int dtype) {
+    if (!parameter || dtype == int(Dtype::kFloat32)) {
+      values_ = (const float*)parameter;
+      return;
+    }
+    owned_ = (float*)std::malloc(N * sizeof(float));
+    const bf16* narrow = (const bf16*)parameter;
+    for_vectors(N, [&](int64_t i, auto n) { store(owned_ + i, load(narrow + i, n), n); });
+    values_ = owned_;
+  }
+  Widened(const Widened&) = delete;
+  ~Widened() { std::free(owned_); }
+  const float* values() const { return values_; }
+
+ private:
+  float* owned_ = nullptr;
+  const float* values_;
+};
+
+// One float32 row of partial sums a chunk, for a gradient of N elements that may not be wanted.
+class ChunkSums {
+ public:
+  ChunkSums(const void* gradient, int64_t chunks, int64_t N) : chunks_(chunks), N_(N) {
+    if (gradient) values_ = (float*)std::calloc(chunks * N, sizeof(float));
+  }
+  ChunkSums(const ChunkSums&) = delete;
+  ~ChunkSums() { std::free(values_); }
+  float* values() const { return values_; }
+
+  // Adds the chunks up, first to last, into the gradient.
+  void write(void* gradient, int dtype) const {
+    if (!values_) return;
+    with_type(dtype, [&](auto zero) {
+      for_vectors(N_, [&](int64_t i, auto n) {
+        vfloat total = {};
+        for (int64_t chunk = 0; chunk < chunks_; ++chunk)
+          total += load(values_ + chunk * N_ + i, n);
+        store((decltype(zero)*)gradient + i, total, n);
+      });
+    });
+  }
+
+ private:
+  float* values_ = nullptr;
+  int64_t chunks_, N_;
+};
+
+}  // namespace slimkernels::SLIM_ISA

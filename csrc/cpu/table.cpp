@@ -1,0 +1,17 @@
+// The entry points of one instruction set, in one table. Compiled once for each set, with
+// SLIM_ISA naming it.
+#include "../ops.h"
+#include "kernels.h"
+
+#define SLIM_TABLE_(isa) kernels_##isa
+#define SLIM_TABLE(isa) SLIM_TABLE_(isa)
+
+namespace slimkernels {
+
+extern const Kernels SLIM_TABLE(SLIM_ISA);
+const Kernels SLIM_TABLE(SLIM_ISA) = {
+    SLIM_ISA::layer_norm_forward,
+    SLIM_ISA::layer_norm_backward,
+};
+
+}  // namespace slimkernels

@@ -1,0 +1,25 @@
+// Every native CPU entry point. Read this file for the table of contents of csrc/cpu.
+//
+// Each instruction set fills one Kernels table (cpu/table.cpp is compiled once for each), and
+// bindings.cpp calls through the table of the best one this machine has. No torch header
+// anywhere: tensors arrive as pointers and sizes, rows are contiguous, and a null pointer
+// stands for an optional tensor that was not given.
+#pragma once
+#include <cstdint>
+
+namespace slimkernels {
+
+// Mirrored by DTYPES in slimkernels/backends/cpu/_common.py, which passes these numbers.
+enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1 };
+
+struct Kernels {
+  // layer_norm.cpp: x, y (M, N); weight, bias (N,) in parameter_dtype; mean, rstd (M,)
+  void (*layer_norm_forward)(const void* x, const void* weight, const void* bias, void* y,
+                             float* mean, float* rstd, int64_t M, int64_t N, float eps, int dtype,
+                             int parameter_dtype);
+  void (*layer_norm_backward)(const void* dy, const void* x, const void* weight, const float* mean,
+                              const float* rstd, void* dx, void* dweight, void* dbias, int64_t M,
+                              int64_t N, int dtype, int parameter_dtype);
+};
+
+}  // namespace slimkernels

@@ -1,0 +1,1 @@
+"""The C++ CPU backend: calls into slimkernels._cpu, built from csrc/cpu."""

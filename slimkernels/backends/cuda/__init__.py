@@ -1,0 +1,1 @@
+"""The CUDA C++ backend: calls into slimkernels._cuda, built from csrc/cuda."""

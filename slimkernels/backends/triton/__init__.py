@@ -1,0 +1,1 @@
+"""The Triton backend: each module is one op's kernels and their launchers."""

@@ -1,0 +1,65 @@
+"""What every Triton backend module needs: common refusals and launch sizes."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from slimkernels.dispatch import INTERPRETED
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def unsupported_tensor(x: Tensor) -> str | None:
+    """The refusals that do not depend on the op: device and dtype."""
+    if x.device.type != "cuda" and not INTERPRETED:
+        return f"it needs CUDA tensors and input is on {x.device}"
+    if x.dtype not in DTYPES:
+        return f"it computes in float32 and input is {x.dtype}"
+    return None
+
+
+def row_block(N: int) -> tuple[int, int]:
+    """The power of two that holds a row of N elements, and the warps that share it."""
+    block = triton.next_power_of_2(N)
+    # 16 elements a lane keep loads 128 bits wide without running out of registers.
+    return block, min(max(block // (32 * 16), 1), 16)
+
+
+def row_programs(x: Tensor, M: int) -> int:
+    """Programs that stride over M rows: a few per multiprocessor, so that each sums many rows."""
+    if x.device.type != "cuda":
+        return min(M, 4)
+    return min(M, 4 * torch.cuda.get_device_properties(x.device).multi_processor_count)
+
+
+@triton.jit
+def _mix(x):
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def row_keys(seed_ptr, rows):
+    """The two keys of each row (int64); slimkernels/ops/_dropout.py has the definition."""
+    seed = tl.load(seed_ptr)
+    low = seed.to(tl.uint32)
+    high = (seed >> 32).to(tl.uint32)
+    mixed = _mix(_mix(low) ^ high ^ rows.to(tl.uint32))
+    key0 = _mix(mixed ^ (rows >> 32).to(tl.uint32))
+    return key0, _mix(key0 ^ low)
+
+
+@triton.jit
+def keep_mask(key0, key1, cols, threshold):
+    """Which elements survive dropout; keys of rows and columns in shapes that broadcast.
+
+    threshold is a run-time uint32 (ops/_dropout.threshold): one compiled kernel serves every rate.
+    """
+    x = cols.to(tl.uint32) * 0x9E3779B9 + key0
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = ((x ^ (x >> 15)) + key1) * 0x846CA68B
+    return (x ^ (x >> 16)) >= threshold.to(tl.uint32)

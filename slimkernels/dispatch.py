@@ -1,0 +1,173 @@
+"""Which backend runs an op, and why.
+
+A backend is a module ``slimkernels/backends/<backend>/<op>.py`` with three functions:
+
+    unsupported(*args) -> str | None    why it cannot run this call; None if it can
+    forward(*args)     -> tensors       the output, then what backward needs
+    backward(...)      -> gradients
+
+``"torch"`` is the op's reference, run by autograd. It is tried last and never refuses.
+The first rule that applies decides:
+
+    1. the call's ``backend=`` argument   2. ``with use_backend(...)``
+    3. SLIMKERNELS_BACKEND, read once at import   4. the op's own order, fastest first
+
+Rules 1-3 are orders, not hints: a backend that cannot obey raises BackendError.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import ModuleType
+
+import torch
+
+BACKENDS = ("cuda", "triton", "cpu", "torch")
+
+# Triton decides when it is imported whether its kernels are compiled or interpreted.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+OPS: dict[str, Op] = {}
+
+
+class BackendError(RuntimeError):
+    """The backend that was asked for cannot run this call."""
+
+
+def _known(name: str | None) -> str | None:
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; the backends are {', '.join(BACKENDS)}")
+    return name
+
+
+# A plain global: torch.compile guards on it, and checkpointing's recomputation, which may
+# run on an autograd thread, sees it. A ContextVar gives neither.
+_forced: str | None = _known(os.environ.get("SLIMKERNELS_BACKEND") or None)
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Run every op inside the block on `name`; None restores automatic choice."""
+    global _forced
+    previous, _forced = _forced, _known(name)
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def _load(backend: str, op: str) -> ModuleType | str:
+    """The backend's module for `op`, or the sentence saying why it is missing."""
+    try:
+        return importlib.import_module(f"slimkernels.backends.{backend}.{op}")
+    except ModuleNotFoundError as error:
+        if error.name == f"slimkernels.backends.{backend}.{op}":
+            return f"{op} has no {backend} kernel"
+        return f"it is not installed ({error})"
+    except ImportError as error:
+        return f"it is not installed ({error})"
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op: how its public arguments become a call, and the backends in the order tried.
+
+    arguments  takes what the public function takes (without ``backend``), checks it, and returns
+               the tuple that the reference and every backend's ``unsupported`` take.
+    """
+
+    name: str
+    order: tuple[str, ...]
+    arguments: Callable[..., tuple]
+    modules: dict[str, ModuleType | str] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        # Imported here, once: select() is traced by torch.compile, which cannot trace imports.
+        for backend in self.order:
+            self.modules[backend] = _load(backend, self.name)
+        OPS[self.name] = self
+
+    def unsupported(self, backend: str, *args) -> str | None:
+        """Why `backend` cannot run this call, in a sentence; None if it can."""
+        if backend == "torch":
+            return None
+        module = self.modules.get(backend, f"{self.name} has no {backend} kernel")
+        return module if isinstance(module, str) else module.unsupported(*args)
+
+    def _refusal(self, backend: str, *args) -> str | None:
+        """Why automatic choice passes `backend` over; None if it does not."""
+        if backend == "triton" and INTERPRETED:
+            return "Triton's interpreter is for tests: it runs only when asked for by name"
+        return self.unsupported(backend, *args)
+
+    def select(self, *args, backend: str | None = None) -> str:
+        """The backend that will run this call. Pure: no imports, logs, warnings or env reads."""
+        wanted = _known(backend) or _forced
+        if wanted is None:
+            for candidate in self.order:
+                if self._refusal(candidate, *args) is None:
+                    return candidate
+            return "torch"
+        reason = self.unsupported(wanted, *args)
+        if reason is not None:
+            raise BackendError(f"{self.name}: {wanted} was asked for, but {reason}")
+        return wanted
+
+    def explain(self, *args, backend: str | None = None) -> str:
+        """What select() would choose for this call, and what each backend says of it."""
+        chosen = self.select(*args, backend=backend)
+        lines = [f"{self.name} runs on {chosen}"]
+        for name in (*self.order, "torch"):
+            verdict = "chosen" if name == chosen else self._refusal(name, *args) or "could run"
+            lines.append(f"  {name:<7}{verdict}")
+        return "\n".join(lines)
+
+
+def explain(op: str | Callable, *args, backend: str | None = None, **kwargs) -> str:
+    """Which backend runs ``op(*args, **kwargs)``, and why each other one does not.
+
+    op       a public function of slimkernels, or its name
+    Returns  the text, one line a backend: ``print(slimkernels.explain(slimkernels.gelu, x))``
+    Errors   ValueError as the call itself would raise; BackendError for a forced backend
+             that cannot run it
+    """
+    name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
+    if name not in OPS:
+        raise ValueError(f"explain: unknown op {name!r}; the ops are {', '.join(sorted(OPS))}")
+    return OPS[name].explain(*OPS[name].arguments(*args, **kwargs), backend=backend)
+
+
+def needs_gradient(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd must see this call; without it the Function's cost is saved."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+_library = torch.library.Library("slimkernels", "DEF")
+
+
+def kernel_op(name: str, fake: Callable) -> Callable[[Callable], Callable]:
+    """Register a kernel entry point as a torch op; eager calls skip torch's dispatcher.
+
+    `fake` returns empty outputs of the right shape and dtype, for torch.compile.
+    """
+
+    def register(function: Callable) -> Callable:
+        # Library.define rather than the custom_op decorator: a third of its cost a call.
+        _library.define(name + torch.library.infer_schema(function, mutates_args=()))
+        _library.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"slimkernels::{name}", fake, lib=_library)
+        op = getattr(torch.ops.slimkernels, name).default
+
+        @functools.wraps(function)
+        def call(*args):
+            return op(*args) if torch.compiler.is_compiling() else function(*args)
+
+        call.op = op  # for torch.library.opcheck
+        return call
+
+    return register

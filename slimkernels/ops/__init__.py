@@ -1,0 +1,1 @@
+"""What the ops are: reference, public function, argument checks, autograd Function, fakes."""

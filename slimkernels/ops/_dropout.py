@@ -1,0 +1,56 @@
+"""The one definition of dropout's random bits, which every backend computes alike.
+
+Element (row, col) of a call is kept if ``bits(seed, row, col) >= dropout_p * 2**32``: a pure
+function of three numbers, so backward replays forward's mask from the seed alone, a tile needs
+no bits of its neighbours, and every backend can be compared with the reference bit by bit.
+
+A 64-bit seed and the row are mixed into two 32-bit keys, once a row; an element then costs two
+multiplications. The mixer is the "lowbias32" finaliser of C. Wellons (Prospecting for Hash
+Functions, 2018), with the second key added between its rounds so that two rows never walk the
+same sequence. Philox, the usual choice, makes four words at a time, which a Triton tile can use
+only by exchanging them between threads; one word of four thrown away costs four times as much.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_WORD = 0xFFFFFFFF
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """(1,) int64 from torch's generator of `device`: no host synchronisation, replayed by
+    checkpointing, governed by torch.manual_seed."""
+    return torch.randint(-(2**63), 2**63 - 1, (1,), device=device)
+
+
+def keep_mask(seed: Tensor, rows: Tensor, cols: Tensor, dropout_p: float) -> Tensor:
+    """Which elements survive: bool, the broadcast shape of `rows` and `cols` (int64)."""
+    return _bits(seed, rows, cols) >= threshold(dropout_p)
+
+
+def threshold(dropout_p: float) -> int:
+    """An element is dropped if its 32 bits, as an unsigned number, lie below this."""
+    return min(int(dropout_p * 2**32), _WORD)
+
+
+def _bits(seed: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+    """Uniform 32-bit words as int64. Products wrap at 2^64, which leaves the low words right."""
+    key0, key1 = _row_keys(seed, rows)
+    x = (cols * 0x9E3779B9 + key0) & _WORD
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _WORD
+    x = (((x ^ (x >> 15)) + key1) * 0x846CA68B) & _WORD
+    return x ^ (x >> 16)
+
+
+def _row_keys(seed: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    low, high = seed & _WORD, (seed >> 32) & _WORD
+    key0 = _mix(_mix(_mix(low) ^ high ^ (rows & _WORD)) ^ ((rows >> 32) & _WORD))
+    return key0, _mix(key0 ^ low)
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _WORD
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & _WORD
+    return x ^ (x >> 16)

@@ -1,0 +1,105 @@
+"""Inputs and comparisons shared by tests/ and benchmarks/; nothing in the package imports it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+
+def assert_no_worse(
+    actual: Tensor, eager: Tensor, truth: Tensor, *, factor: float = 2.0, what: str = "output"
+) -> None:
+    """`actual` may err at most `factor` times as much as eager PyTorch, measured against float64.
+
+    actual, eager  the same shape and dtype: the result under test, and eager PyTorch's
+    truth          the reference's result from the same inputs in float64
+    factor         2, as in flash-attention's tests: tight, and no constant to tune
+    Errors         AssertionError; also where NaN or infinity is not exactly where the truth has it
+
+    The floor is one unit in the last place of the largest value, for when eager is exact.
+    """
+    assert actual.shape == truth.shape, f"{what}: shape {actual.shape}, expected {truth.shape}"
+    assert actual.dtype == eager.dtype, f"{what}: dtype {actual.dtype}, expected {eager.dtype}"
+    ulp = torch.finfo(actual.dtype).eps
+    actual, eager, truth = (t.detach().double().cpu() for t in (actual, eager, truth))
+    finite = truth.isfinite() & eager.isfinite()  # float16 may overflow where float64 does not
+    same = torch.where(finite, actual.isfinite(), actual.isfinite() == eager.isfinite())
+    assert same.all(), f"{what}: {int((~same).sum())} values are finite where they must not, or not"
+    assert (actual.isnan() == eager.isnan()).all(), f"{what}: NaN where eager has none, or not"
+    if not finite.any():
+        return
+    actual, eager, truth = actual[finite], eager[finite], truth[finite]
+    error = (actual - truth).abs().max().item()
+    allowed = factor * (eager - truth).abs().max().item()
+    allowed += ulp * truth.abs().max().item()
+    assert error <= allowed, f"{what}: error {error:.3e}, allowed {allowed:.3e}"
+
+
+@contextlib.contextmanager
+def forbid_synchronisation() -> Iterator[None]:
+    """On a GPU, an op inside that makes the host wait for the device raises."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def run_with_gradients(
+    function: Callable, inputs: tuple, dys: tuple[Tensor, ...] | None = None, seed: int = 0
+) -> dict[str, Tensor]:
+    """Outputs of ``function(*inputs)`` and the gradient of every floating input, by name.
+
+    dys  what flows into backward, one an output; None draws them, the same for every dtype
+    """
+    leaves = [t.detach().clone().requires_grad_() if _is_floating(t) else t for t in inputs]
+    outputs = function(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    if dys is None:
+        generator = torch.Generator().manual_seed(seed)
+        # Drawn in bfloat16 precision, so that every dtype under test sees the same dy.
+        dys = tuple(torch.randn(y.shape, generator=generator).bfloat16().to(y) for y in outputs)
+    wanted = [t for t in leaves if _is_floating(t)]
+    gradients = torch.autograd.grad(outputs, wanted, dys)
+    results = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
+    results |= {f"gradient {i}": g for i, g in enumerate(gradients)}
+    return results
+
+
+def assert_op_matches(
+    function: Callable, eager: Callable, reference: Callable, inputs: tuple
+) -> None:
+    """Outputs and every gradient of `function` are no worse than eager's, by the float64 truth.
+
+    inputs  what all three functions take; floating tensors get gradients
+    """
+    with forbid_synchronisation():
+        actual = run_with_gradients(function, inputs)
+    baseline = run_with_gradients(eager, inputs)
+    wide = tuple(t.double() if _is_floating(t) else t for t in inputs)
+    truth = run_with_gradients(reference, wide)
+    assert actual.keys() == truth.keys(), (actual.keys(), truth.keys())
+    for name, expected in truth.items():
+        assert_no_worse(actual[name], baseline[name], expected, what=name)
+
+
+def _is_floating(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _layer_norm_sample(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:
+    x = torch.randn(6, 96, device=device).to(dtype)
+    weight, bias = torch.randn(2, 96, device=device).to(dtype).unbind()
+    return (x, (96,), weight, bias), {}
+
+
+# One small valid call of each op: sample_inputs["layer_norm"](device, dtype) -> (args, kwargs).
+sample_inputs: dict[str, Callable[[torch.device, torch.dtype], tuple[tuple, dict]]] = {
+    "layer_norm": _layer_norm_sample,
+}

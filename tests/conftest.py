@@ -1,0 +1,25 @@
+"""What every test runs under: Triton's repaired interpreter without a GPU, and poisoned memory."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+# Last, so that an installed slimkernels is found before the source folder; benchmarks/ is only here.
+sys.path.append(str(Path(__file__).parent.parent))
+
+# Triton decides when it is imported, so this must come before the package: without a GPU the
+# kernels run in its interpreter, with the repairs in interpreter.py.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+    import interpreter  # noqa: F401
+
+
+@pytest.fixture(autouse=True)
+def poison_uninitialised_memory():
+    """torch.empty returns NaN, so a kernel that leaves an element unwritten fails its test."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,34 @@
+"""What the op tests share: the backends, their devices, and eager or compiled calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from slimkernels.dispatch import OPS
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+KERNEL_BACKENDS = ["triton", "cuda", "cpu"]
+
+
+def device_of(backend: str) -> torch.device:
+    """Where a backend's tests put their tensors."""
+    gpu = backend in ("cuda", "triton") and torch.cuda.is_available()
+    return torch.device("cuda" if gpu else "cpu")
+
+
+def skip_unsupported(op: str, backend: str, *args, **kwargs) -> None:
+    """Skip with unsupported()'s own sentence: the test report documents the support matrix."""
+    arguments = OPS[op].arguments(*args, **kwargs)
+    if reason := OPS[op].unsupported(backend, *arguments):
+        pytest.skip(reason)
+
+
+def maybe_compiled(function: Callable, compiled: bool) -> Callable:
+    """`function` itself, or traced whole by torch.compile, which fails on any graph break."""
+    if not compiled:
+        return function
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, backend="aot_eager")

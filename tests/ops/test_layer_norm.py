@@ -1,0 +1,128 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from op_cases import DTYPES, KERNEL_BACKENDS, device_of, maybe_compiled, skip_unsupported
+
+import slimkernels as sk
+from slimkernels.ops.layer_norm import layer_norm_reference
+from slimkernels.testing import assert_op_matches, run_with_gradients
+
+SHAPES = [(1, 1), (3, 7), (2, 5, 64), (4, 3, 769), (130, 33), (0, 8)]
+
+
+def inputs_of(shape, dtype, mean, device, parameters="both", parameter_dtype=None):
+    torch.manual_seed(0)
+    x = torch.randn(shape, device=device).add(mean).to(dtype)
+    weight, bias = torch.randn(2, shape[-1], device=device).to(parameter_dtype or dtype).unbind()
+    return {
+        "both": (x, weight, bias),
+        "weight": (x, weight, None),
+        "bias": (x, None, bias),
+        "none": (x, None, None),
+    }[parameters]
+
+
+def check(backend, inputs, compiled=False):
+    skip_unsupported("layer_norm", backend, inputs[0], inputs[0].shape[-1:], *inputs[1:])
+
+    def ours(x, weight, bias):
+        return sk.layer_norm(x, x.shape[-1:], weight, bias, backend=backend)
+
+    def eager(x, weight, bias):
+        # Eager takes one dtype for x and its parameters, except on the CPU.
+        return F.layer_norm(x, x.shape[-1:], weight, bias)
+
+    def reference(x, weight, bias):
+        return layer_norm_reference(x, weight, bias, 1e-5)
+
+    assert_op_matches(maybe_compiled(ours, compiled), eager, reference, inputs)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("mean", [0.0, 100.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
+def test_matches_reference(backend, shape, dtype, mean, compiled):
+    check(backend, inputs_of(shape, dtype, mean, device_of(backend)), compiled)
+
+
+@pytest.mark.parametrize("parameters", ["weight", "bias", "none"])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
+def test_optional_parameters(backend, dtype, parameters):
+    check(backend, inputs_of((5, 37), dtype, 0.0, device_of(backend), parameters))
+
+
+@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
+def test_float32_parameters_with_bfloat16_input(backend):
+    device = device_of(backend)
+    check(backend, inputs_of((9, 40), torch.bfloat16, 0.0, device, "both", torch.float32))
+
+
+@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
+def test_non_contiguous_input_and_gradient(backend):
+    x, weight, bias = inputs_of((6, 4, 24), torch.float32, 0.0, device_of(backend))
+    skip_unsupported("layer_norm", backend, x, (24,), weight, bias)
+
+    def ours(x):
+        y = sk.layer_norm(x.transpose(0, 1), (24,), weight, bias, backend=backend)
+        return y.transpose(0, 1)
+
+    dense = run_with_gradients(
+        lambda x: sk.layer_norm(x, (24,), weight, bias, backend=backend), (x,)
+    )
+    strided = run_with_gradients(ours, (x,))
+    for name, expected in dense.items():
+        assert torch.equal(strided[name], expected), name
+
+
+@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
+def test_not_finite_values_stay_in_their_row(backend):
+    x, weight, bias = inputs_of((4, 20), torch.float32, 0.0, device_of(backend))
+    x[1, 3], x[2, 5] = float("nan"), float("inf")
+    skip_unsupported("layer_norm", backend, x, (20,), weight, bias)
+    y = sk.layer_norm(x, (20,), weight, bias, backend=backend)
+    assert y[1:3].isnan().all() and y[[0, 3]].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
+def test_same_bits_every_time(backend):
+    inputs = inputs_of((70, 65), torch.float32, 0.0, device_of(backend))
+    skip_unsupported("layer_norm", backend, inputs[0], (65,), *inputs[1:])
+
+    def ours(x, weight, bias):
+        return sk.layer_norm(x, (65,), weight, bias, backend=backend)
+
+    first, second = run_with_gradients(ours, inputs), run_with_gradients(ours, inputs)
+    for name, expected in first.items():
+        assert torch.equal(second[name], expected), name
+
+
+def test_the_definition_is_torchs():
+    x, weight, bias = inputs_of((3, 4, 5), torch.float64, 0.0, "cpu")
+    ours = sk.layer_norm(x, (4, 5), weight.expand(4, 5), bias.expand(4, 5), eps=1e-3)
+    theirs = F.layer_norm(x, (4, 5), weight.expand(4, 5), bias.expand(4, 5), eps=1e-3)
+    assert (ours - theirs).abs().max() < 1e-14
+
+
+X, W = torch.randn(4, 8), torch.ones(8)
+
+
+@pytest.mark.parametrize(
+    "args, sentence",
+    [
+        (([1.0],), "input must be a tensor; got list"),
+        ((X.int(), 8), "input must be float32, float16, bfloat16 or float64; got torch.int32"),
+        ((X, 4), r"normalized_shape must be the last dimensions of input \(4, 8\); got \(4,\)"),
+        ((X, 8, W[:3]), r"weight must have shape \(8,\), the normalized .*; got \(3,\)"),
+        ((X, 8, W, W.half()), "bias must be torch.float32 like input, or float32; got"),
+        ((X, 8, W.to("meta")), "weight must be on cpu like input; got meta"),
+        ((torch.empty(4, 0), 0), r"a row of input \(4, 0\) has no elements"),
+    ],
+)
+@pytest.mark.parametrize("backend", [None, *KERNEL_BACKENDS, "torch"])
+def test_bad_input_is_one_sentence(backend, args, sentence):
+    args = args if len(args) > 1 else (*args, 1)
+    with pytest.raises(ValueError, match="^layer_norm: " + sentence):
+        sk.layer_norm(*args, backend=backend)
