@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-# Last, so that an installed slimkernels is found before the source folder; benchmarks/ is only here.
+# Last, so that an installed slimkernels is found before the source folder beside benchmarks/.
 sys.path.append(str(Path(__file__).parent.parent))
 
 # Triton decides when it is imported, so this must come before the package: without a GPU the

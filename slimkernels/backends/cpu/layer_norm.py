@@ -37,7 +37,10 @@ def backward(dy, x, weight, bias, mean, rstd):
     dweight, dbias = (empty_gradient(p, x).contiguous() for p in (weight, bias))
     _cpu.layer_norm_backward(
         *(pointer(t) for t in (dy, x, weight, mean, rstd, dx)),
-        *(0 if p is None else pointer(g) for p, g in zip((weight, bias), (dweight, dbias))),
+        *(
+            0 if p is None else pointer(g)
+            for p, g in zip((weight, bias), (dweight, dbias), strict=True)
+        ),
         *(x.numel() // N, N, DTYPES[x.dtype], parameter_dtype),
     )
     return dx, *(
