@@ -1,8 +1,17 @@
 """slimkernels: transformer kernels for PyTorch that are right, fast, and say which one ran."""
 
 from slimkernels.dispatch import BackendError, explain, use_backend
+from slimkernels.ops.add_layer_norm import add_layer_norm
 from slimkernels.ops.layer_norm import layer_norm
+from slimkernels.ops.softmax import softmax
 
 __version__ = "0.1.0"
 
-__all__ = ["BackendError", "explain", "layer_norm", "use_backend"]
+__all__ = [
+    "BackendError",
+    "add_layer_norm",
+    "explain",
+    "layer_norm",
+    "softmax",
+    "use_backend",
+]

@@ -99,7 +99,21 @@ def _layer_norm_sample(device: torch.device, dtype: torch.dtype) -> tuple[tuple,
     return (x, (96,), weight, bias), {}
 
 
+def _add_layer_norm_sample(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:
+    args, _ = _layer_norm_sample(device, dtype)
+    residual = torch.randn(6, 96, device=device).to(dtype)
+    return (args[0], residual, *args[1:]), {"dropout_p": 0.1}
+
+
+def _softmax_sample(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:
+    x = torch.randn(2, 3, 4, 33, device=device).to(dtype)
+    mask = torch.rand(2, 1, 1, 33, device=device) < 0.8
+    return (x,), {"scale": 0.25, "mask": mask, "is_causal": True}
+
+
 # One small valid call of each op: sample_inputs["layer_norm"](device, dtype) -> (args, kwargs).
 sample_inputs: dict[str, Callable[[torch.device, torch.dtype], tuple[tuple, dict]]] = {
+    "add_layer_norm": _add_layer_norm_sample,
     "layer_norm": _layer_norm_sample,
+    "softmax": _softmax_sample,
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,66 @@ def check_parameter(op: str, name: str, value: object, x: Tensor, size: int) -> 
     if value.dtype not in (x.dtype, torch.float32):
         raise ValueError(
             f"{op}: {name} must be {x.dtype} like input, or float32; got {value.dtype}"
+        )
+
+
+def normalized_rows(
+    op: str,
+    input: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`input`, `weight` and `bias` with the normalized dimensions, checked, flattened into one."""
+    check_tensor(op, "input", input)
+    row = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    if not row or tuple(input.shape[-len(row) :]) != row:
+        raise ValueError(
+            f"{op}: normalized_shape must be the last dimensions of input "
+            f"{tuple(input.shape)}; got {row}"
+        )
+    if len(row) > 1:
+        for name, parameter in (("weight", weight), ("bias", bias)):
+            if isinstance(parameter, Tensor) and tuple(parameter.shape) != row:
+                raise ValueError(
+                    f"{op}: {name} must have shape {row}; got {tuple(parameter.shape)}"
+                )
+        weight, bias = (p.flatten() if isinstance(p, Tensor) else p for p in (weight, bias))
+        input = input.flatten(-len(row))
+    size = input.shape[-1]
+    if size == 0:
+        raise ValueError(f"{op}: a row of input {tuple(input.shape)} has no elements")
+    check_parameter(op, "weight", weight, input, size)
+    check_parameter(op, "bias", bias, input, size)
+    return input, weight, bias
+
+
+def check_alike(op: str, name: str, value: object, input: Tensor) -> None:
+    """`value` must have input's shape, dtype and device."""
+    check_tensor(op, name, value)
+    for what in ("shape", "dtype", "device"):
+        expected, actual = getattr(input, what), getattr(value, what)
+        if actual != expected:
+            expected, actual = (tuple(v) if what == "shape" else v for v in (expected, actual))
+            raise ValueError(f"{op}: {name} must have input's {what} {expected}; got {actual}")
+
+
+def check_mask(op: str, mask: object, input: Tensor) -> None:
+    """`mask` is None or a bool tensor on input's device that broadcasts to its shape."""
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor):
+        raise ValueError(f"{op}: mask must be a tensor; got {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        raise ValueError(
+            f"{op}: mask must be bool, True where an element takes part; got {mask.dtype}"
+        )
+    if mask.device != input.device:
+        raise ValueError(f"{op}: mask must be on {input.device} like input; got {mask.device}")
+    sizes = zip(reversed(mask.shape), reversed(input.shape), strict=False)
+    if mask.dim() > input.dim() or any(m not in (1, n) for m, n in sizes):
+        raise ValueError(
+            f"{op}: mask must broadcast to input {tuple(input.shape)}; got {tuple(mask.shape)}"
         )
 
 

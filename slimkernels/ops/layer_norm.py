@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from slimkernels.dispatch import Op, kernel_op, needs_gradient
-from slimkernels.ops._checks import check_parameter, check_tensor
+from slimkernels.ops._checks import normalized_rows
 
 
 def layer_norm_reference(
@@ -53,27 +53,8 @@ def layer_norm(
 
 
 def _arguments(input, normalized_shape, weight=None, bias=None, eps=1e-5):
-    check_tensor("layer_norm", "input", input)
-    row = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
-    if not row or tuple(input.shape[-len(row) :]) != row:
-        raise ValueError(
-            f"layer_norm: normalized_shape must be the last dimensions of input "
-            f"{tuple(input.shape)}; got {row}"
-        )
-    if len(row) > 1:
-        for name, parameter in (("weight", weight), ("bias", bias)):
-            if isinstance(parameter, Tensor) and tuple(parameter.shape) != row:
-                raise ValueError(
-                    f"layer_norm: {name} must have shape {row}; got {tuple(parameter.shape)}"
-                )
-        weight, bias = (p if p is None else p.flatten() for p in (weight, bias))
-        input = input.flatten(-len(row))
-    size = input.shape[-1]
-    if size == 0:
-        raise ValueError(f"layer_norm: a row of input {tuple(input.shape)} has no elements")
-    check_parameter("layer_norm", "weight", weight, input, size)
-    check_parameter("layer_norm", "bias", bias, input, size)
-    return input, weight, bias, eps
+    rows = normalized_rows("layer_norm", input, normalized_shape, weight, bias)
+    return *rows, eps
 
 
 # Order: triton before cuda until a table of GPU measurements says otherwise.
