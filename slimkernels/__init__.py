@@ -2,7 +2,10 @@
 
 from slimkernels.dispatch import BackendError, explain, use_backend
 from slimkernels.ops.add_layer_norm import add_layer_norm
+from slimkernels.ops.cross_entropy import cross_entropy
+from slimkernels.ops.gelu import gelu
 from slimkernels.ops.layer_norm import layer_norm
+from slimkernels.ops.linear import linear
 from slimkernels.ops.softmax import softmax
 
 __version__ = "0.1.0"
@@ -10,8 +13,11 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendError",
     "add_layer_norm",
+    "cross_entropy",
     "explain",
+    "gelu",
     "layer_norm",
+    "linear",
     "softmax",
     "use_backend",
 ]

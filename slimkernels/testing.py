@@ -111,9 +111,28 @@ def _softmax_sample(device: torch.device, dtype: torch.dtype) -> tuple[tuple, di
     return (x,), {"scale": 0.25, "mask": mask, "is_causal": True}
 
 
+def _gelu_sample(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:
+    return (torch.randn(6, 96, device=device).to(dtype),), {
+        "bias": torch.randn(96, device=device).to(dtype)
+    }
+
+
+def _cross_entropy_sample(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:
+    target = torch.tensor([3, 95, -100, 0, 7, 7], device=device)
+    return (torch.randn(6, 96, device=device).to(dtype), target), {"label_smoothing": 0.1}
+
+
+def _linear_sample(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:
+    x, weight = torch.randn(2, 64, 96, device=device).to(dtype).unbind()
+    return (x, weight, torch.randn(64, device=device).to(dtype)), {}
+
+
 # One small valid call of each op: sample_inputs["layer_norm"](device, dtype) -> (args, kwargs).
 sample_inputs: dict[str, Callable[[torch.device, torch.dtype], tuple[tuple, dict]]] = {
     "add_layer_norm": _add_layer_norm_sample,
+    "cross_entropy": _cross_entropy_sample,
+    "gelu": _gelu_sample,
     "layer_norm": _layer_norm_sample,
+    "linear": _linear_sample,
     "softmax": _softmax_sample,
 }
