@@ -6,6 +6,7 @@ from slimkernels.ops.cross_entropy import cross_entropy
 from slimkernels.ops.gelu import gelu
 from slimkernels.ops.layer_norm import layer_norm
 from slimkernels.ops.linear import linear
+from slimkernels.ops.scaled_dot_product_attention import scaled_dot_product_attention
 from slimkernels.ops.softmax import softmax
 
 __version__ = "0.1.0"
@@ -18,6 +19,7 @@ __all__ = [
     "gelu",
     "layer_norm",
     "linear",
+    "scaled_dot_product_attention",
     "softmax",
     "use_backend",
 ]

@@ -105,6 +105,15 @@ def _add_layer_norm_sample(device: torch.device, dtype: torch.dtype) -> tuple[tu
     return (args[0], residual, *args[1:]), {"dropout_p": 0.1}
 
 
+def _scaled_dot_product_attention_sample(
+    device: torch.device, dtype: torch.dtype
+) -> tuple[tuple, dict]:
+    query = torch.randn(2, 4, 9, 16, device=device).to(dtype)
+    key, value = torch.randn(2, 2, 2, 13, 16, device=device).to(dtype).unbind()
+    key_lengths = torch.tensor([13, 5], dtype=torch.int32, device=device)
+    return (query, key, value), {"dropout_p": 0.1, "key_lengths": key_lengths}
+
+
 def _softmax_sample(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:
     x = torch.randn(2, 3, 4, 33, device=device).to(dtype)
     mask = torch.rand(2, 1, 1, 33, device=device) < 0.8
@@ -134,5 +143,6 @@ sample_inputs: dict[str, Callable[[torch.device, torch.dtype], tuple[tuple, dict
     "gelu": _gelu_sample,
     "layer_norm": _layer_norm_sample,
     "linear": _linear_sample,
+    "scaled_dot_product_attention": _scaled_dot_product_attention_sample,
     "softmax": _softmax_sample,
 }
