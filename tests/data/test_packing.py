@@ -10,7 +10,7 @@ from slimkernels.data import Batch, RaggedBatches, pack_examples
 
 CLS, SEP = 2, 3
 NAMES = SimpleNamespace(cls_id=CLS, sep_id=SEP)
-STRIDE = 10**6  # token = document * STRIDE + place in it + 10: every token says where it stood
+STRIDE = 10**5  # token = document * STRIDE + place in it + 10: every token says where it stood
 MAX_LENGTH = 64
 
 
@@ -34,6 +34,10 @@ def segments(examples):
         assert (ids[0], ids[first - 1], ids[-1]) == (CLS, SEP, SEP)
         assert a and b and min(*a, *b) >= 10
         yield a, b, int(examples.next_sentence_labels[number]), tuple(examples.documents[number])
+
+
+def segments_of(documents, **options):
+    return segments(pack_examples(documents, NAMES, **options))
 
 
 @pytest.fixture(scope="module")
@@ -93,18 +97,32 @@ def test_length_does_not_give_the_label_away(numbered):
     assert abs(true.mean() - random.mean()) < 5 * error
 
 
+def test_half_the_pairs_are_random_in_short_documents_too(assert_binomial):
+    # Of three sentences the last is often left alone, where the published code takes a random B.
+    documents, _ = numbered_documents(10_000, 3, 8)
+    examples = pack_examples(documents, NAMES, max_length=32)
+    assert_binomial((examples.next_sentence_labels == 1).sum(), len(examples), 0.5)
+
+
+def test_equal_sentences_are_never_cut():
+    tokens = [[list(range(place, place + 10)) for place in range(10, 3000, 10)]] * 3
+    for a, b, _, _ in segments_of(tokens, max_length=MAX_LENGTH):
+        assert len(a) % 10 == len(b) % 10 == 0
+
+
 def test_one_sequence_in_ten_is_short(assert_binomial):
     # Sentences of one token fill a sequence to its target exactly, short of the document's end.
     documents, _ = numbered_documents(2, 40_000, 1)
-    examples = pack_examples(documents, NAMES, max_length=MAX_LENGTH)
     far_from_end = [
         len(a) + len(b)
-        for a, b, label, _ in segments(examples)
+        for a, b, label, _ in segments_of(documents, max_length=8)
         if label == 0 and a[0] % STRIDE < 39_000
     ]
-    short = [length for length in far_from_end if length < MAX_LENGTH - 3]
-    assert_binomial(len(short), len(far_from_end), 0.1)
-    assert min(short) < 10
+    counts = np.bincount(far_from_end, minlength=6)
+    assert_binomial(counts[2:5].sum(), len(far_from_end), 0.1)
+    assert counts[5] == len(far_from_end) - counts[2:5].sum()
+    for target in (2, 3, 4):
+        assert_binomial(counts[target], counts[2:5].sum(), 1 / 3)
 
 
 def test_a_long_sentence_is_cut_and_kept_whole():
