@@ -1,0 +1,1 @@
+"""Speed and memory of every op and model against eager PyTorch; README.md says how to read them."""

@@ -1,0 +1,1 @@
+"""Whole training steps against the models a user has today."""

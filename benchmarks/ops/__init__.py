@@ -1,0 +1,1 @@
+"""One declaration an op: bench_<op>.py holds BENCHMARK."""
