@@ -1,314 +1,328 @@
-"""Make Triton's CPU interpreter (TRITON_INTERPRET=1) trustworthy enough for tests.
+"""Repairs and checks for Triton's CPU interpreter, so that kernels can be tested without a GPU.
 
-Import BEFORE any kernel module, with TRITON_INTERPRET=1 already in the environment.
-Works with triton 3.6.0 and 3.9.0 (checked), numpy 1.26 .. 2.4.
+Import it before any kernel module, with TRITON_INTERPRET=1 already in the environment. It patches
+private names of Triton 3.6 to 3.9 (numpy 1.26 to 2.4): test_interpreter.py says when that breaks.
 
-Stock interpreter faults it repairs (all silent unless said otherwise):
-  * numpy >= 2.4 and triton 3.6: `range(0, K, BK)` on a run-time K raises TypeError
-  * bf16 tensors are held as uint16 bit patterns and *arithmetic runs on the bit patterns*:
-    tl.dot, +, -, *, /, >, fma, tl.sum, tl.argmax, int->bf16 are garbage
-  * fp32 -> bf16 truncates (the GPU rounds to nearest even); 1.5 * bf16 raises; bf16 atomics raise
-Checks it adds (env SLIM_INTERP_CHECK=0 turns them off):
-  * every load/store/atomic address must lie inside a tensor that was passed to the launch
-  * SLIM_INTERP_RACES=1: two programs storing to one address, or one reading what another stored
+What it repairs, all silent in the stock interpreter unless said otherwise:
+  - bfloat16 lives in uint16 bit patterns and arithmetic runs on the patterns: tl.dot, + - * / >,
+    fma, tl.sum, tl.argmax and int -> bfloat16 are garbage
+  - float32 -> bfloat16 truncates, where the GPU rounds to nearest even
+  - `scalar * bfloat16`, bfloat16 atomics, run-time bools (3.6) and, from numpy 2.4, `range()` over
+    a run-time bound (3.6) raise
+What it adds, with the environment variable that turns it off or on:
+  - SLIM_INTERP_TF32=0   off: float32 tl.dot rounds its operands to TF32 unless
+                         input_precision="ieee", as the GPU does
+  - SLIM_INTERP_CHECK=0  off: every address must lie inside a tensor that the launch was given
+  - SLIM_INTERP_RACES=1  on: no program stores to, or reads, what another program stored
+Not covered: fp8, and pointers that kernels load from memory (false alarms of the address check).
 """
 
-import os, ctypes
+import ctypes
+import os
+
 import numpy as np
 import triton
 import triton.language as tl
-from triton.runtime import interpreter as I
+from triton.runtime import interpreter as stock
 
-assert triton.knobs.runtime.interpret, "set TRITON_INTERPRET=1 before importing triton"
-B = I.InterpreterBuilder
-TH = I.TensorHandle
-BF16, F32 = tl.bfloat16, tl.float32
+if not triton.knobs.runtime.interpret:
+    raise RuntimeError("set TRITON_INTERPRET=1 before triton is imported")
+
+EMULATE_TF32 = os.environ.get("SLIM_INTERP_TF32", "1") != "0"
+CHECK_ADDRESSES = os.environ.get("SLIM_INTERP_CHECK", "1") != "0"
+CHECK_RACES = os.environ.get("SLIM_INTERP_RACES", "0") == "1"
+
+Builder = stock.InterpreterBuilder
+Handle = stock.TensorHandle
 
 
-def bf16_to_f32(u16):
-    return (np.ascontiguousarray(u16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+# Conversion between bfloat16 bit patterns and float32
 
 
-def f32_to_bf16(x, rtz=False):
-    x = np.ascontiguousarray(x, dtype=np.float32)
-    u = x.view(np.uint32)
-    if rtz:
-        r = u >> np.uint32(16)
-    else:
+def float32_of(bits: np.ndarray) -> np.ndarray:
+    wide = np.ascontiguousarray(bits).astype(np.uint32) << np.uint32(16)
+    return wide.view(np.float32)
+
+
+def bfloat16_bits(values: np.ndarray, toward_zero: bool = False) -> np.ndarray:
+    values = np.ascontiguousarray(values, dtype=np.float32)
+    bits = values.view(np.uint32)
+    if not toward_zero:
+        odd = (bits >> np.uint32(16)) & np.uint32(1)
         with np.errstate(over="ignore"):
-            r = (u + np.uint32(0x7FFF) + ((u >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    r = np.where(np.isnan(x), np.uint32(0x7FC0), r)
-    return r.astype(np.uint16)
+            bits = bits + np.uint32(0x7FFF) + odd  # nearest, ties to even
+    high = bits >> np.uint32(16)
+    # Rounding a NaN's payload could carry into infinity.
+    return np.where(np.isnan(values), np.uint32(0x7FC0), high).astype(np.uint16)
 
 
-def _is_bf16(h):
-    return isinstance(h, TH) and not isinstance(h.dtype, tl.pointer_type) and h.dtype.scalar == BF16
-
-
-def _up(h):
-    return TH(bf16_to_f32(h.data), F32) if _is_bf16(h) and h.data.dtype == np.uint16 else h
-
-
-def _down(h):
-    if isinstance(h, TH) and h.data.dtype.kind == "f":
-        return TH(f32_to_bf16(h.data), BF16)
-    return h  # comparisons give bools
-
-
-def _wrap(name, keep=()):
-    orig = getattr(B, name)
-
-    def f(self, *args, **kw):
-        if any(_is_bf16(a) for a in args):
-            return _down(orig(self, *[_up(a) for a in args], **kw))
-        return orig(self, *args, **kw)
-
-    f.__name__ = name
-    setattr(B, name, f)
-
-
-for n in ("binary_op", "unary_op", "create_fma", "create_rsqrt", "create_erf", "create_clampf"):
-    if hasattr(B, n):
-        _wrap(n)
-# lambdas call self.binary_op etc., so wrapping those covers + - * / compare min max exp ...
-
-_orig_dot = B.create_dot
-
-
-TF32 = os.environ.get("SLIM_INTERP_TF32", "1") != "0"
-
-
-def _tf32(h):  # keep 10 mantissa bits, round to nearest (ties away), as cvt.rna.tf32 does
-    u = np.ascontiguousarray(h.data).view(np.uint32)
+def tf32(values: np.ndarray) -> np.ndarray:
+    """The 10 mantissa bits that the tensor cores read: nearest, ties away, as cvt.rna.tf32."""
+    bits = np.ascontiguousarray(values).view(np.uint32)
     with np.errstate(over="ignore"):
-        u = np.where(
-            (u & 0x7F800000) == 0x7F800000, u, (u + np.uint32(0x1000)) & np.uint32(0xFFFFE000)
-        )
-    return TH(u.astype(np.uint32).view(np.float32), F32)
+        rounded = (bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)
+    not_finite = (bits & 0x7F800000) == 0x7F800000
+    return np.where(not_finite, bits, rounded).astype(np.uint32).view(np.float32)
 
 
-def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
-    if (
-        TF32
-        and a.dtype.scalar == F32
-        and b.dtype.scalar == F32
-        and input_precision == I._ir.INPUT_PRECISION.TF32
-    ):
-        a, b = (
-            _tf32(a),
-            _tf32(b),
-        )  # the GPU's default for fp32 operands; input_precision="ieee" to avoid it
-    return _orig_dot(self, _up(a), _up(b), d, input_precision, max_num_imprecise_acc)
+def is_bfloat16(value) -> bool:
+    if not isinstance(value, Handle) or isinstance(value.dtype, tl.pointer_type):
+        return False
+    return value.dtype.scalar == tl.bfloat16
 
 
-B.create_dot = create_dot
-_orig_cast = B.cast_impl
+def widen(value):
+    if is_bfloat16(value) and value.data.dtype == np.uint16:
+        return Handle(float32_of(value.data), tl.float32)
+    return value
 
 
-def cast_impl(self, src, dst_type):
-    s, d = src.dtype.scalar, dst_type.scalar
-    if s == d:
-        return src
-    if s == BF16:
-        f = TH(bf16_to_f32(src.data), F32)
-        return f if d == F32 else _orig_cast(self, f, dst_type)
-    if d == BF16:
-        return TH(f32_to_bf16(src.data.astype(np.float32)), BF16)
-    return _orig_cast(self, src, dst_type)
+def narrow(value):
+    if isinstance(value, Handle) and value.data.dtype.kind == "f":
+        return Handle(bfloat16_bits(value.data), tl.bfloat16)
+    return value  # comparisons give bools
 
 
-B.cast_impl = cast_impl
-_orig_fp2fp = B.create_fp_to_fp
+# Arithmetic: bfloat16 is computed in float32 and rounded once, as the GPU does
 
 
-def create_fp_to_fp(self, src, dst_type, rounding_mode):
-    s, d = src.dtype.scalar, dst_type.scalar
-    rtz = rounding_mode is not None and rounding_mode == I._ir.ROUNDING_MODE.RTZ
-    if d == BF16 and s in (F32, tl.float64, tl.float16):
-        return TH(f32_to_bf16(src.data.astype(np.float32), rtz), BF16)
-    if s == BF16 and d == F32:
-        return TH(bf16_to_f32(src.data), F32)
-    return _orig_fp2fp(self, src, dst_type, rounding_mode)
+def _computed_in_float32(original):
+    def computed(self, *args, **kwargs):
+        if not any(is_bfloat16(arg) for arg in args):
+            return original(self, *args, **kwargs)
+        return narrow(original(self, *(widen(arg) for arg in args), **kwargs))
+
+    return computed
 
 
-B.create_fp_to_fp = create_fp_to_fp
-if not hasattr(B, "get_bf16"):
-    B.get_bf16 = lambda self, v: TH(f32_to_bf16(np.array([v], np.float32)), BF16)
+# The builder's + - * / comparisons, min, max, exp... all go through binary_op and unary_op.
+for _name in ("binary_op", "unary_op", "create_fma", "create_rsqrt", "create_erf", "create_clampf"):
+    if hasattr(Builder, _name):
+        setattr(Builder, _name, _computed_in_float32(getattr(Builder, _name)))
+
+_stock_dot = Builder.create_dot
 
 
-def _fix_reduce(cls, names):
-    for n in names:
-        if not hasattr(cls, n):
-            continue
-        orig = getattr(cls, n)
-
-        def f(self, input, *a, _orig=orig, **k):
-            t = input[0] if isinstance(input, tuple) else input
-            if t.dtype == BF16:
-                up = tl.core.tensor(
-                    TH(bf16_to_f32(t.handle.data), F32), tl.block_type(F32, list(t.shape))
-                )
-                rs = _orig(self, up, *a, **k)
-                conv = lambda r: (
-                    tl.core.tensor(
-                        TH(f32_to_bf16(r.handle.data), BF16),
-                        tl.block_type(BF16, list(r.shape)) if r.type.is_block() else BF16,
-                    )
-                    if r.dtype == F32
-                    else r
-                )
-                return type(rs)(conv(r) for r in rs) if isinstance(rs, (list, tuple)) else conv(rs)
-            return _orig(self, input, *a, **k)
-
-        setattr(cls, n, f)
+def _create_dot(self, a, b, accumulator, input_precision, max_num_imprecise_acc):
+    float32_operands = a.dtype.scalar == b.dtype.scalar == tl.float32
+    default_precision = input_precision == stock._ir.INPUT_PRECISION.TF32
+    if EMULATE_TF32 and float32_operands and default_precision:
+        a, b = (Handle(tf32(operand.data), tl.float32) for operand in (a, b))
+    a, b = widen(a), widen(b)
+    return _stock_dot(self, a, b, accumulator, input_precision, max_num_imprecise_acc)
 
 
-_fix_reduce(I.ReduceOps, ("sum", "min_max"))
-_fix_reduce(I.ScanOps, ("cumsum", "cumprod"))
-
-# ---- numpy >= 2.4: int(array of shape (1,)) raises ----
-_orig_patch_tensor = I._patch_lang_tensor
+Builder.create_dot = _create_dot
 
 
-def _patch_lang_tensor(tensor, scope):
-    _orig_patch_tensor(tensor, scope)
+# Casts
+
+_stock_cast = Builder.cast_impl
+_stock_fp_to_fp = Builder.create_fp_to_fp
+
+
+def _cast(self, source, dtype):
+    if source.dtype.scalar == dtype.scalar:
+        return source
+    if source.dtype.scalar == tl.bfloat16:
+        wide = Handle(float32_of(source.data), tl.float32)
+        return wide if dtype.scalar == tl.float32 else _stock_cast(self, wide, dtype)
+    if dtype.scalar == tl.bfloat16:
+        return Handle(bfloat16_bits(source.data.astype(np.float32)), tl.bfloat16)
+    return _stock_cast(self, source, dtype)
+
+
+def _create_fp_to_fp(self, source, dtype, rounding_mode):
+    scalar = source.dtype.scalar
+    if dtype.scalar == tl.bfloat16 and scalar in (tl.float16, tl.float32, tl.float64):
+        toward_zero = rounding_mode == stock._ir.ROUNDING_MODE.RTZ
+        return Handle(bfloat16_bits(source.data.astype(np.float32), toward_zero), tl.bfloat16)
+    if scalar == tl.bfloat16 and dtype.scalar == tl.float32:
+        return Handle(float32_of(source.data), tl.float32)
+    return _stock_fp_to_fp(self, source, dtype, rounding_mode)
+
+
+Builder.cast_impl = _cast
+Builder.create_fp_to_fp = _create_fp_to_fp
+if not hasattr(Builder, "get_bf16"):
+    Builder.get_bf16 = lambda self, value: Handle(
+        bfloat16_bits(np.array([value], np.float32)), tl.bfloat16
+    )
+
+
+# Reductions and scans
+
+
+def _narrow_result(result):
+    if result.dtype != tl.float32:
+        return result  # an index of argmax
+    shape = list(result.shape)
+    kind = tl.block_type(tl.bfloat16, shape) if result.type.is_block() else tl.bfloat16
+    return tl.core.tensor(Handle(bfloat16_bits(result.handle.data), tl.bfloat16), kind)
+
+
+def _reduced_in_float32(original):
+    def reduced(self, operand, *args, **kwargs):
+        first = operand[0] if isinstance(operand, tuple) else operand
+        if first.dtype != tl.bfloat16:
+            return original(self, operand, *args, **kwargs)
+        handle = Handle(float32_of(first.handle.data), tl.float32)
+        wide = tl.core.tensor(handle, tl.block_type(tl.float32, list(first.shape)))
+        results = original(self, wide, *args, **kwargs)
+        if isinstance(results, list | tuple):
+            return type(results)(_narrow_result(result) for result in results)
+        return _narrow_result(results)
+
+    return reduced
+
+
+for _ops, _names in ((stock.ReduceOps, ("sum", "min_max")), (stock.ScanOps, ("cumsum", "cumprod"))):
+    for _name in _names:
+        if hasattr(_ops, _name):
+            setattr(_ops, _name, _reduced_in_float32(getattr(_ops, _name)))
+
+
+# Arguments: numpy 2.4 refuses int() of a one-element array, Triton 3.6 a bool
+
+_stock_patch_tensor = stock._patch_lang_tensor
+_stock_implicit_convert = stock._implicit_cvt
+
+
+def _patch_tensor(tensor, scope):
+    _stock_patch_tensor(tensor, scope)
     scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.reshape(())))
 
 
-I._patch_lang_tensor = _patch_lang_tensor
-
-# ---- bf16 atomics (the C++ helper has no bf16) ----
-_orig_rmw = B.create_atomic_rmw
-
-
-def create_atomic_rmw(self, op, ptr, val, mask, sem, scope):
-    _check(ptr.data, mask.data, ptr, "atomic")
-    if not _is_bf16(val):
-        return _orig_rmw(self, op, ptr, val, mask, sem, scope)
-    assert op == I._ir.ATOMIC_OP.FADD, "bf16: only atomic_add"
-    p, v, m = [
-        np.broadcast_to(x, ptr.data.shape).ravel()
-        for x in (ptr.data, bf16_to_f32(val.data), mask.data)
-    ]
-    old = np.zeros(p.shape, np.uint16)
-    for i in range(p.size):
-        if m[i]:
-            c = ctypes.c_uint16.from_address(int(p[i]))
-            old[i] = c.value
-            c.value = int(f32_to_bf16(bf16_to_f32(np.array([c.value], np.uint16)) + v[i])[0])
-    return TH(old.reshape(ptr.data.shape), BF16)
+def _implicit_convert(argument):
+    if isinstance(argument, bool):
+        return tl.tensor(Handle(np.array([argument], dtype=bool), tl.int1), tl.int1)
+    if hasattr(argument, "data_ptr") and not isinstance(argument, stock.TensorDescriptor):
+        _launch.allow(stock._unwrap_tensor(argument))
+    return _stock_implicit_convert(argument)
 
 
-B.create_atomic_rmw = create_atomic_rmw
-
-# ---- address and race checks ----
-CHECK = os.environ.get("SLIM_INTERP_CHECK", "1") != "0"
-RACES = os.environ.get("SLIM_INTERP_RACES", "0") == "1"
-_ranges, _shadow = [], {}
-_starts = _ends = None
+stock._patch_lang_tensor = _patch_tensor
+stock._implicit_cvt = _implicit_convert
 
 
-def _check(ptrs, mask, handle, what):
-    global _starts, _ends
-    if not CHECK or not _ranges:
-        return
-    if _starts is None:
-        r = []
-        for s, e in sorted(_ranges):  # merge overlapping arguments
-            if r and s < r[-1][1]:
-                r[-1] = (r[-1][0], max(e, r[-1][1]))
-            else:
-                r.append((s, e))
-        _starts, _ends = (
-            np.array([a for a, _ in r], np.uint64),
-            np.array([b for _, b in r], np.uint64),
-        )
-    size = max(1, handle.get_element_ty().primitive_bitwidth // 8)
-    p = (
-        ptrs[mask]
-        if mask is not None and mask.shape == ptrs.shape
-        else (
-            ptrs.ravel() if mask is None or mask.all() else ptrs[np.broadcast_to(mask, ptrs.shape)]
-        )
-    )
-    if p.size == 0:
-        return
-    k = np.searchsorted(_starts, p, side="right").astype(np.int64) - 1
-    bad = (k < 0) | (p + np.uint64(size) > _ends[np.maximum(k, 0)])
-    if bad.any():
-        i = int(np.flatnonzero(bad)[0])
-        a = int(p[i])
-        near = min(((abs(a - s), s, e) for s, e in zip(_starts.tolist(), _ends.tolist())))
+# Addresses: what each launch may touch, and which program stored where
+
+
+class Launch:
+    """The memory that one launch was given, and who wrote it."""
+
+    def __init__(self):
+        self.ranges: list[tuple[int, int]] = []  # [start, end) of each tensor argument
+        self.merged: tuple[np.ndarray, np.ndarray] | None = None
+        self.owners: dict[int, np.ndarray] = {}  # a byte's storing program, counted from 1
+
+    def allow(self, tensor) -> None:
+        # The tensor's own extent, not its storage's: a slice must not be overrun either.
+        last = sum((n - 1) * abs(s) for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        size = (last + 1) * tensor.element_size() if tensor.numel() else 0
+        self.ranges.append((tensor.data_ptr(), tensor.data_ptr() + size))
+
+    def bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        """Starts and ends of the allowed memory, overlapping arguments merged."""
+        if self.merged is None:
+            spans: list[list[int]] = []
+            for start, end in sorted(self.ranges):
+                if spans and start < spans[-1][1]:
+                    spans[-1][1] = max(end, spans[-1][1])
+                else:
+                    spans.append([start, end])
+            starts, ends = zip(*spans, strict=True)
+            self.merged = np.array(starts, np.uint64), np.array(ends, np.uint64)
+        return self.merged
+
+    def check(self, pointers: Handle, mask: np.ndarray, what: str) -> None:
+        if not CHECK_ADDRESSES or not self.ranges:
+            return
+        starts, ends = self.bounds()
+        addresses = pointers.data[np.broadcast_to(mask, pointers.data.shape)]
+        if addresses.size == 0:
+            return
+        size = np.uint64(max(1, pointers.get_element_ty().primitive_bitwidth // 8))
+        span = np.searchsorted(starts, addresses, side="right").astype(np.int64) - 1
+        outside = (span < 0) | (addresses + size > ends[np.maximum(span, 0)])
+        if outside.any():
+            self.report(what, addresses, outside)
+        if CHECK_RACES and what != "atomic":
+            self.claim(what, addresses, span)
+
+    def report(self, what: str, addresses: np.ndarray, outside: np.ndarray) -> None:
+        first = int(addresses[np.flatnonzero(outside)[0]])
+        spans = zip(*(bound.tolist() for bound in self.bounds()), strict=True)
+        start, end = min(spans, key=lambda span: abs(first - span[0]))
         raise IndexError(
-            f"{what}: {int(bad.sum())} of {p.size} addresses are outside every tensor argument; the first is "
-            f"{a - near[1]} bytes from the start of the nearest one (of {near[2] - near[1]} bytes), "
-            f"program {I.interpreter_builder.grid_idx}"
+            f"{what}: {int(outside.sum())} of {addresses.size} addresses are outside every tensor "
+            f"argument; the first is {first - start} bytes from the start of the nearest one (of "
+            f"{end - start} bytes), program {stock.interpreter_builder.grid_idx}"
         )
-    if RACES and what != "atomic":
-        me = hash(I.interpreter_builder.grid_idx) & 0x7FFFFFFF | 1
-        for j in np.unique(k):
-            s, e = int(_starts[j]), int(_ends[j])
-            sh = _shadow.setdefault(s, np.zeros(e - s, np.int64))
-            q = (p[k == j] - np.uint64(s)).astype(np.int64)
-            w = sh[q]
-            if ((w != 0) & (w != me)).any():
+
+    def claim(self, what: str, addresses: np.ndarray, span: np.ndarray) -> None:
+        x, y, z = stock.interpreter_builder.grid_idx
+        columns, rows, _ = stock.interpreter_builder.grid_dim
+        program = 1 + x + columns * (y + rows * z)
+        starts, ends = self.bounds()
+        for i in np.unique(span):
+            start, end = int(starts[i]), int(ends[i])
+            owner = self.owners.setdefault(start, np.zeros(end - start, np.int64))
+            at = (addresses[span == i] - np.uint64(start)).astype(np.int64)
+            if ((owner[at] != 0) & (owner[at] != program)).any():
                 raise RuntimeError(
-                    f"race: program {I.interpreter_builder.grid_idx} does a {what} of what another program stored"
+                    f"race: program {(x, y, z)} does a {what} of what another program stored"
                 )
             if what == "store":
-                sh[q] = me
+                owner[at] = program
 
 
-_ol, _os = B.create_masked_load, B.create_masked_store
+_launch = Launch()
+_stock_load, _stock_store = Builder.create_masked_load, Builder.create_masked_store
+_stock_atomic = Builder.create_atomic_rmw
+_stock_grid_call = stock.GridExecutor.__call__
 
 
-def create_masked_load(self, ptrs, mask, other, *a, **k):
-    _check(ptrs.data, mask.data, ptrs, "load")
-    return _ol(self, ptrs, mask, other, *a, **k)
+def _create_masked_load(self, pointers, mask, *args, **kwargs):
+    _launch.check(pointers, mask.data, "load")
+    return _stock_load(self, pointers, mask, *args, **kwargs)
 
 
-def create_masked_store(self, ptrs, value, mask, *a, **k):
-    _check(ptrs.data, mask.data, ptrs, "store")
-    return _os(self, ptrs, value, mask, *a, **k)
+def _create_masked_store(self, pointers, value, mask, *args, **kwargs):
+    _launch.check(pointers, mask.data, "store")
+    return _stock_store(self, pointers, value, mask, *args, **kwargs)
 
 
-B.create_masked_load, B.create_masked_store = create_masked_load, create_masked_store
-_oc = I._implicit_cvt
+def _create_atomic_rmw(self, op, pointers, value, mask, sem, scope):
+    _launch.check(pointers, mask.data, "atomic")
+    if not is_bfloat16(value):
+        return _stock_atomic(self, op, pointers, value, mask, sem, scope)
+    if op != stock._ir.ATOMIC_OP.FADD:
+        raise NotImplementedError("of the bfloat16 atomics, only atomic_add")
+    shape = pointers.data.shape
+    addresses, values, wanted = (
+        np.broadcast_to(array, shape).ravel()
+        for array in (pointers.data, float32_of(value.data), mask.data)
+    )
+    before = np.zeros(addresses.shape, np.uint16)
+    for i in np.flatnonzero(wanted):
+        cell = ctypes.c_uint16.from_address(int(addresses[i]))
+        before[i] = cell.value
+        total = float32_of(np.array([cell.value], np.uint16)) + values[i]
+        cell.value = int(bfloat16_bits(total)[0])
+    return Handle(before.reshape(shape), tl.bfloat16)
 
 
-def _implicit_cvt(arg):
-    if isinstance(arg, bool):  # triton 3.6: a run-time bool argument raised
-        return tl.tensor(TH(np.array([arg], dtype=bool), tl.int1), tl.int1)
-    if hasattr(arg, "data_ptr") and not isinstance(arg, I.TensorDescriptor):
-        t = I._unwrap_tensor(arg)
-        # the tensor's own extent, not its storage's: a slice passed alone must not be over-run
-        n = (
-            0
-            if t.numel() == 0
-            else (1 + sum((s - 1) * abs(st) for s, st in zip(t.shape, t.stride())))
-            * t.element_size()
-        )
-        _ranges.append((t.data_ptr(), t.data_ptr() + n))
-    return _oc(arg)
-
-
-I._implicit_cvt = _implicit_cvt
-_og = I.GridExecutor.__call__
-
-
-def _grid_call(self, *a, **k):
-    global _starts, _ends
-    saved = list(_ranges), dict(_shadow)
-    _ranges.clear()
-    _shadow.clear()
-    _starts = _ends = None
+def _grid_call(self, *args, **kwargs):
+    global _launch
+    outer, _launch = _launch, Launch()
     try:
-        return _og(self, *a, **k)
+        return _stock_grid_call(self, *args, **kwargs)
     finally:
-        _ranges[:] = saved[0]
-        _shadow.clear()
-        _shadow.update(saved[1])
-        _starts = _ends = None
+        _launch = outer
 
 
-I.GridExecutor.__call__ = _grid_call
+Builder.create_masked_load = _create_masked_load
+Builder.create_masked_store = _create_masked_store
+Builder.create_atomic_rmw = _create_atomic_rmw
+stock.GridExecutor.__call__ = _grid_call

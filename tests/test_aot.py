@@ -1,0 +1,159 @@
+"""Every Triton kernel compiles for sm_80, sm_90 and sm_100, and as well as its module declares.
+
+A module's COMPILES list has one dict a configuration: kernel, signature, constexprs, num_warps,
+registers (the most that a thread may need), and where they matter num_stages, smem (the most
+bytes of shared memory) and wgmma=True (a matrix kernel, which must use Hopper's instructions).
+
+Neither the interpreter nor a GPU shares a process with the compiler, so each module is compiled
+once, whole, in a process of its own: this file run as a script.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+import inspect
+import json
+import os
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ARCHITECTURES = (80, 90, 100)
+REQUIRED = {"kernel", "signature", "constexprs", "num_warps", "registers"}
+OPTIONAL = {"num_stages", "smem", "wgmma"}
+
+if __name__ != "__main__":
+    pytest.importorskip("triton", reason="Triton is not installed, so nothing can be compiled")
+    import slimkernels.backends.triton as kernels
+
+    ALL_MODULES = sorted(info.name for info in pkgutil.iter_modules(kernels.__path__))
+else:
+    ALL_MODULES = []
+MODULES = [name for name in ALL_MODULES if name[0] != "_"]  # the others are shared by several ops
+
+
+def load(name):
+    return importlib.import_module(f"slimkernels.backends.triton.{name}")
+
+
+def configurations(name):
+    """A readable identity for each entry of a module's COMPILES."""
+    identities = []
+    for config in getattr(load(name), "COMPILES", []):
+        constants = ",".join(f"{k}={v}" for k, v in config["constexprs"].items())
+        types = sorted({t.strip("*") for t in config["signature"].values() if t[0] == "*"})
+        identities.append(
+            f"{function_of(config['kernel']).__name__}[{','.join(types)};{constants}]"
+        )
+    return identities
+
+
+CASES = [
+    pytest.param(name, i, arch, id=f"{name}-{identity}-sm_{arch}")
+    for name in MODULES
+    for i, identity in enumerate(configurations(name))
+    for arch in ARCHITECTURES
+]
+
+
+@functools.cache
+def compiled(name: str) -> list[dict]:
+    """The report, or the error, of every configuration of a module on every architecture."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, __file__, name]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name, index, arch", CASES)
+def test_compiles_as_declared(name, index, arch):
+    config = load(name).COMPILES[index]
+    (report,) = [r for r in compiled(name) if (r["index"], r["arch"]) == (index, arch)]
+    assert "error" not in report, report["error"]
+    described = report["description"]
+    assert report["spill_stores"] == report["spill_loads"] == 0, described
+    assert report["regs"] <= config["registers"], described
+    assert report["smem"] <= min(config.get("smem", report["smem_limit"]), report["smem_limit"])
+    if config.get("wgmma"):
+        instructions = report["wgmma"] if arch == 90 else report["mma"]
+        assert instructions > 0, described
+        # ptxas C7511: wgmma would wait for the one before it.
+        assert not [w for w in report["warnings"] if "serializ" in w], described
+
+
+def function_of(kernel):
+    """The Python function under @triton.jit, @triton.autotune, @triton.heuristics."""
+    while not inspect.isfunction(kernel):
+        kernel = kernel.fn
+    return kernel
+
+
+@pytest.mark.parametrize("name", ALL_MODULES)
+def test_every_kernel_is_declared(name):
+    declared = {function_of(config["kernel"]) for m in MODULES for config in load(m).COMPILES}
+    declared = {f.__name__ for f in declared if f.__module__ == load(name).__name__}
+    tree = ast.parse(inspect.getsource(load(name)))
+    jitted = {
+        node.name
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef)
+        and any(ast.unparse(decorator).startswith("triton.") for decorator in node.decorator_list)
+    }
+    launched = {
+        node.func.value.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Subscript)
+        and isinstance(node.func.value, ast.Name)
+        and node.func.value.id in jitted
+    }
+    kernels = {function for function in jitted if function.endswith("_kernel")}
+    assert kernels or name not in MODULES, f"{name} has no kernel"
+    assert launched <= kernels, f"launched kernels must be named _kernel: {launched - kernels}"
+    assert kernels <= declared, f"not in COMPILES: {sorted(kernels - declared)}"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_declarations_are_complete(name):
+    for config in load(name).COMPILES:
+        keys = set(config)
+        assert REQUIRED <= keys <= REQUIRED | OPTIONAL, (config["kernel"], keys)
+        parameters = inspect.signature(function_of(config["kernel"])).parameters
+        given = {**config["signature"], **config["constexprs"]}
+        defaults = {p.name for p in parameters.values() if p.default is not p.empty}
+        assert set(given) <= set(parameters) <= set(given) | defaults, config["kernel"]
+
+
+def compile_module(name: str) -> list[dict]:
+    from aot_check import aot_check
+
+    results = []
+    for index, config in enumerate(load(name).COMPILES):
+        for arch in ARCHITECTURES:
+            results.append({"index": index, "arch": arch})
+            try:
+                report = aot_check(
+                    *(config["kernel"], config["signature"], config["constexprs"]),
+                    num_warps=config["num_warps"],
+                    num_stages=config.get("num_stages", 3),
+                    arch=arch,
+                )
+            except RuntimeError as error:
+                results[-1]["error"] = str(error)
+                continue
+            fields = ("regs", "spill_stores", "spill_loads", "smem", "smem_limit", "wgmma", "mma")
+            results[-1] |= {field: getattr(report, field) for field in fields}
+            results[-1] |= {"warnings": report.ptxas_warnings, "description": str(report)}
+    return results
+
+
+if __name__ == "__main__":
+    # Last, as in conftest.py: an installed slimkernels goes first.
+    sys.path.append(str(Path(__file__).parent.parent))
+    print(json.dumps(compile_module(sys.argv[1])))
