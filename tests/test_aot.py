@@ -41,6 +41,13 @@ def load(name):
     return importlib.import_module(f"slimkernels.backends.triton.{name}")
 
 
+def function_of(kernel):
+    """The Python function under @triton.jit, @triton.autotune, @triton.heuristics."""
+    while not inspect.isfunction(kernel):
+        kernel = kernel.fn
+    return kernel
+
+
 def configurations(name):
     """A readable identity for each entry of a module's COMPILES."""
     identities = []
@@ -85,13 +92,6 @@ def test_compiles_as_declared(name, index, arch):
         assert instructions > 0, described
         # ptxas C7511: wgmma would wait for the one before it.
         assert not [w for w in report["warnings"] if "serializ" in w], described
-
-
-def function_of(kernel):
-    """The Python function under @triton.jit, @triton.autotune, @triton.heuristics."""
-    while not inspect.isfunction(kernel):
-        kernel = kernel.fn
-    return kernel
 
 
 @pytest.mark.parametrize("name", ALL_MODULES)
