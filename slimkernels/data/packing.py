@@ -107,7 +107,8 @@ class RaggedBatches:
         """Raises ValueError when there is no example or one is longer than tokens_per_batch.
 
         tokens_per_batch  real tokens in a batch at most
-        is_heldout        the same order, the examples' own, and the same masks in every epoch
+        is_heldout        the same order and the same masks in every epoch; the order is drawn, so
+                          that the first few batches are a sample of all documents
         """
         if not len(examples):
             raise ValueError("RaggedBatches: examples must not be empty")
@@ -171,11 +172,8 @@ class RaggedBatches:
         """The epoch's order (E,), and where its batches begin and end in it."""
         epoch = 0 if self.is_heldout else epoch
         if self._planned is None or self._planned[0] != epoch:
-            order = np.arange(len(self.examples))
-            if not self.is_heldout:
-                order = np.argsort(
-                    counter_bits(self.seed, Stream.ORDER, epoch, order), kind="stable"
-                )
+            bits = counter_bits(self.seed, Stream.ORDER, epoch, np.arange(len(self.examples)))
+            order = np.argsort(bits, kind="stable")
             ends = _fill(self._lengths[order], self.tokens_per_batch)
             self._planned = (epoch, order, ends)
         return self._planned[1:]

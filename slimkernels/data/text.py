@@ -66,22 +66,23 @@ def split_documents(
 
     A document's side depends on its own text only, so it keeps it whatever is added or reordered,
     and copies that differ in case or spacing land on the same side. Where the hash leaves a side
-    empty, as in a corpus of a few documents, the document nearest to that side goes over.
+    with fewer than the two documents that sentence pairs need, as in a corpus of a few documents,
+    those nearest to that side go over.
 
     heldout_share  expected share of the documents held out, in (0, 1)
-    Raises         ValueError when there are not two different documents.
+    Raises         ValueError when there are not four different documents.
     """
     if not 0.0 < heldout_share < 1.0:
         raise ValueError(f"split_documents: heldout_share must be in (0, 1); got {heldout_share}")
     places = [_place(text) for text in documents]
     distinct = sorted(set(places))
-    if len(distinct) < 2:
+    if len(distinct) < 4:
         raise ValueError(
-            "split_documents: at least two different documents are needed, so that one can be held "
-            f"out; got {len(distinct)}"
+            "split_documents: at least four different documents are needed, two to train on and "
+            f"two to hold out; got {len(distinct)}"
         )
-    threshold = heldout_share if heldout_share > distinct[0] else distinct[1]
-    threshold = min(threshold, distinct[-1])
+    threshold = heldout_share if heldout_share > distinct[1] else distinct[2]
+    threshold = min(threshold, distinct[-2])
     train = [text for text, place in zip(documents, places, strict=True) if place >= threshold]
     heldout = [text for text, place in zip(documents, places, strict=True) if place < threshold]
     return train, heldout

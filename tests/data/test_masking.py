@@ -116,12 +116,12 @@ def _by_example(batches, steps):
 def test_masks_do_not_depend_on_the_batch(examples, tokenizer):
     wide = RaggedBatches(examples, tokenizer, tokens_per_batch=1024, seed=5)
     narrow = RaggedBatches(examples, tokenizer, tokens_per_batch=200, seed=5)
-    in_order = RaggedBatches(examples, tokenizer, tokens_per_batch=777, seed=5, is_heldout=True)
-    wide, narrow, in_order = (
-        _by_example(each, range(len(each))) for each in (wide, narrow, in_order)
+    heldout = RaggedBatches(examples, tokenizer, tokens_per_batch=777, seed=5, is_heldout=True)
+    wide, narrow, heldout = (
+        _by_example(each, range(len(each))) for each in (wide, narrow, heldout)
     )
     assert len(wide) == len(examples)
-    assert wide == narrow == in_order
+    assert wide == narrow == heldout
 
 
 def test_counter_random_is_splitmix64():

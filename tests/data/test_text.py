@@ -175,14 +175,15 @@ def test_split_share(assert_binomial):
 
 
 @pytest.mark.parametrize("share", [1e-9, 0.5, 1 - 1e-9])
-def test_split_of_few_documents_leaves_neither_side_empty(share):
-    train, heldout = split_documents(["a", "b", "A "], share)
-    assert sorted(train + heldout) == ["A ", "a", "b"]
-    assert {len(train), len(heldout)} == {1, 2}
+def test_split_of_few_documents_leaves_two_on_either_side(share):
+    train, heldout = split_documents(["a", "b", "A ", "c", "d"], share)
+    assert sorted(train + heldout) == ["A ", "a", "b", "c", "d"]
+    assert {len({text.strip().lower() for text in side}) for side in (train, heldout)} == {2}
+    assert ("a" in train) == ("A " in train)
 
 
 def test_split_refuses():
-    with pytest.raises(ValueError, match="at least two different documents are needed.*got 1"):
-        split_documents(["same", " Same"])
+    with pytest.raises(ValueError, match="at least four different documents are needed.*got 3"):
+        split_documents(["same", " Same", "b", "c"])
     with pytest.raises(ValueError, match=r"heldout_share must be in \(0, 1\); got 1.5"):
         split_documents(["a", "b"], 1.5)
