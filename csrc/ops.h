@@ -20,6 +20,24 @@ struct Kernels {
   void (*layer_norm_backward)(const void* dy, const void* x, const void* weight, const float* mean,
                               const float* rstd, void* dx, void* dweight, void* dbias, int64_t M,
                               int64_t N, int dtype, int parameter_dtype);
+
+  // scaled_dot_product_attention.cpp: sizes is the start of struct Problem in cpu/attention.h; the
+  // last dimension of every tensor is contiguous; a null seed means no dropout
+  void (*scaled_dot_product_attention_forward)(const void* query, const void* key,
+                                               const void* value, void* y, float* lse,
+                                               const int32_t* key_lengths,
+                                               const int32_t* cu_seqlens_q,
+                                               const int32_t* cu_seqlens_k, const int64_t* seed,
+                                               const int64_t* sizes, float scale, int is_causal,
+                                               float dropout_p, int64_t threshold, int dtype);
+  void (*scaled_dot_product_attention_backward)(const void* dy, const void* query, const void* key,
+                                                const void* value, const void* y, const float* lse,
+                                                void* dquery, void* dkey, void* dvalue,
+                                                const int32_t* key_lengths,
+                                                const int32_t* cu_seqlens_q,
+                                                const int32_t* cu_seqlens_k, const int64_t* seed,
+                                                const int64_t* sizes, float scale, int is_causal,
+                                                float dropout_p, int64_t threshold, int dtype);
 };
 
 }  // namespace slimkernels

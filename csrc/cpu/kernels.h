@@ -16,5 +16,7 @@ struct Signature<void (*Kernels::*)(Args...)> {
 
 SLIM_DECLARE(layer_norm_forward);
 SLIM_DECLARE(layer_norm_backward);
+SLIM_DECLARE(scaled_dot_product_attention_forward);
+SLIM_DECLARE(scaled_dot_product_attention_backward);
 
 }  // namespace slimkernels::SLIM_ISA

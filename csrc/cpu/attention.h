@@ -1,0 +1,135 @@
+// What attention's forward and backward share: where sequences lie, which keys a query sees,
+// scratch memory, and 2^x.
+#pragma once
+#include <cstdlib>
+
+#include "gemm.h"
+#include "parallel.h"
+#include "random.h"
+
+namespace slimkernels::SLIM_ISA {
+
+inline constexpr float kLog2E = 1.44269504088896341f;
+inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// 2^x for x <= 0: scores less their maximum. One rounding to an integer, a polynomial of degree 6
+// on [-1/2, 1/2] (through the Chebyshev nodes; relative error 3e-9), times 2^n made of exponent
+// bits. Below 2^-126.5, -inf included, it gives 0. NaN stays NaN.
+inline vfloat exp2_of_nonpositive(vfloat x) {
+  const vfloat clamped = vmax(broadcast(-127.f), x);
+  const vfloat shifted = clamped + 12582912.f;  // 1.5 * 2^23: n is in the low bits
+  const vfloat f = clamped - (shifted - 12582912.f);
+  vfloat p = broadcast(1.54614447e-4f);
+  p = p * f + 1.34004282e-3f;
+  p = p * f + 9.61805668e-3f;
+  p = p * f + 5.55032723e-2f;
+  p = p * f + 2.40226509e-1f;
+  p = p * f + 6.93147207e-1f;
+  p = p * f + 1.f;
+  return p * (vfloat)(((vuint)shifted << 23) + 0x3F800000u);
+}
+
+// Where the elements of a tensor lie: offset = batch * b + head * h + token * t, in elements.
+struct Strides {
+  int64_t batch, head, token;
+};
+
+struct Sequence {
+  int64_t batch;  // index along the dimension that Strides::batch steps; 0 where ragged
+  int64_t q_begin, q_count, k_begin, k_count;
+};
+
+// One call's shapes. Mirrors _sizes() in slimkernels/backends/cpu/scaled_dot_product_attention.py.
+struct Problem {
+  int64_t sequences, H, Hkv, Tq, Tk, D;
+  Strides query, key, value, dy;
+  const int32_t *key_lengths, *cu_seqlens_q, *cu_seqlens_k;
+  float scale;
+  bool is_causal;
+
+  Problem(const int64_t* sizes, const int32_t* key_lengths, const int32_t* cu_seqlens_q,
+          const int32_t* cu_seqlens_k, float scale, int is_causal)
+      : key_lengths(key_lengths),
+        cu_seqlens_q(cu_seqlens_q),
+        cu_seqlens_k(cu_seqlens_k),
+        scale(scale),
+        is_causal(is_causal) {
+    std::memcpy(&sequences, sizes, 18 * sizeof(int64_t));
+  }
+
+  bool ragged() const { return cu_seqlens_q; }
+  int64_t width() const { return padded(D); }
+
+  // Contiguous (B, heads, T, D), or (T, heads, D) where ragged.
+  Strides contiguous(int64_t heads, int64_t T) const {
+    return ragged() ? Strides{0, D, heads * D} : Strides{heads * T * D, T * D, D};
+  }
+  // lse: (B, H, Tq), or (H, Tq) where ragged.
+  Strides statistics() const { return {ragged() ? 0 : H * Tq, Tq, 1}; }
+  // Dropout's row number: (b * H + h) * Tq + i, or t * H + h where ragged.
+  Strides dropout_rows() const { return ragged() ? Strides{0, 1, H} : statistics(); }
+
+  Sequence sequence(int64_t b) const {
+    if (!ragged()) return {b, 0, Tq, 0, key_lengths ? clamp(key_lengths[b], 0, Tk) : Tk};
+    // Values are checked above where that is possible; here only memory is kept safe.
+    const int64_t q = clamp(cu_seqlens_q[b], 0, Tq), k = clamp(cu_seqlens_k[b], 0, Tk);
+    return {0, q, clamp(cu_seqlens_q[b + 1], q, Tq) - q, k, clamp(cu_seqlens_k[b + 1], k, Tk) - k};
+  }
+
+  // Of `count` keys, those from `first`, how many query i sees.
+  int64_t visible(int64_t i, int64_t first, int64_t count) const {
+    return is_causal ? clamp(i + 1 - first, 0, count) : count;
+  }
+
+  // Keys in a block: packed twice they fit in half of a 1 MiB L2 beside the scores.
+  int64_t block_keys() const { return clamp(32768 / width() / 64 * 64, 64, 512); }
+
+  int threads(int64_t items) const {
+    const int64_t keys = ragged() ? Tk / clamp(sequences, 1, Tk + 1) : Tk;
+    const int64_t rows = Tq * H * (ragged() ? 1 : sequences);
+    return int(clamp(threads_for(rows * (keys + 1) / 16 * D), 1, clamp(items, 1, 1 << 20)));
+  }
+};
+
+inline int64_t at(const Strides& strides, int64_t batch, int64_t head, int64_t token) {
+  return strides.batch * batch + strides.head * head + strides.token * token;
+}
+
+// A thread's memory between calls: 256 KiB to a few MiB that malloc would map and fault in again
+// every time, which costs as much as a short sequence's attention.
+class Scratch {
+ public:
+  Scratch() = default;
+  Scratch(const Scratch&) = delete;
+  ~Scratch() { std::free(memory_); }
+
+  // Room for `floats`, handed out by take(). What was there before is lost.
+  void reserve(int64_t floats) {
+    used_ = 0;
+    if (floats <= size_) return;
+    std::free(memory_);
+    size_ = floats;
+    memory_ = (float*)std::aligned_alloc(64, size_ * sizeof(float));
+  }
+  float* take(int64_t floats) {
+    float* part = memory_ + used_;
+    used_ += rounded(floats);
+    return part;
+  }
+  static int64_t rounded(int64_t floats) { return (floats + 15) / 16 * 16; }
+
+ private:
+  float* memory_ = nullptr;
+  int64_t size_ = 0, used_ = 0;
+};
+
+inline Scratch& scratch_of_thread() {
+  static thread_local Scratch scratch;
+  return scratch;
+}
+
+inline void fill(float* x, int64_t begin, int64_t end, float value) {
+  for (int64_t i = begin; i < end; ++i) x[i] = value;
+}
+
+}  // namespace slimkernels::SLIM_ISA

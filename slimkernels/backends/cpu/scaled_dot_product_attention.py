@@ -1,0 +1,88 @@
+"""Attention on the CPU: csrc/cpu/scaled_dot_product_attention.cpp."""
+
+from array import array
+
+import torch
+
+from slimkernels.backends.cpu._common import DTYPES, _cpu, pointer, unsupported_tensor
+
+
+def unsupported(
+    query, key, value, dropout_p, is_causal, scale, key_lengths, cu_seqlens_q, cu_seqlens_k
+):
+    return unsupported_tensor(query)
+
+
+def forward(
+    query, key, value, dropout_p, is_causal, scale, key_lengths, cu_seqlens_q, cu_seqlens_k, seed
+):
+    query, key, value = (_with_whole_rows(t) for t in (query, key, value))
+    integers = _whole(key_lengths, cu_seqlens_q, cu_seqlens_k)
+    sizes = _sizes(query, key, value, query, cu_seqlens_q)
+    ragged = cu_seqlens_q is not None
+    y = torch.empty_like(query, memory_format=torch.contiguous_format)
+    rows = (query.shape[1], query.shape[0]) if ragged else query.shape[:-1]
+    lse = query.new_empty(rows, dtype=torch.float32)
+    _cpu.scaled_dot_product_attention_forward(
+        *(pointer(t) for t in (query, key, value, y, lse, *integers, seed)),
+        *(sizes.buffer_info()[0], scale, is_causal, dropout_p),
+        *(_threshold(dropout_p), DTYPES[query.dtype]),
+    )
+    return y, lse
+
+
+def backward(
+    dy,
+    query,
+    key,
+    value,
+    output,
+    lse,
+    dropout_p,
+    is_causal,
+    scale,
+    key_lengths,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    seed,
+):
+    dy, query, key, value = (_with_whole_rows(t) for t in (dy, query, key, value))
+    integers = _whole(key_lengths, cu_seqlens_q, cu_seqlens_k)
+    sizes = _sizes(query, key, value, dy, cu_seqlens_q)
+    gradients = [
+        torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)
+    ]
+    saved = dy, query, key, value, output.contiguous(), lse.contiguous()
+    _cpu.scaled_dot_product_attention_backward(
+        *(pointer(t) for t in (*saved, *gradients, *integers, seed)),
+        *(sizes.buffer_info()[0], scale, is_causal, dropout_p),
+        *(_threshold(dropout_p), DTYPES[query.dtype]),
+    )
+    return tuple(gradients)
+
+
+def _with_whole_rows(x):
+    """x itself unless the elements of a head lie apart: the kernel takes all other strides."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _whole(*integers):
+    return [None if t is None else t.contiguous() for t in integers]
+
+
+def _sizes(query, key, value, dy, cu_seqlens_q):
+    """The first members of struct Problem in csrc/cpu/attention.h, in its order."""
+    if cu_seqlens_q is None:
+        B, H, Tq, D = query.shape
+        _, Hkv, Tk, _ = key.shape
+        strides = [t.stride()[:3] for t in (query, key, value, dy)]
+    else:
+        (Tq, H, D), (Tk, Hkv, _) = query.shape, key.shape
+        B = cu_seqlens_q.shape[0] - 1
+        strides = [(0, t.stride(1), t.stride(0)) for t in (query, key, value, dy)]
+    return array("q", (B, H, Hkv, Tq, Tk, D, *(n for three in strides for n in three)))
+
+
+def _threshold(dropout_p):
+    """Dropout keeps bits at or above this: slimkernels/ops/_dropout.py has the definition."""
+    return min(int(dropout_p * 2**32), 2**32 - 1)
