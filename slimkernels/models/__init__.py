@@ -1,0 +1,1 @@
+"""Models assembled from the library's ops: one config, one block, thin assemblies."""

@@ -1,0 +1,226 @@
+"""BERT (Devlin et al. 2019), without padding from the embedding to the loss.
+
+A batch is ragged: the tokens of all sequences laid end to end, and cu_seqlens saying where each
+begins. Every product, norm and activation then works on real tokens only, attention stays within
+a sequence, and the vocabulary matrix, a third of the work in a small BERT, meets the masked
+positions alone.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from slimkernels.models.block import Block, activate, initialise
+from slimkernels.models.checks import check_batch, check_ids, check_padded
+from slimkernels.models.config import TransformerConfig
+from slimkernels.models.embedding import Embedding
+from slimkernels.nn import LayerNorm
+from slimkernels.ops.cross_entropy import cross_entropy
+from slimkernels.ops.linear import linear
+
+
+class Bert(nn.Module):
+    """The encoder: token ids to hidden states."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = Embedding(config)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        initialise(self, config.initializer_std)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        segment_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        *,
+        key_lengths: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states of a ragged batch, or of a padded one.
+
+        input_ids     (T,) int64 with cu_seqlens, or (B, T) with or without key_lengths
+        segment_ids   like input_ids; 0 everywhere if None
+        position_ids  like input_ids; counted from 0 in each sequence if None
+        cu_seqlens    (B+1,) int32: sequence i is tokens [cu_seqlens[i], cu_seqlens[i + 1])
+        key_lengths   (B,) int32: tokens of row i at and after key_lengths[i] are padding, which
+                      is computed but which no token attends to
+        Returns       (T, C) or (B, T, C)
+        Errors        ValueError for a wrong shape, an empty batch, or, on the CPU, an id out of
+                      range; on a GPU, where looking would wait for the device, an id out of range
+                      is torch's device-side assertion
+        """
+        hidden, _ = self.embed(input_ids, segment_ids, position_ids, cu_seqlens)
+        return self.encode(hidden, cu_seqlens=cu_seqlens, key_lengths=key_lengths)
+
+    def embed(self, input_ids, segment_ids, position_ids, cu_seqlens) -> tuple[Tensor, Tensor]:
+        """Hidden states before the first block, and the token table for the tied decoder."""
+        check_batch(self.config, input_ids, cu_seqlens)
+        if segment_ids is None:
+            segment_ids = torch.zeros_like(input_ids)
+        if position_ids is None:
+            position_ids = positions(input_ids, cu_seqlens)
+        like = tuple(input_ids.shape)
+        check_ids("segment_ids", segment_ids, self.config.type_vocab_size, like)
+        check_ids("position_ids", position_ids, self.config.max_positions, like)
+        return self.embedding(input_ids, segment_ids, position_ids)
+
+    def encode(self, hidden: Tensor, **lengths: Tensor | None) -> Tensor:
+        """Hidden states after the last block; `lengths` is what Block.forward takes."""
+        residual = hidden
+        for layer in self.layers:
+            hidden, residual = layer(hidden, residual, **lengths)
+        return hidden
+
+
+def positions(input_ids: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Each token's place in its sequence; no wait for the device."""
+    T = input_ids.shape[-1]
+    count = torch.arange(T, device=input_ids.device)
+    if cu_seqlens is None:
+        return count.expand(input_ids.shape)
+    starts = cu_seqlens[:-1].to(count.dtype)
+    # output_size, because without it the device is asked for the sum of the lengths.
+    return count - starts.repeat_interleave(cu_seqlens.diff(), output_size=T)
+
+
+class PretrainingOutput(NamedTuple):
+    """Scalars. loss is mlm_loss + nsp_loss in float32 at least; nsp_loss is 0 without labels."""
+
+    loss: Tensor
+    mlm_loss: Tensor
+    nsp_loss: Tensor
+
+
+class BertForPreTraining(nn.Module):
+    """The encoder with BERT's two heads: masked tokens (MLM) and next sentences (NSP)."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        C = config.hidden_size
+        self.bert = Bert(config)
+        self.pooler = nn.Linear(C, C)
+        self.next_sentence = nn.Linear(C, 2)
+        self.transform = nn.Linear(C, C)
+        self.transform_norm = LayerNorm(C, config.layer_norm_eps)
+        # The decoder's matrix is the token embedding; only its bias is its own.
+        self.decoder_bias = nn.Parameter(torch.zeros(config.vocab_size))
+        initialise(self, config.initializer_std)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        segment_ids: Tensor | None,
+        position_ids: Tensor | None,
+        cu_seqlens: Tensor,
+        masked_positions: Tensor,
+        masked_labels: Tensor,
+        next_sentence_labels: Tensor | None = None,
+    ) -> PretrainingOutput:
+        """The pretraining losses of a ragged batch.
+
+        input_ids, segment_ids, position_ids, cu_seqlens  as in Bert.forward, ragged
+        masked_positions      (K,) int64, indices into T: where the MLM head predicts
+        masked_labels         (K,) int64, the ids that stood there; -100 is left out of the mean
+        next_sentence_labels  (B,) int64, 0 where the second segment follows the first, else 1
+        Returns               PretrainingOutput; mlm_loss is NaN where nothing is to be predicted
+        Errors                ValueError, as in Bert.forward
+        """
+        if cu_seqlens is None:
+            raise ValueError("Bert: cu_seqlens must be given; forward_padded takes padded batches")
+        hidden, decoder_weight = self.bert.embed(input_ids, segment_ids, position_ids, cu_seqlens)
+        check_ids("masked_positions", masked_positions, input_ids.shape[0])
+        hidden = self.bert.encode(hidden, cu_seqlens=cu_seqlens)
+        logits = self.mlm_logits(hidden.index_select(0, masked_positions), decoder_weight)
+        mlm_loss = cross_entropy(logits, masked_labels)
+        if next_sentence_labels is None:
+            nsp_loss = mlm_loss.new_zeros(())
+        else:
+            first = hidden.index_select(0, cu_seqlens[:-1])  # (B, C)
+            nsp_loss = cross_entropy(self.nsp_logits(first), next_sentence_labels)
+        # Half precision would round the sum to three digits.
+        wide = torch.promote_types(mlm_loss.dtype, torch.float32)
+        return PretrainingOutput(mlm_loss.to(wide) + nsp_loss.to(wide), mlm_loss, nsp_loss)
+
+    def mlm_logits(self, hidden: Tensor, decoder_weight: Tensor | None = None) -> Tensor:
+        """(K, V) scores of every token for K hidden states (K, C).
+
+        decoder_weight  the token embedding as embed() returned it, which saves a pass over its
+                        gradient; the parameter itself if None
+        """
+        norm = self.transform_norm
+        if decoder_weight is None:
+            decoder_weight = self.bert.embedding.token.weight
+        x = norm(activate(hidden, self.transform, self.config.activation))
+        return linear(x, decoder_weight, self.decoder_bias)
+
+    def nsp_logits(self, first: Tensor) -> Tensor:
+        """(B, 2) scores from the hidden states (B, C) of each sequence's first token."""
+        pooled = torch.tanh(linear(first, self.pooler.weight, self.pooler.bias))
+        return linear(pooled, self.next_sentence.weight, self.next_sentence.bias)
+
+    def forward_padded(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        next_sentence_label: Tensor | None = None,
+    ) -> PretrainingOutput:
+        """The same losses from a padded batch, under Hugging Face's names; padding is cut out.
+
+        input_ids            (B, T) int64
+        attention_mask       (B, T): 0 where there is padding, wherever it stands; none if None
+        token_type_ids       (B, T) int64; 0 everywhere if None
+        labels               (B, T) int64, -100 where nothing is to be predicted
+        next_sentence_label  (B,) int64
+        Returns              PretrainingOutput, the numbers of forward() on the real tokens; the
+                             pooled token is each row's first real one
+        Errors               ValueError, as in Bert.forward
+        Caution              waits for the device once or twice: it must tell the host how many
+                             tokens are real, and how many of them are to be predicted
+        """
+        check_padded(input_ids, attention_mask, token_type_ids, labels)
+        B, T = input_ids.shape
+        if attention_mask is None:
+            tokens = torch.arange(B * T, device=input_ids.device)
+            lengths = torch.full((B,), T, device=input_ids.device)
+        else:
+            tokens = attention_mask.flatten().nonzero().squeeze(1)
+            lengths = (attention_mask != 0).sum(1)
+
+        def real(rectangle: Tensor) -> Tensor:
+            return rectangle.reshape(-1).index_select(0, tokens)
+
+        labels = real(labels)
+        masked_positions = (labels != -100).nonzero().squeeze(1)
+        return self(
+            real(input_ids),
+            None if token_type_ids is None else real(token_type_ids),
+            tokens % T,
+            F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32),
+            masked_positions,
+            labels.index_select(0, masked_positions),
+            next_sentence_label,
+        )
+
+    @torch.no_grad()
+    def predict_masked(
+        self, input_ids: Tensor, position: int, segment_ids: Tensor | None = None
+    ) -> Tensor:
+        """(V,) scores of every token for the place `position` of one sequence.
+
+        input_ids, segment_ids  (T,) int64, as in Bert.forward
+        Caution                 drops out in training mode: call eval() before
+        """
+        T = input_ids.shape[0]
+        check_ids("position", torch.tensor([position]), T)
+        cu_seqlens = torch.tensor([0, T], dtype=torch.int32, device=input_ids.device)
+        hidden = self.bert(input_ids, segment_ids, None, cu_seqlens)
+        return self.mlm_logits(hidden[position : position + 1])[0]

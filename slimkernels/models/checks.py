@@ -1,0 +1,100 @@
+"""What a model says of a batch it cannot take, before any kernel runs.
+
+Shapes are always checked. Values are looked at where that is free: on the CPU, in eager code.
+On a GPU it would wait for the device, and under torch.compile it would break the graph.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from slimkernels.models.config import TransformerConfig
+
+
+def check_batch(config: TransformerConfig, input_ids: Tensor, cu_seqlens: Tensor | None) -> None:
+    """Token ids (T,) with cu_seqlens (B+1,) of B >= 1 sequences without an empty one, or (B, T)."""
+    check_ids("input_ids", input_ids, config.vocab_size)
+    shape = tuple(input_ids.shape)
+    if cu_seqlens is None:
+        if len(shape) != 2 or 0 in shape:
+            raise ValueError(
+                f"Bert: input_ids must be (B, T) with B and T at least 1 if there is no "
+                f"cu_seqlens; got {shape}"
+            )
+        return
+    if len(shape) != 1:
+        raise ValueError(f"Bert: input_ids must be (T,) if there is cu_seqlens; got {shape}")
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype != torch.int32:
+        actual = getattr(cu_seqlens, "dtype", type(cu_seqlens).__name__)
+        raise ValueError(f"Bert: cu_seqlens must be an int32 tensor; got {actual}")
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
+        raise ValueError(
+            f"Bert: the batch is empty: cu_seqlens must be (B+1,) of B >= 1 sequences; "
+            f"got {tuple(cu_seqlens.shape)}"
+        )
+    if not _readable(cu_seqlens):
+        return
+    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    if (first, last) != (0, shape[0]):
+        raise ValueError(
+            f"Bert: cu_seqlens must go from 0 to {shape[0]}, the tokens in input_ids; "
+            f"got {first} to {last}"
+        )
+    shortest = int(cu_seqlens.diff().min())
+    if shortest < 1:
+        raise ValueError(
+            f"Bert: cu_seqlens must grow by at least 1 a sequence; it grows by {shortest}"
+        )
+
+
+def check_ids(name: str, ids: Tensor, limit: int, shape: tuple[int, ...] | None = None) -> None:
+    """`ids` are integers of the given shape, each in [0, limit)."""
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
+        actual = getattr(ids, "dtype", type(ids).__name__)
+        raise ValueError(f"Bert: {name} must be an int64 or int32 tensor; got {actual}")
+    if shape is not None and tuple(ids.shape) != shape:
+        raise ValueError(
+            f"Bert: {name} must have shape {shape} like input_ids; got {tuple(ids.shape)}"
+        )
+    if not _readable(ids) or ids.numel() == 0:
+        return
+    least, most = (int(bound) for bound in torch.aminmax(ids))
+    if least < 0 or most >= limit:
+        raise ValueError(
+            f"Bert: {name} must be in [0, {limit}); got {least if least < 0 else most}"
+        )
+
+
+def check_padded(input_ids, attention_mask, token_type_ids, labels) -> None:
+    """Rectangles (B, T), all alike, with something in every row; ids are the ragged form's."""
+    if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or 0 in input_ids.shape:
+        actual = getattr(input_ids, "shape", type(input_ids).__name__)
+        raise ValueError(
+            f"Bert: input_ids must be (B, T) with B and T at least 1; "
+            f"got {actual if isinstance(actual, str) else tuple(actual)}"
+        )
+    if labels is None:
+        raise ValueError("Bert: labels must be given, -100 where nothing is to be predicted")
+    rectangles = {
+        "attention_mask": attention_mask,
+        "token_type_ids": token_type_ids,
+        "labels": labels,
+    }
+    for name, rectangle in rectangles.items():
+        if rectangle is not None and rectangle.shape != input_ids.shape:
+            raise ValueError(
+                f"Bert: {name} must have shape {tuple(input_ids.shape)} like input_ids; "
+                f"got {tuple(rectangle.shape)}"
+            )
+    if attention_mask is not None and _readable(attention_mask):
+        empty = ~attention_mask.any(1)
+        if empty.any():
+            raise ValueError(
+                f"Bert: attention_mask must leave a token in every row; "
+                f"row {int(empty.nonzero()[0])} has none"
+            )
+
+
+def _readable(ids: Tensor) -> bool:
+    return ids.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -1,0 +1,74 @@
+"""BERT's input: the sum of token, position and segment embeddings, normalised and dropped out."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from slimkernels.models.config import TransformerConfig
+from slimkernels.nn import LayerNorm
+from slimkernels.ops.add_layer_norm import add_layer_norm
+
+
+class Embedding(nn.Module):
+    """Ids to hidden states, and the token table as the decoder is to use it."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        C = config.hidden_size
+        self.config = config
+        self.token = nn.Embedding(config.vocab_size, C)
+        self.position = nn.Embedding(config.max_positions, C)
+        self.segment = nn.Embedding(config.type_vocab_size, C)
+        self.norm = LayerNorm(C, config.layer_norm_eps)
+
+    def forward(
+        self, input_ids: Tensor, segment_ids: Tensor, position_ids: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states (..., C) of ids (...), and the (V, C) matrix for the tied decoder.
+
+        Under autocast the hidden states, and so the whole residual stream, are in its dtype.
+        """
+        shape, norm = input_ids.shape, self.norm
+        tokens, decoder_weight = _TiedEmbedding.apply(self.token.weight, input_ids.flatten())
+        places = F.embedding(position_ids, self.position.weight)
+        places = places + F.embedding(segment_ids, self.segment.weight)
+        hidden, _ = add_layer_norm(
+            tokens.view(*shape, -1), places, norm.normalized_shape, norm.weight, norm.bias, norm.eps
+        )
+        if torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        return F.dropout(hidden, self.config.dropout_p, self.training), decoder_weight
+
+
+class _TiedEmbedding(torch.autograd.Function):
+    """weight[ids], and weight itself for the tied decoder (Press and Wolf 2017), in one node.
+
+    Apart, the look-up's gradient is a (V, C) matrix of zeros with a few rows set, which autograd
+    then adds to the decoder's: four passes over a matrix of V rows. Here a few rows go
+    straight into the decoder's gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, weight, ids):
+        ctx.save_for_backward(ids)
+        ctx.shape = weight.shape
+        ctx.set_materialize_grads(False)
+        return weight.index_select(0, ids), weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, drows, dweight):
+        (ids,) = ctx.saved_tensors
+        if drows is None:
+            return dweight, None
+        if dweight is None:
+            dweight = drows.new_zeros(ctx.shape)
+        # The decoder's product has just made dweight, and nobody else holds it. Out of place
+        # where a graph is recorded, and on a GPU, where index_add_ has no fixed order of sums.
+        if drows.device.type == "cpu" and not (
+            torch.is_grad_enabled() or torch.compiler.is_compiling()
+        ):
+            return dweight.index_add_(0, ids, drows), None
+        rows = torch.ops.aten.embedding_dense_backward(drows, ids, ctx.shape[0], -1, False)
+        return dweight + rows, None

@@ -1,0 +1,22 @@
+"""torch.nn's modules on the library's kernels: same constructors, state_dict keys and outputs.
+
+Each is a subclass of torch.nn's, so that code that looks for ``torch.nn.LayerNorm`` finds it. An
+argument that is not implemented raises ValueError; none is accepted and ignored.
+"""
+
+from slimkernels.nn.cross_entropy import CrossEntropyLoss
+from slimkernels.nn.gelu import GELU
+from slimkernels.nn.layer_norm import LayerNorm
+from slimkernels.nn.multihead_attention import MultiheadAttention
+from slimkernels.nn.softmax import Softmax
+from slimkernels.nn.transformer import TransformerEncoder, TransformerEncoderLayer
+
+__all__ = [
+    "GELU",
+    "CrossEntropyLoss",
+    "LayerNorm",
+    "MultiheadAttention",
+    "Softmax",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
+]

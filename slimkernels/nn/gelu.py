@@ -1,0 +1,15 @@
+"""torch.nn.GELU on the library's gelu."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from slimkernels.ops.gelu import gelu
+
+
+class GELU(torch.nn.GELU):
+    """torch.nn.GELU; inputs, errors and precision as in slimkernels.gelu."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return gelu(input, approximate=self.approximate)

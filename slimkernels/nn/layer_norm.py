@@ -1,0 +1,15 @@
+"""torch.nn.LayerNorm on the library's layer_norm."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from slimkernels.ops.layer_norm import layer_norm
+
+
+class LayerNorm(torch.nn.LayerNorm):
+    """torch.nn.LayerNorm; inputs, errors and precision as in slimkernels.layer_norm."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)

@@ -1,0 +1,109 @@
+import copy
+import dataclasses
+
+import pytest
+import torch
+from module_cases import assert_model_no_worse, outputs_and_gradients
+
+from slimkernels.dispatch import use_backend
+from slimkernels.models.block import Block
+from slimkernels.models.embedding import _TiedEmbedding
+
+T = 9
+CAUSAL = torch.ones(T, T, dtype=torch.bool).triu(1)
+NAMES = {
+    "qkv": "self_attn.in_proj_",
+    "attention_output": "self_attn.out_proj.",
+    "intermediate": "linear1.",
+    "output": "linear2.",
+}
+
+
+class Blocks(torch.nn.Module):
+    """Two blocks as a model assembles them, with the norm that comes before pre-norm ones."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.first = torch.nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.blocks = torch.nn.ModuleList([Block(config), Block(config)])
+
+    def forward(self, x, **kwargs):
+        hidden = self.first(x) if self.config.norm_first else x
+        residual = x
+        for block in self.blocks:
+            hidden, residual = block(hidden, residual, **kwargs)
+        return hidden
+
+
+def pair(config):
+    """Our blocks, and torch's encoder with the same parameters."""
+    torch.manual_seed(0)
+    ours = Blocks(config)
+    for parameter in ours.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    layer = torch.nn.TransformerEncoderLayer(
+        *(config.hidden_size, config.num_heads, config.intermediate_size, 0.0),
+        activation=torch.nn.GELU("tanh" if config.activation == "gelu_tanh" else "none"),
+        layer_norm_eps=config.layer_norm_eps,
+        batch_first=True,
+        norm_first=config.norm_first,
+    )
+    final = torch.nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+    theirs = torch.nn.TransformerEncoder(
+        layer, 2, final if config.norm_first else None, enable_nested_tensor=False
+    )
+    blocks, first = [b.state_dict() for b in ours.blocks], ours.first.state_dict()
+    state = {}
+    for i, block in enumerate(blocks):
+        for name, their in NAMES.items():
+            for kind in ("weight", "bias"):
+                state[f"layers.{i}.{their}{kind}"] = block[f"{name}.{kind}"]
+        for kind in ("weight", "bias"):
+            norms = [block[f"attention_norm.{kind}"], block[f"output_norm.{kind}"]]
+            if config.norm_first:  # the norm that ends a block is the next one's first
+                before = blocks[i - 1][f"output_norm.{kind}"] if i else first[kind]
+                norms = [before, norms[0]]
+            for place, norm in enumerate(norms, 1):
+                state[f"layers.{i}.norm{place}.{kind}"] = norm
+            if config.norm_first:
+                state[f"norm.{kind}"] = block[f"output_norm.{kind}"]
+    theirs.load_state_dict(state)
+    return ours, theirs
+
+
+@pytest.mark.parametrize("backend", [None, "torch"])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_is_torchs_encoder(config, norm_first, activation, is_causal, backend):
+    config = dataclasses.replace(config, norm_first=norm_first, activation=activation)
+    ours, theirs = pair(config)
+    x = torch.randn(3, T, config.hidden_size)
+
+    def call(module, x):
+        if isinstance(module, Blocks):
+            return module(x, is_causal=is_causal)
+        return module(x, mask=CAUSAL if is_causal else None, is_causal=is_causal)
+
+    with use_backend(backend):
+        actual = outputs_and_gradients(ours, call, (x,))
+    eager = outputs_and_gradients(theirs, call, (x,))
+    truth = outputs_and_gradients(copy.deepcopy(theirs).double(), call, (x.double(),))
+    shared = ("output 0", "gradient of input 0")
+    assert_model_no_worse(*({name: r[name] for name in shared} for r in (actual, eager, truth)))
+
+
+@pytest.mark.parametrize("used", ["both", "rows", "matrix"])
+def test_tied_embedding_has_the_gradients_of_two_uses(used):
+    weight = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    ids = torch.tensor([4, 1, 4, 0])
+
+    def call(weight):
+        rows, matrix = _TiedEmbedding.apply(weight, ids)
+        # Not linear, so that second derivatives are not zero.
+        results = (rows.sin(), (matrix @ matrix.T).sin())
+        return {"both": results, "rows": results[0], "matrix": results[1]}[used]
+
+    assert torch.autograd.gradcheck(call, (weight,))
+    assert torch.autograd.gradgradcheck(call, (weight,))

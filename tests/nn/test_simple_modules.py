@@ -1,0 +1,98 @@
+import copy
+import pickle
+
+import pytest
+import torch
+from module_cases import outputs_and_gradients
+
+import slimkernels.nn as slim_nn
+from slimkernels.dispatch import use_backend
+from slimkernels.testing import assert_no_worse
+
+CASES = {
+    "layer norm": ("LayerNorm", (24,), {}),
+    "layer norm of two dimensions": ("LayerNorm", ((3, 24),), {"eps": 1e-3}),
+    "layer norm without bias": ("LayerNorm", (24,), {"bias": False}),
+    "layer norm without parameters": ("LayerNorm", (24,), {"elementwise_affine": False}),
+    "gelu": ("GELU", (), {}),
+    "gelu by tanh": ("GELU", ("tanh",), {}),
+    "softmax": ("Softmax", (-1,), {}),
+    "softmax of another dimension": ("Softmax", (1,), {}),
+}
+
+
+def pair(name, args, kwargs, **where):
+    torch.manual_seed(0)
+    theirs = getattr(torch.nn, name)(*args, **kwargs, **where)
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter)
+    ours = getattr(slim_nn, name)(*args, **kwargs, **where)
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
+@pytest.mark.parametrize("backend", [None, "torch"])
+@pytest.mark.parametrize("case", CASES)
+def test_drops_in_for_torch(case, backend):
+    ours, theirs = pair(*CASES[case])
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    assert repr(ours) == repr(theirs)
+    x = torch.randn(5, 3, 24)
+
+    def call(module, x):
+        return module(x)
+
+    with use_backend(backend):
+        actual = outputs_and_gradients(ours, call, (x,))
+    eager = outputs_and_gradients(theirs, call, (x,))
+    truth = outputs_and_gradients(copy.deepcopy(theirs).double(), call, (x.double(),))
+    for name, expected in truth.items():
+        assert_no_worse(actual[name], eager[name], expected, what=name)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [{}, {"label_smoothing": 0.1}, {"reduction": "sum"}, {"reduction": "none", "ignore_index": 2}],
+    ids=str,
+)
+def test_cross_entropy_loss_drops_in(kwargs):
+    ours, theirs = slim_nn.CrossEntropyLoss(**kwargs), torch.nn.CrossEntropyLoss(**kwargs)
+    assert repr(ours) == repr(theirs)
+    torch.manual_seed(0)
+    logits, target = torch.randn(9, 31), torch.randint(0, 31, (9,))
+    target[3] = 2 if "ignore_index" in kwargs else -100
+
+    def call(module, logits):
+        return module(logits, target)
+
+    actual, eager = (outputs_and_gradients(m, call, (logits,)) for m in (ours, theirs))
+    truth = outputs_and_gradients(theirs, call, (logits.double(),))
+    for name, expected in truth.items():
+        assert_no_worse(actual[name], eager[name], expected, what=name)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_copies_and_pickles(case):
+    ours, _ = pair(*CASES[case])
+    x = torch.randn(2, 3, 24)
+    for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert type(other) is type(ours) and torch.equal(other(x), ours(x))
+
+
+@pytest.mark.parametrize(
+    "make, sentence",
+    [
+        (lambda: slim_nn.Softmax(), "Softmax: dim must be given"),
+        (lambda: slim_nn.CrossEntropyLoss(torch.ones(3)), "weight, of the classes, is not impl"),
+        (lambda: slim_nn.CrossEntropyLoss(size_average=True), "use reduction"),
+        (lambda: slim_nn.CrossEntropyLoss(reduce=False), "use reduction"),
+        (lambda: slim_nn.CrossEntropyLoss(reduction="max"), "must be .* or 'sum'; got 'max'"),
+        (
+            lambda: slim_nn.CrossEntropyLoss()(torch.ones(2, 3), torch.ones(2, 3)),
+            "target must hold class labels",
+        ),
+    ],
+)
+def test_what_is_not_implemented_is_refused(make, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        make()
