@@ -8,7 +8,6 @@ and says what was learned and how much faster it went than in eager PyTorch.
 from __future__ import annotations
 
 import json
-import math
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,18 +16,13 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-import slimkernels
-from slimkernels.data import (
-    RaggedBatches,
-    Tokenizer,
-    pack_examples,
-    read_documents,
-    sample_path,
-    split_documents,
-)
+from slimkernels.data import Tokenizer, sample_path
+from slimkernels.data.pretraining import prepare
+from slimkernels.dispatch import BackendError
 from slimkernels.models.bert import BertForPreTraining
 from slimkernels.models.config import TransformerConfig
 from slimkernels.training import checkpoint, plot, speed
+from slimkernels.training.device import resolve_device, resolve_precision
 from slimkernels.training.loop import Run, TrainingError, evaluate, save, train
 from slimkernels.training.optim import adamw
 from slimkernels.training.runs import newest_run, start_run
@@ -46,15 +40,15 @@ class Options:
     """Pretrain a BERT with masked-language-model and next-sentence losses."""
 
     corpus: Path | None = None
-    """jsonl (.gz, .xz, .zst), text, or a folder of them; the sample in the package by default"""
+    """jsonl (.gz, .xz, .zst), text, or a folder of them; by default the sample in the package"""
     out: Path = Path("runs/pretrain")
     """where numbered run folders go"""
     resume: bool = False
-    """go on with the newest run under --out, whose own options hold"""
+    """go on with the newest run under --out; that run's own options hold"""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N"""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """matrix products; auto is bfloat16 on a GPU and float32 on a CPU"""
+    """of matrix products; auto is bfloat16 on a GPU and float32 on a CPU"""
     hidden_size: int = 256
     num_layers: int = 4
     num_heads: int = 4
@@ -73,6 +67,7 @@ class Options:
     heldout_batches: int = 16
     """batches of held-out text in an evaluation"""
     checkpoint_every: int = 100
+    """steps between checkpoints"""
     compare_steps: int = 5
     """steps timed at the end on our kernels and on eager PyTorch; 0 to leave it out"""
 
@@ -84,42 +79,71 @@ def main(argv: list[str] | None = None) -> int:
     options = tyro.cli(Options, args=argv, prog="slimkernels pretrain")
     try:
         return pretrain(options)
-    except (ValueError, slimkernels.BackendError, checkpoint.CheckpointError, TrainingError) as e:
-        print(f"slimkernels pretrain: {e}", file=sys.stderr)
-        return 1
-    except OSError as error:
+    except KeyboardInterrupt:
+        print("\nStopped.", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, BackendError, checkpoint.CheckpointError, TrainingError) as error:
         print(f"slimkernels pretrain: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("\nstopped before there was anything to save", file=sys.stderr)
-        return 130
 
 
 def pretrain(options: Options) -> int:
     """Prepare, train, evaluate and report one run."""
-    options, folder, saved = _open_run(options)
-    device, precision = _device(options.device), None
-    precision = _precision(options.precision, device)
-    torch.manual_seed(options.seed)
-    print(f"Run folder {folder}; device {device}; matrix products in {_short(precision)}.")
+    options, saved = _stored(options) if options.resume else (options, None)
+    run, tokenizer, heldout, folder = _set_up(options, saved)
+    before = run.trainer["heldout_at_start"]
+    print(f"Held-out loss before training: {_losses(before)}.")
 
-    tokenizer, batches, heldout = _prepare(options, folder)
-    config = TransformerConfig(
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=options.hidden_size,
-        num_layers=options.num_layers,
-        num_heads=options.num_heads,
-        intermediate_size=4 * options.hidden_size,
-        max_positions=options.max_length,
-        dropout_p=options.dropout,
-        attention_dropout_p=options.dropout,
+    if not _train(run, folder):
+        print(f"Interrupted at step {run.step}; the checkpoint is in {folder}.")
+        print(f"Go on with: slimkernels pretrain --resume --out {options.out}")
+        return 130
+    after = evaluate(run.model, heldout, run.device, run.precision)
+    checkpoint.save_model(folder / "model.safetensors", run.model)
+    _report(run, folder, before, after, tokenizer)
+    if options.compare_steps:
+        print(speed.compare(run, options.compare_steps))
+    return 0
+
+
+def _stored(options: Options) -> tuple[Options, Path]:
+    """The options of the newest run, and its newest checkpoint."""
+    folder = newest_run(options.out)
+    saved = checkpoint.latest(folder) if folder else None
+    if saved is None:
+        raise ValueError(f"--resume: there is no run with a checkpoint under {options.out}")
+    try:
+        stored = {**checkpoint.read_trainer(saved)["options"], "out": options.out}
+        stored["corpus"] = Path(stored["corpus"]) if stored["corpus"] else None
+        return Options(**stored | {"device": options.device}), saved
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"--resume: {saved} was written by another version: {error}") from error
+
+
+def _set_up(options: Options, saved: Path | None):
+    """The run at its start, or at the checkpoint `saved`; tokenizer, held-out batches, folder."""
+    config = _config(options, options.vocab_size)  # refuses bad sizes before a folder is made
+    device = resolve_device(options.device)
+    precision = resolve_precision(options.precision, device)
+    folder = saved.parent if saved else start_run(options.out)
+    print(f"Run folder {folder}; device {device}; matrix products in {precision}.")
+    data = prepare(
+        options.corpus or sample_path(),
+        folder / "tokenizer.json",
+        vocab_size=options.vocab_size,
+        max_length=options.max_length,
+        tokens_per_batch=options.tokens_per_batch,
+        seed=options.seed,
+        say=lambda sentence: print(sentence, flush=True),
     )
+    heldout = [data.heldout[i] for i in range(min(options.heldout_batches, len(data.heldout)))]
+    torch.manual_seed(options.seed)
+    config = _config(options, data.tokenizer.vocab_size)
     model = BertForPreTraining(config).to(device)
-    optimizer = adamw(model, options.lr, weight_decay=options.weight_decay)
     run = Run(
         model=model,
-        optimizer=optimizer,
-        batches=batches,
+        optimizer=adamw(model, options.lr, weight_decay=options.weight_decay),
+        batches=data.training,
         device=device,
         precision=precision,
         total_steps=options.steps,
@@ -128,123 +152,37 @@ def pretrain(options: Options) -> int:
         max_grad_norm=options.max_grad_norm,
         checkpoints=folder,
         checkpoint_every=options.checkpoint_every,
-        trainer={"options": _as_json(options), "config": config.to_dict()},
     )
     if saved is None:
-        run.trainer["heldout_at_start"] = evaluate(model, heldout, device, precision)
+        stored = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items()}
+        before = evaluate(model, heldout, device, precision)
+        run.trainer = {"options": stored, "config": config.to_dict(), "heldout_at_start": before}
+        (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2))
         save(run)
     else:
-        checkpoint.load(saved, model, optimizer)
+        checkpoint.load(saved, model, run.optimizer)
         run.trainer = checkpoint.read_trainer(saved)
         run.step = run.trainer.pop("step")
-        print(f"Resuming {saved} at step {run.step}.")
-    before = run.trainer["heldout_at_start"]
-    print(f"Held-out loss before training: {_losses(before)}.")
-
-    finished = _train(run, folder, model)
-    if not finished:
-        print(f"Interrupted at step {run.step}; the checkpoint is in {folder}.")
-        print(f"Go on with: slimkernels pretrain --resume --out {options.out}")
-        return 130
-    checkpoint.save_model(folder / "model.safetensors", model)
-    (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2))
-    _report(run, folder, before, evaluate(model, heldout, device, precision), tokenizer)
-    if options.compare_steps:
-        print(speed.compare(run, options.compare_steps))
-    return 0
+        print(f"Going on from step {run.step}.")
+    return run, data.tokenizer, heldout, folder
 
 
-def _open_run(options: Options) -> tuple[Options, Path, Path | None]:
-    """The options that hold, the run's folder, and the checkpoint to go on from, if any."""
-    if not options.resume:
-        _check(options)
-        return options, start_run(options.out), None
-    folder = newest_run(options.out)
-    saved = checkpoint.latest(folder) if folder else None
-    if saved is None:
-        raise ValueError(f"--resume: there is no run with a checkpoint under {options.out}")
-    trainer = checkpoint.read_trainer(saved)
-    try:
-        stored = {**trainer["options"], "out": options.out, "device": options.device}
-        stored["corpus"] = Path(stored["corpus"]) if stored["corpus"] else None
-        return Options(**stored), folder, saved
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"--resume: {saved} was written by another version: {error}") from error
-
-
-def _check(options: Options) -> None:
-    for name in ("steps", "tokens_per_batch", "num_layers", "heldout_batches", "checkpoint_every"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
-    if not 0 < options.lr < math.inf:
-        raise ValueError(f"--lr must be positive; got {options.lr}")
-
-
-def _as_json(options: Options) -> dict:
-    return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items()}
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
-
-
-def _precision(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return getattr(torch, name)
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _losses(heldout: dict[str, float]) -> str:
-    return f"MLM {heldout['mlm_loss']:.3f} nats a word, NSP {heldout['nsp_loss']:.3f}"
-
-
-def _prepare(options: Options, folder: Path):
-    """The tokenizer, the training batches and the held-out ones."""
-    corpus = options.corpus or sample_path()
-    print(f"Reading {corpus} ...", flush=True)
-    documents, heldout_documents = split_documents(read_documents(corpus))
-    saved = folder / "tokenizer.json"
-    if saved.exists():
-        tokenizer = Tokenizer.load(saved)
-    else:
-        print(f"Training a tokenizer on {len(documents)} documents ...", flush=True)
-        tokenizer = Tokenizer.train(documents, options.vocab_size)
-        tokenizer.save(saved)
-
-    def batches(texts, is_heldout):
-        encoded = tokenizer.encode_documents(texts)
-        examples = pack_examples(
-            encoded, tokenizer, max_length=options.max_length, seed=options.seed
-        )
-        return RaggedBatches(
-            examples,
-            tokenizer,
-            tokens_per_batch=options.tokens_per_batch,
-            seed=options.seed,
-            is_heldout=is_heldout,
-        )
-
-    training, heldout = batches(documents, False), batches(heldout_documents, True)
-    count = min(options.heldout_batches, len(heldout))
-    print(
-        f"{len(training.examples)} sentence pairs in {len(training)} batches an epoch; held out: "
-        f"{len(heldout_documents)} documents, of which {count} batches are evaluated on."
+def _config(options: Options, vocab_size: int) -> TransformerConfig:
+    return TransformerConfig(
+        vocab_size=vocab_size,
+        hidden_size=options.hidden_size,
+        num_layers=options.num_layers,
+        num_heads=options.num_heads,
+        intermediate_size=4 * options.hidden_size,
+        max_positions=options.max_length,
+        dropout_p=options.dropout,
+        attention_dropout_p=options.dropout,
     )
-    return tokenizer, training, [heldout[step] for step in range(count)]
 
 
-def _train(run: Run, folder: Path, model) -> bool:
+def _train(run: Run, folder: Path) -> bool:
     """Train with a progress bar, and with a line in log.jsonl for each report."""
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = sum(p.numel() for p in run.model.parameters())
     print(f"Training {parameters / 1e6:.1f} M parameters for {run.total_steps} steps ...")
     with (
         (folder / "log.jsonl").open("a") as log,
@@ -254,17 +192,20 @@ def _train(run: Run, folder: Path, model) -> bool:
         def report(step: int, measured: dict) -> None:
             log.write(json.dumps({"step": step, **measured}) + "\n")
             log.flush()
-            shown = (
+            mfu = f", MFU {measured['mfu']:.1%}" if "mfu" in measured else ""
+            bar.set_postfix_str(
                 f"loss {measured['mlm_loss']:.2f}+{measured['nsp_loss']:.2f}, "
                 f"{measured['tokens_per_second']:,.0f} real tokens/s, "
-                f"padding avoided {measured['padding_avoided']:.0%}"
+                f"padding avoided {measured['padding_avoided']:.0%}{mfu}",
+                refresh=False,
             )
-            if "mfu" in measured:
-                shown += f", MFU {measured['mfu']:.1%}"
-            bar.set_postfix_str(shown, refresh=False)
             bar.update(step - bar.n)
 
         return train(run, report)
+
+
+def _losses(heldout: dict[str, float]) -> str:
+    return f"MLM {heldout['mlm_loss']:.3f} nats a word, NSP {heldout['nsp_loss']:.3f}"
 
 
 def _report(run: Run, folder: Path, before: dict, after: dict, tokenizer: Tokenizer) -> None:
@@ -272,11 +213,8 @@ def _report(run: Run, folder: Path, before: dict, after: dict, tokenizer: Tokeni
     fell = before["mlm_loss"] - after["mlm_loss"]
     print(f"Held-out loss after training:  {_losses(after)}: MLM fell by {fell:.2f} nats.")
     for sentence in MASKED_SENTENCES:
-        words = ", ".join(
-            f"{tokenizer.decode([token])} {probability:.0%}"
-            for token, probability in _predictions(run, tokenizer, sentence)
-        )
-        print(f"  {sentence}  ->  {words}")
+        words = (f"{word} {share:.0%}" for word, share in _predictions(run, tokenizer, sentence))
+        print(f"  {sentence}  ->  {', '.join(words)}")
     results = {"heldout_at_start": before, "heldout_at_end": after, "steps": run.step}
     (folder / "results.json").write_text(json.dumps(results, indent=2))
     print(f"Model, tokenizer, log and results are in {folder}.")
@@ -284,12 +222,12 @@ def _report(run: Run, folder: Path, before: dict, after: dict, tokenizer: Tokeni
         print(f"The loss curve is {folder / 'loss.png'}.")
 
 
-@torch.no_grad()
-def _predictions(run: Run, tokenizer: Tokenizer, sentence: str) -> list[tuple[int, float]]:
+def _predictions(run: Run, tokenizer: Tokenizer, sentence: str) -> list[tuple[str, float]]:
     """The three likeliest words for the mask, with their probabilities."""
-    before, after = (tokenizer.encode(part) for part in sentence.split("[MASK]"))
-    ids = [tokenizer.cls_id, *before, tokenizer.mask_id, *after, tokenizer.sep_id]
+    ids = [tokenizer.cls_id, *tokenizer.encode(sentence), tokenizer.sep_id]
     run.model.eval()
-    logits = run.model.predict_masked(torch.tensor(ids, device=run.device), len(before) + 1)
+    input_ids = torch.tensor(ids, device=run.device)
+    logits = run.model.predict_masked(input_ids, ids.index(tokenizer.mask_id))
     top = logits.float().softmax(-1).topk(3)
-    return list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+    words = [tokenizer.decode([token]) for token in top.indices.tolist()]
+    return list(zip(words, top.values.tolist(), strict=True))

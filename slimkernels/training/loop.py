@@ -48,7 +48,10 @@ class Interrupt:
 
 @dataclass
 class Run:
-    """Everything a training run is made of."""
+    """Everything a training run is made of.
+
+    Errors  ValueError naming the number that makes no sense
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -61,9 +64,17 @@ class Run:
     max_grad_norm: float
     checkpoints: Path
     checkpoint_every: int
-    trainer: dict  # saved with each checkpoint: what the run was started with
+    trainer: dict = field(default_factory=dict)  # saved along: what the run was started with
     step: int = 0
     interrupt: Interrupt = field(default_factory=Interrupt)
+
+    def __post_init__(self) -> None:
+        for name, least in (("total_steps", 1), ("checkpoint_every", 1), ("warmup_steps", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}")
+        for name in ("peak_lr", "max_grad_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive; got {getattr(self, name)}")
 
 
 def train(run: Run, report: Callable[[int, dict], None], *, report_every: int = 10) -> bool:
