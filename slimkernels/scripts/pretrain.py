@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -113,11 +113,20 @@ def _stored(options: Options) -> tuple[Options, Path]:
     if saved is None:
         raise ValueError(f"--resume: there is no run with a checkpoint under {options.out}")
     try:
-        stored = {**checkpoint.read_trainer(saved)["options"], "out": options.out}
+        stored = checkpoint.read_trainer(saved)["options"]
         stored["corpus"] = Path(stored["corpus"]) if stored["corpus"] else None
-        return Options(**stored | {"device": options.device}), saved
+        stored |= {"out": options.out, "device": options.device, "resume": True}
+        stored = Options(**stored)
     except (KeyError, TypeError) as error:
         raise ValueError(f"--resume: {saved} was written by another version: {error}") from error
+    for field in fields(Options):
+        asked = getattr(options, field.name)
+        if asked not in (field.default, getattr(stored, field.name)):
+            raise ValueError(
+                f"--resume goes on with the run's own options: --{field.name.replace('_', '-')} "
+                f"was {getattr(stored, field.name)} and cannot become {asked}"
+            )
+    return stored, saved
 
 
 def _set_up(options: Options, saved: Path | None):
