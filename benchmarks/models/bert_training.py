@@ -1,0 +1,166 @@
+"""A BERT pretraining step against Hugging Face's: python -m benchmarks.models.bert_training
+
+Forward with MLM and NSP losses, backward and fused AdamW, dropout 0.1, of one model in several
+hands: the same weights, batch, masked positions and allocator, by turns in one process. Ratios are
+over Hugging Face's BertForPreTraining with sdpa. Peak memory is that of a process of its own.
+Results go to benchmarks/results/<device>/bert_training.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks import allocator, harness, provenance, results, timing
+from benchmarks.models import bert_providers
+from benchmarks.models.bert_memory import peak_memory
+from benchmarks.models.bert_providers import PRECISIONS, Shape
+
+SHAPES = {
+    "cpu": [Shape("minilm", 8, 128), Shape("minilm", 8, 128, True), Shape("minilm", 4, 512)],
+    "cuda": [
+        Shape("base", 64, 128),
+        Shape("base", 64, 128, True),
+        Shape("base", 16, 512),
+        Shape("minilm", 64, 128),
+    ],
+}
+FULL = {"cpu": [Shape("base", 8, 128)], "cuda": [Shape("base", 64, 512, True)]}
+QUICK = [Shape("tiny", 4, 64), Shape("tiny", 4, 64, True)]
+BASELINE = "hf_sdpa"
+PROVIDERS = [BASELINE, "hf_compiled", "slim", "slim_padded", "slim_torch"]
+COLUMNS = ["shape", "dtype", "provider", "ratio", "cpu_ratio", "ms", "p20_ms", "p80_ms", "cpu_ms"]
+COLUMNS += ["tokens_per_s", "peak_mib", "loss", "gate"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0 if every provider passed the gate, 1 if one failed, 2 on bad arguments."""
+    options = parse(argv)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    kept = allocator.keep_freed_memory() if options.device == "cpu" else "CUDA's caching allocator"
+    folder = "runs/benchmarks" if options.quick else "benchmarks/results"
+    out = options.out or Path(folder) / provenance.device_slug(device)
+    path = out / "bert_training.csv"
+    shapes = QUICK if options.quick else SHAPES[device.type]
+    shapes = shapes + (FULL[device.type] if options.full else [])
+    header = provenance.provenance(device) | {
+        "transformers": provenance.version_of("transformers"),
+        "allocator": kept,
+        "protocol": "a step is forward (MLM + NSP), backward, fused AdamW; dropout 0.1; providers "
+        "take turns; ratio = median over the turns of hf_sdpa's time over the provider's; "
+        "bfloat16 is autocast over float32 weights; tokens are real ones, padding not counted",
+    }
+    print(f"Measuring a BERT training step on {provenance.device_name(device)} -> {path}")
+    print("".join(f"  {name}: {value}\n" for name, value in header.items()), end="", flush=True)
+    rows, start = [], time.perf_counter()
+    for number, shape in enumerate(shapes):
+        verdicts = bert_providers.gate(shape, device, PROVIDERS)
+        print(f"{shape}: gate {verdicts}", flush=True)
+        for dtype in options.dtype or list(PRECISIONS):
+            names = _names(options, device, first=number == 0)
+            measured = measure(shape, dtype, names, verdicts, options)
+            print(results.text_table(measured, COLUMNS), flush=True)
+            rows += measured
+            results.write_csv(path, header, rows)
+    failures = sum(str(row["gate"]).startswith("FAIL") for row in rows)
+    print(f"Wrote {path} in {time.perf_counter() - start:.0f} s; {failures} rows failed the gate.")
+    return 1 if failures else 0
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m benchmarks.models.bert_training")
+    parser.add_argument("--device", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", action="append", choices=list(PRECISIONS))
+    parser.add_argument("--quick", action="store_true", help="a tiny model, to see that it runs")
+    parser.add_argument("--full", action="store_true", help="also the largest shape")
+    parser.add_argument("--seconds", type=float, default=15.0, help="of timing a shape and dtype")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--compile", choices=("first", "all", "none"), default="first")
+    parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args(argv)
+    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here")
+    return options
+
+
+def _names(options, device: torch.device, first: bool) -> list[str]:
+    """torch.compile takes longer to build than everything else to measure: once, by default."""
+    wanted = options.compile == "all" or (options.compile == "first" and first)
+    if wanted and harness.can_compile(device):
+        return PROVIDERS
+    return [name for name in PROVIDERS if name != "hf_compiled"]
+
+
+def measure(shape: Shape, dtype: str, names: list[str], verdicts, options) -> list[dict]:
+    """A row for each provider; one that failed the gate has no number."""
+    device = torch.device(options.device)
+    batch = bert_providers.batch_of(shape, device)
+    timed = [name for name in names if not verdicts[name].startswith("FAIL")]
+    torch._dynamo.reset()
+    made = bert_providers.providers(timed, shape, PRECISIONS[dtype], batch)
+    verdicts = verdicts | {p.name: verdict for p in made if (verdict := _cannot_run(p))}
+    made = [p for p in made if not verdicts[p.name].startswith("FAIL")]
+    without_dropout = {p.name: p.loss_without_dropout() for p in made if p.name != "hf_compiled"}
+    clock = timing.Stopwatch(device)
+    runs = {p.name: _one_step(p, clock) for p in made}
+    budget = timing.Budget(options.seconds, least=3, most=50, warm_up=1)
+    samples = {name: parts["step"] for name, parts in timing.interleave(runs, budget).items()}
+    del made, runs
+    rows = []
+    for name in names:
+        labels = {"shape": str(shape), "dtype": dtype, "provider": name, "gate": verdicts[name]}
+        note = {"note": bert_providers.NOTES[name]}
+        if name not in samples:
+            rows.append(labels | note)
+            continue
+        numbers = _numbers(samples[name], samples[BASELINE], batch.num_tokens)
+        numbers["loss"] = without_dropout.get(name)
+        if not options.no_memory and name != "hf_compiled":
+            numbers["peak_mib"] = peak_memory(name, shape, dtype, device)
+        rows.append(labels | numbers | note)
+    return rows
+
+
+def _cannot_run(provider) -> str | None:
+    """Take one step; why it cannot, for the provider's row."""
+    try:
+        provider.step()
+    except RuntimeError as error:  # out of memory, or torch.compile cannot build
+        return f"FAIL could not run: {' '.join(str(error).split())[:200]}"
+    return None
+
+
+def _one_step(provider, clock: timing.Stopwatch):
+    def run():
+        clock.start()
+        provider.step()
+        return {"step": clock.stop()}
+
+    return run
+
+
+def _numbers(mine: timing.Samples, base: timing.Samples, tokens: int) -> dict[str, object]:
+    median, p20, p80 = timing.quantiles(mine.wall)
+    return {
+        "ratio": timing.speedup(base.wall, mine.wall),
+        "cpu_ratio": timing.speedup(base.cpu, mine.cpu),
+        "ms": median,
+        "p20_ms": p20,
+        "p80_ms": p80,
+        "cpu_ms": timing.quantiles(mine.cpu)[0],
+        "tokens_per_s": 1e3 * tokens / median,
+        "real_tokens": tokens,
+        "turns": len(mine.wall),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
