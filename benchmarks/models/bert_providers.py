@@ -50,7 +50,7 @@ class Provider:
     def __post_init__(self) -> None:
         self.device = next(self.model.parameters()).device
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
-        self.losses: list[Tensor] = []
+        self.first_loss: float | None = None
 
     def step(self) -> None:
         """One training step: forward, backward, AdamW."""
@@ -60,7 +60,6 @@ class Provider:
             loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.losses.append(loss.detach())
 
     @contextlib.contextmanager
     def context(self):

@@ -108,7 +108,7 @@ def measure(shape: Shape, dtype: str, names: list[str], verdicts, options) -> li
     made = bert_providers.providers(timed, shape, PRECISIONS[dtype], batch)
     verdicts = verdicts | {p.name: verdict for p in made if (verdict := _cannot_run(p))}
     made = [p for p in made if not verdicts[p.name].startswith("FAIL")]
-    without_dropout = {p.name: p.loss_without_dropout() for p in made if p.name != "hf_compiled"}
+    first_loss = {p.name: p.first_loss for p in made}
     clock = timing.Stopwatch(device)
     runs = {p.name: _one_step(p, clock) for p in made}
     budget = timing.Budget(options.seconds, least=3, most=50, warm_up=1)
@@ -122,7 +122,7 @@ def measure(shape: Shape, dtype: str, names: list[str], verdicts, options) -> li
             rows.append(labels | note)
             continue
         numbers = _numbers(samples[name], samples[BASELINE], batch.num_tokens)
-        numbers["loss"] = without_dropout.get(name)
+        numbers["loss"] = first_loss[name]
         if not options.no_memory and name != "hf_compiled":
             numbers["peak_mib"] = peak_memory(name, shape, dtype, device)
         rows.append(labels | numbers | note)
@@ -130,8 +130,10 @@ def measure(shape: Shape, dtype: str, names: list[str], verdicts, options) -> li
 
 
 def _cannot_run(provider) -> str | None:
-    """Take one step; why it cannot, for the provider's row."""
+    """Note its loss before training and take one step; why it cannot, for the provider's row."""
     try:
+        if provider.name != "hf_compiled":  # evaluation would be another graph to build
+            provider.first_loss = provider.loss_without_dropout()
         provider.step()
     except RuntimeError as error:  # out of memory, or torch.compile cannot build
         return f"FAIL could not run: {' '.join(str(error).split())[:200]}"
