@@ -38,6 +38,23 @@ struct Kernels {
                                                 const int32_t* cu_seqlens_k, const int64_t* seed,
                                                 const int64_t* sizes, float scale, int is_causal,
                                                 float dropout_p, int64_t threshold, int dtype);
+
+  // gelu.cpp: x, y (M, N); bias (N,) in bias_dtype. Without a bias only M * N matters.
+  void (*gelu_forward)(const void* x, const void* bias, void* y, int64_t M, int64_t N, int is_tanh,
+                       int dtype, int bias_dtype);
+  void (*gelu_backward)(const void* dy, const void* x, const void* bias, void* dx, void* dbias,
+                        int64_t M, int64_t N, int is_tanh, int dtype, int bias_dtype);
+
+  // cross_entropy.cpp: x (M, V), target and losses (M,), lse (2, M), total and count (1,);
+  // dy (M,), or one element with dy_stride 0. A null divisor stands for 1.
+  void (*cross_entropy_forward)(const void* x, const int64_t* target, float* losses, float* total,
+                                float* lse, float* count, int64_t M, int64_t V,
+                                int64_t ignore_index, float label_smoothing, int is_mean,
+                                int dtype);
+  void (*cross_entropy_backward)(const float* dy, int64_t dy_stride, const void* x,
+                                 const int64_t* target, const float* lse, const float* divisor,
+                                 void* dx, int64_t M, int64_t V, int64_t ignore_index,
+                                 float label_smoothing, int dtype);
 };
 
 }  // namespace slimkernels

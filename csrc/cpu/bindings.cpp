@@ -100,4 +100,8 @@ PYBIND11_MODULE(_cpu, m) {
   bind(m, "layer_norm_backward", &Kernels::layer_norm_backward);
   bind(m, "scaled_dot_product_attention_forward", &Kernels::scaled_dot_product_attention_forward);
   bind(m, "scaled_dot_product_attention_backward", &Kernels::scaled_dot_product_attention_backward);
+  bind(m, "gelu_forward", &Kernels::gelu_forward);
+  bind(m, "gelu_backward", &Kernels::gelu_backward);
+  bind(m, "cross_entropy_forward", &Kernels::cross_entropy_forward);
+  bind(m, "cross_entropy_backward", &Kernels::cross_entropy_backward);
 }

@@ -18,5 +18,9 @@ SLIM_DECLARE(layer_norm_forward);
 SLIM_DECLARE(layer_norm_backward);
 SLIM_DECLARE(scaled_dot_product_attention_forward);
 SLIM_DECLARE(scaled_dot_product_attention_backward);
+SLIM_DECLARE(gelu_forward);
+SLIM_DECLARE(gelu_backward);
+SLIM_DECLARE(cross_entropy_forward);
+SLIM_DECLARE(cross_entropy_backward);
 
 }  // namespace slimkernels::SLIM_ISA

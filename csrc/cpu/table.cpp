@@ -14,6 +14,10 @@ const Kernels SLIM_TABLE(SLIM_ISA) = {
     SLIM_ISA::layer_norm_backward,
     SLIM_ISA::scaled_dot_product_attention_forward,
     SLIM_ISA::scaled_dot_product_attention_backward,
+    SLIM_ISA::gelu_forward,
+    SLIM_ISA::gelu_backward,
+    SLIM_ISA::cross_entropy_forward,
+    SLIM_ISA::cross_entropy_backward,
 };
 
 }  // namespace slimkernels
