@@ -1,6 +1,7 @@
 """slimkernels: transformer kernels for PyTorch that are right, fast, and say which one ran."""
 
 from slimkernels.dispatch import BackendError, explain, use_backend
+from slimkernels.info import info
 from slimkernels.ops.add_layer_norm import add_layer_norm
 from slimkernels.ops.cross_entropy import cross_entropy
 from slimkernels.ops.gelu import gelu
@@ -17,6 +18,7 @@ __all__ = [
     "cross_entropy",
     "explain",
     "gelu",
+    "info",
     "layer_norm",
     "linear",
     "scaled_dot_product_attention",

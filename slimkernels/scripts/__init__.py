@@ -1,0 +1,1 @@
+"""What `slimkernels <command>` runs: one module a command, with `main(argv)`."""
