@@ -56,6 +56,28 @@ def dense_losses(model, rectangles):
     return mlm + nsp, mlm, nsp
 
 
+@pytest.mark.parametrize("place", ["embedding", "dropout_p", "attention_dropout_p"])
+def test_drops_out_in_training_only(model, batch, place):
+    """At each place, the others being off; without blocks only the embedding can drop out."""
+    rate = "dropout_p" if place == "embedding" else place
+    layers = 0 if place == "embedding" else 2
+    config = dataclasses.replace(model.config, num_layers=layers, **{rate: 0.5})
+    dropping = BertForPreTraining(config)
+    dropping.load_state_dict(model.state_dict(), strict=layers > 0)
+    inputs = [batch[name] for name in ("input_ids", "segment_ids", "position_ids", "cu_seqlens")]
+    if place == "dropout_p":
+        hidden = model.bert.embed(*inputs)[0]
+        block = dropping.bert.layers[0]
+        first, second = (block(hidden, hidden, cu_seqlens=inputs[3])[0] for _ in range(2))
+    else:
+        first, second = (dropping.bert(*inputs) for _ in range(2))
+    assert not torch.equal(first, second)
+    dropping.eval()
+    assert torch.equal(dropping.bert(*inputs), dropping.bert(*inputs))
+    if layers:
+        assert torch.equal(dropping(**batch).loss, model(**batch).loss)
+
+
 @pytest.mark.parametrize("backend", [None, "torch"])
 @pytest.mark.parametrize("form", ["cut out", "computed"])
 def test_padding_changes_nothing(model, batch, rectangles, form, backend):

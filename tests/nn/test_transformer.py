@@ -131,12 +131,19 @@ def test_torchs_encoder_takes_our_layers():
     assert_model_no_worse({"y": actual}, {"y": eager}, {"y": truth})
 
 
-def test_dropout_only_in_training():
-    ours = slim_nn.TransformerEncoderLayer(C, H, 40, dropout=0.5)
+@pytest.mark.parametrize("place", ["dropout", "dropout1", "dropout2", "attention"])
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_drops_out_at_every_place_in_training_only(norm_first, place):
+    ours, _ = layers(norm_first=norm_first)
     x = torch.randn(T, B, C)
-    assert not torch.equal(ours(x), ours(x))
-    ours.eval()
-    assert torch.equal(ours(x), ours(x))
+    expected = ours(x)
+    if place == "attention":
+        ours.self_attn.dropout = 0.5
+    else:
+        getattr(ours, place).p = 0.5
+    first, second = ours(x), ours(x)
+    assert not torch.equal(first, second) and not torch.equal(first, expected)
+    assert torch.equal(ours.eval()(x), expected)
 
 
 def test_copies_and_pickles():
