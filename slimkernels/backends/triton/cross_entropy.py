@@ -19,6 +19,7 @@ from slimkernels.backends.triton._common import row_programs, unsupported_tensor
 
 MAX_BLOCK = 4096
 ROWS = 128  # that one program of the second kernel finishes
+SUMMED = 2048  # rows that the third adds at once
 
 
 def unsupported(x, target, ignore_index, reduction, label_smoothing):
@@ -57,7 +58,7 @@ def forward(x, target, ignore_index, reduction, label_smoothing):
     _total_kernel[(1,)](
         *(losses, target, total, count, M, ignore_index),
         IS_MEAN=reduction == "mean",
-        BLOCK_M=min(max(triton.next_power_of_2(M), 16), 2048),
+        BLOCK_M=min(max(triton.next_power_of_2(M), 16), SUMMED),
     )
     return total, lse, count
 
@@ -254,7 +255,7 @@ COMPILES = [
     for kernel, constexprs, warps in (
         (_parts_kernel, _SPLIT, _block(MAX_BLOCK)[1]),
         (_finish_kernel, {"SMOOTH": True, "ROWS": ROWS}, ROWS // 32),
-        (_total_kernel, {"IS_MEAN": True, "BLOCK_M": 2048}, 4),
+        (_total_kernel, {"IS_MEAN": True, "BLOCK_M": SUMMED}, 4),
         (_backward_kernel, _GRADIENT, _block(MAX_BLOCK)[1]),
     )
 ]
