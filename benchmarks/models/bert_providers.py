@@ -195,19 +195,21 @@ def providers(names: list[str], shape: Shape, precision: torch.dtype, batch: Bat
             loss = functools.partial(hugging_face_loss, called, batch)
         else:
             model = ours_from(theirs)
-            form = padded_loss if name == "slim_padded" else ragged_loss
-            loss = functools.partial(form, model, batch)
+            loss = functools.partial(FORMS[name], model, batch)
         backend = "torch" if name == "slim_torch" else None
         made.append(Provider(name, model, loss, precision, backend, NOTES[name]))
     return made
 
 
+# The reference of ragged attention stores the scores between all sequences: eager PyTorch is given
+# the padded form, which is what it is good at.
+FORMS = {"slim": ragged_loss, "slim_padded": padded_loss, "slim_torch": padded_loss}
 NOTES = {
     "hf_sdpa": "Hugging Face BertForPreTraining, attn_implementation sdpa",
     "hf_compiled": "the same under torch.compile; only its eager form passes the gate",
     "slim": "slimkernels, no padding from embedding to loss",
     "slim_padded": "the same kernels with the padding left in",
-    "slim_torch": 'slimkernels under use_backend("torch")',
+    "slim_torch": 'slimkernels, padded, under use_backend("torch")',
 }
 
 
@@ -227,9 +229,8 @@ def gate(shape: Shape, device: torch.device, names: list[str]) -> dict[str, str]
         if name.startswith("hf"):
             verdicts[name] = "baseline" if name == "hf_sdpa" else "not run"
             continue
-        form = padded_loss if name == "slim_padded" else ragged_loss
         with slimkernels.use_backend("torch" if name == "slim_torch" else None):
-            actual = _losses_and_gradient(ours_from(theirs).eval(), form, batches)
+            actual = _losses_and_gradient(ours_from(theirs).eval(), FORMS[name], batches)
         verdicts[name] = "pass"
         try:
             for what in ("losses", "gradient"):
