@@ -1,0 +1,287 @@
+"""What every op, backend and source file must hold to; CONTRIBUTING.md has the reasons."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from op_cases import device_of, skip_unsupported
+from torch import Tensor
+
+import slimkernels
+from slimkernels.dispatch import BACKENDS, OPS
+from slimkernels.testing import sample_inputs
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "slimkernels"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+KERNEL_BACKENDS = [backend for backend in BACKENDS if backend != "torch"]
+
+PUBLIC_NAMES = {
+    *("BackendError", "explain", "info", "use_backend"),
+    *("add_layer_norm", "cross_entropy", "gelu", "layer_norm", "linear"),
+    *("scaled_dot_product_attention", "softmax"),
+}
+ENVIRONMENT = {"SLIMKERNELS_BACKEND", "TRITON_INTERPRET"}  # all in dispatch.py
+MAX_PUBLIC_PARAMETERS = 9
+MAX_KERNEL_PARAMETERS = 16  # at run time; constexprs are not passed
+# Longer lists, by (function): (how many, why).
+LONG_PARAMETER_LISTS: dict[str, tuple[int, str]] = {}
+
+# What each part of the package may import, besides itself; nothing may import testing.
+LAYERS = {
+    "dispatch": set(),
+    "backends": {"_cpu", "_cuda"},
+    "ops": {"dispatch"},
+    "nn": {"dispatch", "ops"},
+    "models": {"dispatch", "ops", "nn"},
+    "integrations": {"dispatch", "ops", "nn"},
+    "data": set(),
+    "training": {"dispatch", "ops", "nn", "models", "data"},
+    "scripts": {"__version__", "dispatch", "info", "ops", "nn", "models", "data", "training"},
+    "testing": {"dispatch", "ops"},
+    "info": {"__version__", "dispatch"},
+    "__init__": {"dispatch", "info", "ops", "nn", "models"},
+}
+# dispatch.INTERPRETED is a constant, read once from the environment, which only dispatch reads.
+IMPORT_EXCEPTIONS = {("backends/triton/_common.py", "dispatch")}
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def functions_of(path: Path) -> dict[str, ast.FunctionDef]:
+    tree = ast.parse(path.read_text())
+    return {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def parameters_of(function: ast.FunctionDef) -> list[str]:
+    arguments = function.args
+    return [a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
+
+
+def sample(op: str, backend: str, dtype=torch.float32):
+    """A valid call's arguments, floating ones wanting gradients; skips where there is no kernel."""
+    torch.manual_seed(0)
+    args, kwargs = sample_inputs[op](device_of(backend), dtype)
+    skip_unsupported(op, backend, *args, **kwargs)
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.is_floating_point():
+            value.requires_grad_()
+    return args, kwargs
+
+
+def recorded_calls(op: str, backend: str, monkeypatch):
+    """Every registered op that one forward and backward call, with its arguments and results."""
+    args, kwargs = sample(op, backend)
+    module, calls = importlib.import_module(f"slimkernels.ops.{op}"), []
+
+    def recording(function):
+        def record(*arguments):
+            before = [a.clone() if isinstance(a, Tensor) else a for a in arguments]
+            results = function(*arguments)
+            calls.append((function.op, arguments, before, results))
+            return results
+
+        return record
+
+    for name, function in vars(module).copy().items():
+        if hasattr(function, "op"):
+            monkeypatch.setattr(module, name, recording(function))
+    output = getattr(slimkernels, op)(*args, **kwargs, backend=backend)
+    outputs = output if isinstance(output, tuple) else (output,)
+    torch.autograd.backward(outputs, [torch.randn_like(y) for y in outputs])
+    directions = {call[0].name().rpartition("_")[2] for call in calls}
+    assert directions == {"forward", "backward"}, "ops are X_forward and X_backward"
+    return calls
+
+
+every_op = pytest.mark.parametrize("op", sorted(OPS))
+every_backend = pytest.mark.parametrize("backend", KERNEL_BACKENDS)
+
+
+# Ops
+
+
+@every_op
+def test_backends_have_the_same_parameters(op):
+    found = {}
+    for path in PACKAGE.glob(f"backends/*/{op}.py"):
+        functions = functions_of(path)
+        assert {"unsupported", "forward", "backward"} <= set(functions), relative(path)
+        names = {n: parameters_of(functions[n]) for n in ("unsupported", "forward", "backward")}
+        forward, refused = names["forward"], names["unsupported"]
+        assert forward in (refused, [*refused, "seed"]), relative(path)
+        found[relative(path)] = names
+    assert found, f"{op} has no kernel at all"
+    first = next(iter(found))
+    for path, names in found.items():
+        assert names == found[first], f"{path} differs from {first}"
+
+
+@every_op
+@every_backend
+def test_registered_ops_pass_opcheck(op, backend, monkeypatch):
+    for registered, arguments, _, _ in recorded_calls(op, backend, monkeypatch):
+        detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
+        torch.library.opcheck(registered, detached)
+
+
+@every_op
+@every_backend
+def test_inputs_are_not_written_and_outputs_share_no_memory(op, backend, monkeypatch):
+    for registered, arguments, before, results in recorded_calls(op, backend, monkeypatch):
+        results = results if isinstance(results, tuple) else (results,)
+        inputs = [a for a in arguments if isinstance(a, Tensor)]
+        for given, kept in zip(arguments, before, strict=True):
+            if isinstance(given, Tensor):
+                same = torch.equal(given.nan_to_num(7.0), kept.nan_to_num(7.0))
+                assert same, f"{registered} writes an input"
+        given, own = (
+            [t.untyped_storage().data_ptr() for t in tensors if t.numel()]
+            for tensors in (inputs, results)
+        )
+        assert len(own) == len(set(own)), f"two outputs of {registered} share memory"
+        assert not set(own) & set(given), f"an output of {registered} shares an input's memory"
+
+
+@every_op
+@pytest.mark.parametrize("wrong", [[1.0], None, "int32"], ids=["list", "None", "int32"])
+def test_a_wrong_call_gets_the_same_sentence_from_every_backend(op, wrong):
+    torch.manual_seed(0)
+    args, kwargs = sample_inputs[op](torch.device("cpu"), torch.float32)
+    first = args[0].int() if wrong == "int32" else wrong
+    messages = set()
+    for backend in (None, *BACKENDS):
+        with pytest.raises(ValueError) as raised:
+            getattr(slimkernels, op)(first, *args[1:], **kwargs, backend=backend)
+        messages.add(str(raised.value))
+    assert len(messages) == 1, messages
+    parameter = next(iter(inspect.signature(getattr(slimkernels, op)).parameters))
+    assert messages.pop().startswith(f"{op}: {parameter} must be ")
+
+
+@every_op
+def test_an_unknown_backend_is_one_sentence(op):
+    args, kwargs = sample_inputs[op](torch.device("cpu"), torch.float32)
+    with pytest.raises(ValueError, match="unknown backend 'tpu'; the backends are cuda, triton"):
+        getattr(slimkernels, op)(*args, **kwargs, backend="tpu")
+
+
+@every_op
+def test_every_op_is_complete(op):
+    assert op in sample_inputs, "slimkernels/testing.py has no sample inputs"
+    assert op in slimkernels.__all__, "slimkernels/__init__.py does not export it"
+    for path in (f"tests/ops/test_{op}.py", f"benchmarks/ops/bench_{op}.py"):
+        assert (ROOT / path).is_file(), f"{path} is missing"
+
+
+def test_every_op_module_defines_its_op():
+    modules = {path.stem for path in PACKAGE.glob("ops/*.py") if path.stem[0] != "_"}
+    assert modules == set(OPS) == set(sample_inputs)
+
+
+# Public interface
+
+
+def test_public_names_are_frozen():
+    assert set(slimkernels.__all__) == PUBLIC_NAMES
+    assert all(hasattr(slimkernels, name) for name in PUBLIC_NAMES)
+
+
+PUBLIC_FUNCTIONS = [n for n in sorted(PUBLIC_NAMES) if inspect.isfunction(getattr(slimkernels, n))]
+
+
+@pytest.mark.parametrize("name", PUBLIC_FUNCTIONS)
+def test_public_functions(name):
+    function = getattr(slimkernels, name)
+    parameters = inspect.signature(function).parameters
+    allowed, _ = LONG_PARAMETER_LISTS.get(name, (MAX_PUBLIC_PARAMETERS, ""))
+    assert len(parameters) <= allowed, f"{name} has {len(parameters)} parameters"
+    if name == "use_backend":  # a context manager returns nothing
+        return
+    assert "Returns" in (function.__doc__ or ""), f"{name}'s docstring does not say what it returns"
+    if name in OPS:
+        assert list(parameters)[-1] == "backend"
+        assert parameters["backend"].kind is inspect.Parameter.KEYWORD_ONLY
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("backends/triton/*.py")), ids=relative)
+def test_kernels_have_few_parameters(path):
+    for name, function in functions_of(path).items():
+        if not any("triton.jit" in ast.unparse(d) for d in function.decorator_list):
+            continue
+        at_run_time = [
+            a.arg
+            for a in function.args.args
+            if a.annotation is None or "constexpr" not in ast.unparse(a.annotation)
+        ]
+        key = f"{relative(path)}:{name}"
+        allowed, _ = LONG_PARAMETER_LISTS.get(key, (MAX_KERNEL_PARAMETERS, ""))
+        assert len(at_run_time) <= allowed, f"{key} has {len(at_run_time)} parameters"
+
+
+# Source files
+
+
+def imported_parts(path: Path) -> set[str]:
+    """The parts of the package that a file imports, lazily or not: {"dispatch", "ops", ...}."""
+    parts = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{relative(path)}: relative import"
+            if node.module == "slimkernels":
+                parts |= {alias.name for alias in node.names}
+            elif node.module and node.module.startswith("slimkernels."):
+                parts.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            names = [a.name.split(".") for a in node.names]
+            parts |= {n[1] if len(n) > 1 else "__version__" for n in names if n[0] == "slimkernels"}
+    return parts
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_imports_point_one_way(path):
+    part = path.relative_to(PACKAGE).with_suffix("").parts[0]
+    assert part in LAYERS, f"{part} has no place in the import law"
+    for wanted in imported_parts(path) - {part}:
+        allowed = wanted in LAYERS[part] or (relative(path), wanted) in IMPORT_EXCEPTIONS
+        assert allowed, f"{relative(path)} may not import slimkernels.{wanted}"
+
+
+def test_the_environment_is_read_in_one_place():
+    readers, names = set(), set()
+    for path in SOURCES:
+        text = path.read_text()
+        if re.search(r"\benviron\b|\bgetenv\b", text):
+            readers.add(relative(path))
+            names |= set(re.findall(r"environ(?:\.get\(|\[)\s*[\"'](\w+)", text))
+    assert readers == {"dispatch.py"}, readers
+    assert names == ENVIRONMENT, names
+
+
+TEXTS = sorted(
+    path
+    for pattern in (
+        "slimkernels/**/*.py",
+        "csrc/**/*",
+        "tests/**/*",
+        "benchmarks/**/*",
+        "*",
+        "docs/*",
+    )
+    for path in ROOT.glob(pattern)
+    if path.suffix in {".py", ".cpp", ".h", ".cu", ".cuh", ".md", ".toml", ".yaml", ".in"}
+)
+
+
+def test_sources_are_ascii():
+    assert len(TEXTS) > 50
+    bad = [str(path.relative_to(ROOT)) for path in TEXTS if not path.read_bytes().isascii()]
+    assert not bad, bad
