@@ -80,7 +80,19 @@ def pybind11_include(build_dir: Path) -> str:
 class NinjaBuild(build_ext):
     """One build.ninja an extension: parallel, and rebuilds only what changed."""
 
+    def run(self) -> None:
+        if not nvcc():
+            print("slimkernels: nvcc was not found, so CUDA is not built", file=sys.stderr)
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
+        try:
+            self.ninja_build(ext)
+        except (CompileError, subprocess.CalledProcessError, OSError) as error:
+            print(f"slimkernels: {ext.name} was not built: {error}", file=sys.stderr)
+            raise CompileError(f"{ext.name}: {error}") from error  # forgiven: ext.optional
+
+    def ninja_build(self, ext: Extension) -> None:
         out = Path(self.get_ext_fullpath(ext.name)).resolve()
         build_dir = Path(self.build_temp).resolve() / ext.name
         build_dir.mkdir(parents=True, exist_ok=True)
@@ -96,18 +108,14 @@ class NinjaBuild(build_ext):
             "rule link",
             f"  command = {cxx} -shared -fopenmp $in -o $out -Wl,--exclude-libs,ALL $ldflags",
         ]
-        objects = self.cuda(ext, lines) if ext.name.endswith("_cuda") else self.cpu(ext, lines)
-        edges, ldflags = objects
+        plan = self.cuda if ext.name.endswith("_cuda") else self.cpu
+        edges, ldflags = plan(ext, lines)
         lines += [f"build {build_dir / o}: {rule}\n  flags = {flags}" for o, rule, flags in edges]
         names = " ".join(str(build_dir / o) for o, _, _ in edges)
         lines += [f"build {out}: link {names}", f"  ldflags = {ldflags}", f"default {out}", ""]
         (build_dir / "build.ninja").write_text("\n".join(lines))
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
-        try:
-            subprocess.check_call([self.ninja(), "-C", str(build_dir), "-j", jobs])
-        except (subprocess.CalledProcessError, OSError) as error:
-            print(f"slimkernels: {ext.name} was not built: {error}", file=sys.stderr)
-            raise CompileError(f"{ext.name}: {error}") from error  # forgiven: ext.optional
+        subprocess.check_call([self.ninja(), "-C", str(build_dir), "-j", jobs])
 
     def cpu(self, ext, lines):
         every = " ".join(f"apply({isa})" for isa in ISAS)
@@ -137,8 +145,10 @@ class NinjaBuild(build_ext):
             rule = "nvcc" if source.endswith(".cu") else "cxx"
             edges.append((f"{Path(source).name}.o", f"{rule} {ROOT / source}", f"-I{home}/include"))
         libraries = [home / name for name in ("lib64", "lib", "targets/x86_64-linux/lib")]
-        library = next(path for path in libraries if (path / "libcudart_static.a").exists())
-        return edges, f"-L{library} -lcudart_static -ldl -lrt -lpthread"
+        library = [path for path in libraries if (path / "libcudart_static.a").exists()]
+        if not library:
+            raise CompileError(f"the CUDA toolkit in {home} has no libcudart_static.a")
+        return edges, f"-L{library[0]} -lcudart_static -ldl -lrt -lpthread"
 
     @staticmethod
     def ninja() -> str:
@@ -157,7 +167,5 @@ extensions = [Extension("slimkernels._cpu", sources("csrc/cpu", "*.cpp"), option
 if nvcc() and sources("csrc/cuda", "*.cu"):
     cuda_sources = sources("csrc/cuda", "*.cu", "*.cpp")
     extensions.append(Extension("slimkernels._cuda", cuda_sources, optional=True))
-elif not nvcc():
-    print("slimkernels: nvcc was not found, so the CUDA backend is not built", file=sys.stderr)
 
 setup(ext_modules=extensions, cmdclass={"build_ext": NinjaBuild})
