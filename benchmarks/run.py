@@ -87,7 +87,7 @@ def protocol(options: argparse.Namespace) -> str:
 
 
 def budget_of(options: argparse.Namespace) -> timing.Budget:
-    seconds = options.seconds or (1.0 if options.quick else 3.0)
+    seconds = options.seconds or (0.5 if options.quick else 3.0)
     return timing.Budget(seconds, least=5 if options.quick else 11, warm_up=2)
 
 

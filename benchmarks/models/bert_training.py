@@ -79,7 +79,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", action="append", choices=list(PRECISIONS))
     parser.add_argument("--quick", action="store_true", help="a tiny model, to see that it runs")
     parser.add_argument("--full", action="store_true", help="also the largest shape")
-    parser.add_argument("--seconds", type=float, default=15.0, help="of timing a shape and dtype")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of timing a shape and dtype")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--compile", choices=("first", "all", "none"), default="first")
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
