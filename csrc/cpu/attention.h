@@ -13,12 +13,18 @@ inline constexpr float kLog2E = 1.44269504088896341f;
 inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // 2^x for x <= 0: scores less their maximum. One rounding to an integer, a polynomial of degree 6
-// on [-1/2, 1/2] (through the Chebyshev nodes; relative error 3e-9), times 2^n made of exponent
-// bits. Below 2^-126.5, -inf included, it gives 0. NaN stays NaN.
+// on [-1/2, 1/2] (through the Chebyshev nodes; relative error 3e-9), times 2^n. Far below the
+// smallest normal number, -inf included, it gives exactly 0. NaN stays NaN.
 inline vfloat exp2_of_nonpositive(vfloat x) {
+#if defined(__AVX512F__)
+  const vfloat clamped = vmax(broadcast(-160.f), x);
+  const vfloat n = (vfloat)_mm512_roundscale_ps((__m512)clamped, 0);
+#else
   const vfloat clamped = vmax(broadcast(-127.f), x);
   const vfloat shifted = clamped + 12582912.f;  // 1.5 * 2^23: n is in the low bits
-  const vfloat f = clamped - (shifted - 12582912.f);
+  const vfloat n = shifted - 12582912.f;
+#endif
+  const vfloat f = clamped - n;
   vfloat p = broadcast(1.54614447e-4f);
   p = p * f + 1.34004282e-3f;
   p = p * f + 9.61805668e-3f;
@@ -26,7 +32,11 @@ inline vfloat exp2_of_nonpositive(vfloat x) {
   p = p * f + 2.40226509e-1f;
   p = p * f + 6.93147207e-1f;
   p = p * f + 1.f;
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
   return p * (vfloat)(((vuint)shifted << 23) + 0x3F800000u);
+#endif
 }
 
 // Where the elements of a tensor lie: offset = batch * b + head * h + token * t, in elements.
