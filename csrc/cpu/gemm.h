@@ -5,8 +5,10 @@
 //          AVX-512's 32 registers, 12 with 16) with the fewest loads: of each step, one vector a
 //          column and one broadcast a row. B is walked by panels as wide as a tile, so that one
 //          panel serves all rows from L1 or L2.
-// Numerics Each element of C is one chain of multiply-adds in the order of the sum, whatever the
-//          tile: a row has the same bits wherever a caller cuts the rows.
+// Numerics Each element of A * B is one chain of multiply-adds in the order of the sum, whatever
+// the
+//          tile: a row has the same bits wherever a caller cuts the rows. C is added at the end, so
+//          that a sum over several calls rounds less than one long chain.
 #pragma once
 #include "vec.h"
 
@@ -18,6 +20,7 @@ inline constexpr int kSums = 24, kPanelVectors = 4;
 inline constexpr int kSums = 12, kPanelVectors = 2;
 #endif
 inline constexpr int kMaxRows = 12;
+inline constexpr int64_t kChain = 64;
 
 template <int... kLane>
 struct LaneList {};
@@ -70,12 +73,7 @@ template <int kRows, int kVectors, bool kTransposed>
 __attribute__((noinline)) void gemm_tile(const float* a, int64_t a_stride, const float* b,
                                          int64_t b_stride, float* c, int64_t c_stride, int64_t K,
                                          bool accumulate) {
-  vfloat sums[kRows][kVectors];
-#pragma GCC unroll 12
-  for (int m = 0; m < kRows; ++m)
-#pragma GCC unroll 4
-    for (int n = 0; n < kVectors; ++n)
-      sums[m][n] = accumulate ? load(c + m * c_stride + n * kLanes, Full{}) : vfloat{};
+  vfloat sums[kRows][kVectors] = {};
   for (int64_t k = 0; k < K; ++k) {
     vfloat right[kVectors];
 #pragma GCC unroll 4
@@ -91,7 +89,10 @@ __attribute__((noinline)) void gemm_tile(const float* a, int64_t a_stride, const
 #pragma GCC unroll 12
   for (int m = 0; m < kRows; ++m)
 #pragma GCC unroll 4
-    for (int n = 0; n < kVectors; ++n) store(c + m * c_stride + n * kLanes, sums[m][n], Full{});
+    for (int n = 0; n < kVectors; ++n) {
+      float* out = c + m * c_stride + n * kLanes;
+      store(out, accumulate ? load(out, Full{}) + sums[m][n] : sums[m][n], Full{});
+    }
 }
 
 // The tile of exactly `rows` rows: the switch that turns run-time sizes into template arguments.
@@ -122,11 +123,14 @@ template <bool kTransposed = false>
 void gemm(int64_t M, int64_t N, int64_t K, const float* a, int64_t a_stride, const Panels& b,
           float* c, int64_t c_stride, bool accumulate) {
   const int64_t vectors = vectors_for(N);
-  const float* panel = b.values;
-  for (int64_t v = 0; v < vectors; v += b.vectors, panel += b.panel_stride)
-    gemm_panel<kPanelVectors, kTransposed>(M, vectors - v < b.vectors ? vectors - v : b.vectors, a,
-                                           a_stride, panel, b.row_stride, c + v * kLanes, c_stride,
-                                           K, accumulate);
+  for (int64_t k = 0; k == 0 || k < K; k += kChain) {
+    const float* panel = b.values + k * b.row_stride;
+    for (int64_t v = 0; v < vectors; v += b.vectors, panel += b.panel_stride)
+      gemm_panel<kPanelVectors, kTransposed>(M, vectors - v < b.vectors ? vectors - v : b.vectors,
+                                             a + (kTransposed ? k * a_stride : k), a_stride, panel,
+                                             b.row_stride, c + v * kLanes, c_stride,
+                                             K - k < kChain ? K - k : kChain, accumulate || k > 0);
+  }
 }
 
 template <int... kLane>

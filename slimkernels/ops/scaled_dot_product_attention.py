@@ -119,7 +119,7 @@ def scaled_dot_product_attention(
     if chosen == "torch":
         return scaled_dot_product_attention_reference(*args, seed)
     if needs_gradient(query, key, value):
-        return _Attention.apply(*args, seed, chosen)
+        return _Attention.apply(*_distinct(args), seed, chosen)
     return scaled_dot_product_attention_forward(*args, seed, chosen)[0]
 
 
@@ -241,6 +241,15 @@ def _check_key_lengths(key_lengths, Tk):
 
 # Order: triton before cuda until a table of GPU measurements says otherwise.
 SCALED_DOT_PRODUCT_ATTENTION = Op(_NAME, order=("triton", "cuda", "cpu"), arguments=_arguments)
+
+
+def _distinct(args):
+    """`args` with a view in place of a tensor that came before: self-attention and cu_seqlens may
+    give one tensor twice, and torch.compile cannot trace a Function that is given it so."""
+    return [
+        t.view_as(t) if isinstance(t, Tensor) and any(t is s for s in args[:i]) else t
+        for i, t in enumerate(args)
+    ]
 
 
 class _Attention(torch.autograd.Function):
