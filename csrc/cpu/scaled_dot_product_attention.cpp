@@ -33,45 +33,6 @@ struct Running {
   float *peak, *sum, *y;
 };
 
-// The largest of n scores. Up to a whole vector, what no key stands behind becomes -inf, whose
-// exponential is zero.
-inline float peak_of(float* s, int64_t n) {
-  if (n % kLanes) store(s + n, broadcast(-kInfinity), Part{int(kLanes - n % kLanes)});
-  vfloat most[2] = {broadcast(-kInfinity), broadcast(-kInfinity)};
-  int64_t i = 0;
-  for (; i + 2 * kLanes <= n; i += 2 * kLanes)
-    for (int k = 0; k < 2; ++k) most[k] = vmax(load(s + i + k * kLanes, Full{}), most[k]);
-  for (; i < n; i += kLanes) most[0] = vmax(load(s + i, Full{}), most[0]);
-  return max(vmax(most[0], most[1]));
-}
-
-// One row of scores to probabilities relative to the maximum so far.
-template <bool kDropout>
-inline void softmax_row(float* s, int64_t n, float& peak, float& total, float* y, int64_t width,
-                        const Dropout& dropout, const RowBits& bits, int64_t first_key) {
-  const float before = peak, here = peak_of(s, n);
-  peak = here > before ? here : before;
-  if (before != peak && before != -kInfinity) {
-    const float shrink = exp_of_nonpositive(broadcast(before - peak))[0];
-    total *= shrink;
-    for (int64_t d = 0; d < width; d += kLanes) store(y + d, load(y + d, Full{}) * shrink, Full{});
-  }
-  vfloat sums[2] = {};
-  const auto exponential = [&](int64_t j, vfloat& sum) {
-    const vfloat p = exp_of_nonpositive(load(s + j, Full{}) - peak);
-    sum += p;
-    if constexpr (kDropout)
-      store(s + j, bits.at(first_key + j) >= dropout.threshold ? p : vfloat{}, Full{});
-    else
-      store(s + j, p, Full{});
-  };
-  int64_t i = 0;
-  for (; i + 2 * kLanes <= n; i += 2 * kLanes)
-    for (int k = 0; k < 2; ++k) exponential(i + k * kLanes, sums[k]);
-  for (; i < n; i += kLanes) exponential(i, sums[0]);
-  total += sum(sums[0] + sums[1]);
-}
-
 template <typename T, bool kDropout>
 class Forward {
  public:
@@ -167,56 +128,6 @@ class Forward {
   float* lse_;
   const Dropout& dropout_;
 };
-
-// Of one row: probabilities p = exp(s - lse), and with dropout's mask and scale in dp,
-// ds = p * (dp - delta). Leaves p after dropout in s, and ds in dp.
-template <bool kDropout>
-inline void gradient_row(float* s, float* dp, int64_t n, float lse, float delta,
-                         const Dropout& dropout, const RowBits& bits, int64_t first_key) {
-  for_vectors(n, [&](int64_t i, auto lanes) {
-    const vfloat p = exp_of_nonpositive(load(s + i, Full{}) - lse);
-    vfloat kept = p, g = load(dp + i, Full{});
-    if constexpr (kDropout) {
-      const auto keeps = bits.at(first_key + i) >= dropout.threshold;
-      kept = keeps ? p : vfloat{};
-      g = keeps ? g * dropout.scale : vfloat{};
-    }
-    store(s + i, keep(kept, lanes), Full{});
-    store(dp + i, keep(p * (g - delta), lanes), Full{});
-  });
-}
-
-// The same where all of a row's keys are here: its softmax and sum(p * dp) are computed again
-// rather than taken from lse and from delta. They cancel against the p and dp of this very row, so
-// that their roundings do too; lse, one float32, carries an error of exp's argument as large as
-// lse.
-template <bool kDropout>
-inline void gradient_whole_row(float* s, float* dp, int64_t n, const Dropout& dropout,
-                               const RowBits& bits) {
-  const float peak = peak_of(s, n);
-  if (n % kLanes) store(dp + n, vfloat{}, Part{int(kLanes - n % kLanes)});
-  vfloat total = {}, dot = {};
-  for (int64_t i = 0; i < n; i += kLanes) {
-    vfloat p = exp_of_nonpositive(load(s + i, Full{}) - peak), g = load(dp + i, Full{});
-    total += p;
-    if constexpr (kDropout) {
-      const auto keeps = bits.at(i) >= dropout.threshold;
-      g = keeps ? g * dropout.scale : vfloat{};
-      store(dp + i, g, Full{});
-      dot += p * g;
-      p = keeps ? p : -p;  // the sign remembers the mask until the next loop
-    } else {
-      dot += p * g;
-    }
-    store(s + i, p, Full{});
-  }
-  const float inverse = 1.f / sum(total), delta = sum(dot) * inverse;
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const vfloat p = load(s + i, Full{}) * inverse, size = p < 0.f ? -p : p;
-    store(s + i, kDropout ? p < 0.f ? vfloat{} : p : p, Full{});
-    store(dp + i, (kDropout ? size : p) * (load(dp + i, Full{}) - delta), Full{});
-  }
-}
 
 template <typename T, bool kDropout>
 class Backward {
