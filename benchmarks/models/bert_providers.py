@@ -16,6 +16,8 @@ from slimkernels.data.batch import Batch
 from slimkernels.models.bert import BertForPreTraining
 from slimkernels.models.convert import bert_from_hugging_face, config_from_hugging_face
 from slimkernels.testing import assert_no_worse
+from slimkernels.training.loop import ragged_losses
+from slimkernels.training.speed import padded_losses
 
 VOCABULARY, MASK_ID, MASKED_SHARE = 30522, 103, 0.15
 
@@ -154,32 +156,12 @@ def masked_only_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def ragged_loss(model: BertForPreTraining, batch: Batch) -> Tensor:
-    return model(
-        batch.input_ids,
-        batch.segment_ids,
-        batch.position_ids,
-        batch.cu_seqlens,
-        batch.masked_positions,
-        batch.masked_labels,
-        batch.next_sentence_labels,
-    ).loss
+    return ragged_losses(model, batch).loss
 
 
 def padded_loss(model: BertForPreTraining, batch: Batch) -> Tensor:
     """The same kernels on rectangles: what leaving the padding in costs."""
-    rectangles = batch.padded()
-    lengths = batch.cu_seqlens.diff() if batch.padding_saved else None
-    encoder = model.bert
-    hidden, decoder = encoder.embed(
-        rectangles["input_ids"], rectangles["token_type_ids"], rectangles["position_ids"], None
-    )
-    hidden = encoder.encode(hidden, key_lengths=lengths)  # (B, T, C)
-    where = (rectangles["labels"].flatten() != -100).nonzero().squeeze(1)
-    logits = model.mlm_logits(hidden.flatten(0, 1).index_select(0, where), decoder)
-    mlm = slimkernels.cross_entropy(logits, rectangles["labels"].flatten()[where])
-    nsp = model.nsp_logits(hidden[:, 0])
-    nsp = slimkernels.cross_entropy(nsp, rectangles["next_sentence_label"])
-    return mlm.float() + nsp.float()
+    return padded_losses(model, batch).loss
 
 
 def providers(names: list[str], shape: Shape, precision: torch.dtype, batch: Batch):
@@ -201,8 +183,6 @@ def providers(names: list[str], shape: Shape, precision: torch.dtype, batch: Bat
     return made
 
 
-# The reference of ragged attention stores the scores between all sequences: eager PyTorch is given
-# the padded form, which is what it is good at.
 FORMS = {"slim": ragged_loss, "slim_padded": padded_loss, "slim_torch": padded_loss}
 NOTES = {
     "hf_sdpa": "Hugging Face BertForPreTraining, attn_implementation sdpa",

@@ -8,6 +8,7 @@ and says what was learned and how much faster it went than in eager PyTorch.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -131,7 +132,9 @@ def _stored(options: Options) -> tuple[Options, Path]:
 
 def _set_up(options: Options, saved: Path | None):
     """The run at its start, or at the checkpoint `saved`; tokenizer, held-out batches, folder."""
-    config = _config(options, options.vocab_size)  # refuses bad sizes before a folder is made
+    # Both refuse bad numbers, before a folder is made.
+    _check(options)
+    _config(options, options.vocab_size)
     device = resolve_device(options.device)
     precision = resolve_precision(options.precision, device)
     folder = saved.parent if saved else start_run(options.out)
@@ -174,6 +177,27 @@ def _set_up(options: Options, saved: Path | None):
         run.step = run.trainer.pop("step")
         print(f"Going on from step {run.step}.")
     return run, data.tokenizer, heldout, folder
+
+
+# The least that each option may be; those of the model's sizes are TransformerConfig's to check.
+AT_LEAST = {
+    "steps": 1,
+    "warmup_steps": 0,
+    "weight_decay": 0.0,
+    "heldout_batches": 1,
+    "checkpoint_every": 1,
+    "compare_steps": 0,
+}
+
+
+def _check(options: Options) -> None:
+    """ValueError naming the option that makes no sense, as the user typed it."""
+    for name in (*AT_LEAST, "lr", "max_grad_norm"):
+        value, option = getattr(options, name), f"--{name.replace('_', '-')}"
+        if name not in AT_LEAST and not 0 < value < math.inf:
+            raise ValueError(f"{option} must be positive; got {value}")
+        if name in AT_LEAST and not AT_LEAST[name] <= value < math.inf:
+            raise ValueError(f"{option} must be at least {AT_LEAST[name]}; got {value}")
 
 
 def _config(options: Options, vocab_size: int) -> TransformerConfig:

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from slimkernels.data.batch import Batch
+from slimkernels.models.bert import BertForPreTraining, PretrainingOutput
 from slimkernels.training import checkpoint
 from slimkernels.training.meter import Meter
 from slimkernels.training.optim import learning_rate
@@ -48,10 +50,7 @@ class Interrupt:
 
 @dataclass
 class Run:
-    """Everything a training run is made of.
-
-    Errors  ValueError naming the number that makes no sense
-    """
+    """Everything a training run is made of."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -67,14 +66,6 @@ class Run:
     trainer: dict = field(default_factory=dict)  # saved along: what the run was started with
     step: int = 0
     interrupt: Interrupt = field(default_factory=Interrupt)
-
-    def __post_init__(self) -> None:
-        for name, least in (("total_steps", 1), ("checkpoint_every", 1), ("warmup_steps", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}")
-        for name in ("peak_lr", "max_grad_norm"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be positive; got {getattr(self, name)}")
 
 
 def train(run: Run, report: Callable[[int, dict], None], *, report_every: int = 10) -> bool:
@@ -123,11 +114,25 @@ def save(run: Run) -> Path:
     return checkpoint.save(run.checkpoints, run.step, run.model, run.optimizer, run.trainer)
 
 
-def training_step(run: Run, batch, lr: float) -> Tensor:
+def ragged_losses(model: BertForPreTraining, batch: Batch) -> PretrainingOutput:
+    """What is trained on: the losses of a batch without padding."""
+    return model(
+        batch.input_ids,
+        batch.segment_ids,
+        batch.position_ids,
+        batch.cu_seqlens,
+        batch.masked_positions,
+        batch.masked_labels,
+        batch.next_sentence_labels,
+    )
+
+
+def training_step(run: Run, batch: Batch, lr: float, losses=ragged_losses) -> Tensor:
     """Forward, backward, clip, update. (3,): MLM loss, NSP loss, gradient norm, on the device."""
     for group in run.optimizer.param_groups:
         group["lr"] = lr
-    output = forward(run.model, batch, run.precision)
+    with mixed(run.device, run.precision):
+        output = losses(run.model, batch)
     output.loss.backward()
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.max_grad_norm)
     run.optimizer.step()
@@ -135,18 +140,9 @@ def training_step(run: Run, batch, lr: float) -> Tensor:
     return torch.stack([output.mlm_loss.detach(), output.nsp_loss.detach(), norm.detach()]).float()
 
 
-def forward(model: nn.Module, batch, precision: torch.dtype):
-    """The model's output for a ragged batch, matrices in `precision` and the rest in float32."""
-    with torch.autocast(batch.input_ids.device.type, precision, precision != torch.float32):
-        return model(
-            batch.input_ids,
-            batch.segment_ids,
-            batch.position_ids,
-            batch.cu_seqlens,
-            masked_positions=batch.masked_positions,
-            masked_labels=batch.masked_labels,
-            next_sentence_labels=batch.next_sentence_labels,
-        )
+def mixed(device: torch.device, precision: torch.dtype) -> torch.autocast:
+    """The context in which matrices are in `precision` and the rest is in float32."""
+    return torch.autocast(device.type, precision, precision != torch.float32)
 
 
 @torch.no_grad()
@@ -159,7 +155,8 @@ def evaluate(
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     masked = sequences = 0
     for batch in batches:
-        output = forward(model, batch.to(device), precision)
+        with mixed(device, precision):
+            output = ragged_losses(model, batch.to(device))
         weights = torch.tensor([len(batch.masked_positions), batch.num_sequences], device=device)
         totals += torch.stack([output.mlm_loss, output.nsp_loss]).double() * weights
         masked += len(batch.masked_positions)

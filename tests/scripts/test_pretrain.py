@@ -29,11 +29,12 @@ def corpus(tmp_path_factory):
     return path
 
 
-SMALL = (
-    "--steps 6 --hidden-size 32 --num-layers 1 --num-heads 2 --vocab-size 512 --max-length 32 "
-    "--tokens-per-batch 128 --heldout-batches 2 --warmup-steps 2 --checkpoint-every 3 "
-    "--compare-steps 1 --device cpu"
-).split()
+SMALL = [
+    *("--steps", "6", "--hidden-size", "32", "--num-layers", "1", "--num-heads", "2"),
+    *("--vocab-size", "512", "--max-length", "32", "--tokens-per-batch", "128"),
+    *("--heldout-batches", "2", "--warmup-steps", "2", "--checkpoint-every", "3"),
+    *("--compare-steps", "1", "--device", "cpu"),
+]
 
 
 def run(corpus, out, *arguments):
@@ -44,7 +45,7 @@ def test_the_whole_road(corpus, tmp_path, capsys):
     assert run(corpus, tmp_path) == 0
     said = capsys.readouterr().out
     assert re.search(r"MLM fell by -?\d+\.\d\d nats", said)
-    assert re.search(r'under use_backend\("torch"\): \d+\.\d\d times faster', said)
+    assert re.search(r'under use_backend\("torch"\) it takes \d+ ms: \d+\.\d\d times faster', said)
     assert said.count("  ->  ") == 4
 
     folder = tmp_path / "001"
@@ -86,7 +87,9 @@ def test_an_interrupted_run_resumes_bit_for_bit(corpus, tmp_path, capsys):
 
 
 def test_ctrl_c_leaves_a_checkpoint(corpus, tmp_path):
-    script = "import sys; from slimkernels.scripts.pretrain import main; sys.exit(main(sys.argv[1:]))"
+    script = (
+        "import sys; from slimkernels.scripts.pretrain import main; sys.exit(main(sys.argv[1:]))"
+    )
     arguments = [*SMALL, "--corpus", str(corpus), "--out", str(tmp_path), "--steps", "100000"]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
@@ -113,9 +116,16 @@ def test_ctrl_c_leaves_a_checkpoint(corpus, tmp_path):
     "arguments, sentence",
     [
         (["--corpus", "/nonexistent/text.jsonl"], "nonexistent/text.jsonl"),
-        (["--hidden-size", "30", "--num-heads", "4"], "hidden_size must be a multiple of num_heads"),
-        (["--steps", "0"], "total_steps must be at least 1; got 0"),
-        (["--lr", "-1"], "peak_lr must be positive; got -1.0"),
+        (
+            ["--hidden-size", "30", "--num-heads", "4"],
+            "hidden_size must be a multiple of num_heads",
+        ),
+        (["--steps", "0"], "--steps must be at least 1; got 0"),
+        (["--warmup-steps", "-1"], "--warmup-steps must be at least 0; got -1"),
+        (["--heldout-batches", "0"], "--heldout-batches must be at least 1; got 0"),
+        (["--weight-decay", "nan"], "--weight-decay must be at least 0.0; got nan"),
+        (["--lr", "-1"], "--lr must be positive; got -1.0"),
+        (["--max-grad-norm", "inf"], "--max-grad-norm must be positive; got inf"),
         (["--dropout", "1.5"], r"dropout_p must be in \[0, 1\); got 1.5"),
         (["--device", "quantum"], "the device 'quantum' cannot be used"),
         (["--max-length", "4"], "max_length must be at least 8; got 4"),
@@ -127,6 +137,11 @@ def test_bad_input_is_one_sentence(corpus, tmp_path, capsys, arguments, sentence
     assert run(corpus, tmp_path, *arguments) == 1
     said = capsys.readouterr().err.strip().splitlines()
     assert re.search(sentence, said[-1]) and "Traceback" not in "".join(said)
+
+
+def test_a_bad_number_leaves_no_folder(corpus, tmp_path):
+    assert run(corpus, tmp_path, "--lr", "0") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_resume_keeps_the_runs_options(corpus, tmp_path, capsys):
