@@ -7,7 +7,6 @@ and says what was learned and how much faster it went than in eager PyTorch.
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from dataclasses import asdict, dataclass, fields
@@ -15,25 +14,18 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from tqdm import tqdm
 
-from slimkernels.data import Tokenizer, sample_path
+from slimkernels.data import sample_path
 from slimkernels.data.pretraining import prepare
 from slimkernels.dispatch import BackendError
 from slimkernels.models.bert import BertForPreTraining
 from slimkernels.models.config import TransformerConfig
-from slimkernels.training import checkpoint, plot, speed
+from slimkernels.training import checkpoint, speed
 from slimkernels.training.device import resolve_device, resolve_precision
-from slimkernels.training.loop import Run, TrainingError, evaluate, save, train
+from slimkernels.training.loop import Run, TrainingError, evaluate, save
 from slimkernels.training.optim import adamw
-from slimkernels.training.runs import newest_run, start_run
-
-MASKED_SENTENCES = (
-    "the president of the united [MASK] .",
-    "she had not [MASK] him since the morning .",
-    "the captain stood on the [MASK] of the ship .",
-    "i do not [MASK] what to say to you .",
-)
+from slimkernels.training.report import losses_text, report_results, train_with_progress
+from slimkernels.training.runs import newest_run, start_run, write_json
 
 
 @dataclass
@@ -93,15 +85,15 @@ def pretrain(options: Options) -> int:
     options, saved = _stored(options) if options.resume else (options, None)
     run, tokenizer, heldout, folder = _set_up(options, saved)
     before = run.trainer["heldout_at_start"]
-    print(f"Held-out loss before training: {_losses(before)}.")
+    print(f"Held-out loss before training: {losses_text(before)}.")
 
-    if not _train(run, folder):
+    if not train_with_progress(run, folder):
         print(f"Interrupted at step {run.step}; the checkpoint is in {folder}.")
         print(f"Go on with: slimkernels pretrain --resume --out {options.out}")
         return 130
     after = evaluate(run.model, heldout, run.device, run.precision)
     checkpoint.save_model(folder / "model.safetensors", run.model)
-    _report(run, folder, before, after, tokenizer)
+    report_results(run, folder, before, after, tokenizer)
     if options.compare_steps:
         print(speed.compare(run, options.compare_steps))
     return 0
@@ -169,7 +161,7 @@ def _set_up(options: Options, saved: Path | None):
         stored = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items()}
         before = evaluate(model, heldout, device, precision)
         run.trainer = {"options": stored, "config": config.to_dict(), "heldout_at_start": before}
-        (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2))
+        write_json(folder / "config.json", config.to_dict())
         save(run)
     else:
         checkpoint.load(saved, model, run.optimizer)
@@ -211,56 +203,3 @@ def _config(options: Options, vocab_size: int) -> TransformerConfig:
         dropout_p=options.dropout,
         attention_dropout_p=options.dropout,
     )
-
-
-def _train(run: Run, folder: Path) -> bool:
-    """Train with a progress bar, and with a line in log.jsonl for each report."""
-    parameters = sum(p.numel() for p in run.model.parameters())
-    print(f"Training {parameters / 1e6:.1f} M parameters for {run.total_steps} steps ...")
-    with (
-        (folder / "log.jsonl").open("a") as log,
-        tqdm(total=run.total_steps, initial=run.step, unit="step", dynamic_ncols=True) as bar,
-    ):
-
-        def report(step: int, measured: dict) -> None:
-            log.write(json.dumps({"step": step, **measured}) + "\n")
-            log.flush()
-            mfu = f", MFU {measured['mfu']:.1%}" if "mfu" in measured else ""
-            bar.set_postfix_str(
-                f"loss {measured['mlm_loss']:.2f}+{measured['nsp_loss']:.2f}, "
-                f"{measured['tokens_per_second']:,.0f} real tokens/s, "
-                f"padding avoided {measured['padding_avoided']:.0%}{mfu}",
-                refresh=False,
-            )
-            bar.update(step - bar.n)
-
-        return train(run, report)
-
-
-def _losses(heldout: dict[str, float]) -> str:
-    return f"MLM {heldout['mlm_loss']:.3f} nats a word, NSP {heldout['nsp_loss']:.3f}"
-
-
-def _report(run: Run, folder: Path, before: dict, after: dict, tokenizer: Tokenizer) -> None:
-    """Say what was learned, and draw the loss if matplotlib is there."""
-    fell = before["mlm_loss"] - after["mlm_loss"]
-    print(f"Held-out loss after training:  {_losses(after)}: MLM fell by {fell:.2f} nats.")
-    for sentence in MASKED_SENTENCES:
-        words = (f"{word} {share:.0%}" for word, share in _predictions(run, tokenizer, sentence))
-        print(f"  {sentence}  ->  {', '.join(words)}")
-    results = {"heldout_at_start": before, "heldout_at_end": after, "steps": run.step}
-    (folder / "results.json").write_text(json.dumps(results, indent=2))
-    print(f"Model, tokenizer, log and results are in {folder}.")
-    if plot.losses(folder / "log.jsonl", folder / "loss.png"):
-        print(f"The loss curve is {folder / 'loss.png'}.")
-
-
-def _predictions(run: Run, tokenizer: Tokenizer, sentence: str) -> list[tuple[str, float]]:
-    """The three likeliest words for the mask, with their probabilities."""
-    ids = [tokenizer.cls_id, *tokenizer.encode(sentence), tokenizer.sep_id]
-    run.model.eval()
-    input_ids = torch.tensor(ids, device=run.device)
-    logits = run.model.predict_masked(input_ids, ids.index(tokenizer.mask_id))
-    top = logits.float().softmax(-1).topk(3)
-    words = [tokenizer.decode([token]) for token in top.indices.tolist()]
-    return list(zip(words, top.values.tolist(), strict=True))

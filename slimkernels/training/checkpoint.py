@@ -82,7 +82,9 @@ def load(checkpoint: Path, model: nn.Module, optimizer=None) -> None:
     path = checkpoint / "optimizer.safetensors"
     tensors = _read_tensors(path)
     try:
-        for name, parameter in _named_parameters(model):
+        # Before the first step the optimizer has no moments, and the file has none.
+        started = any(name.startswith("exp_avg.") for name in tensors)
+        for name, parameter in _named_parameters(model) if started else ():
             state = optimizer.state[parameter]
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 value = tensors[f"{key}.{name}"]

@@ -1,7 +1,9 @@
-"""Numbered folders for runs, so that no run ever writes over another's."""
+"""Numbered folders for runs, so that no run ever writes over another's, and their small files."""
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 
 
@@ -29,3 +31,27 @@ def run_folders(parent: Path) -> list[Path]:
         return []
     folders = [path for path in parent.iterdir() if path.is_dir() and path.name.isdigit()]
     return sorted(folders, key=lambda path: int(path.name))
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a JSON file aside, then rename it: it is there whole or not at all."""
+    partial = path.with_name(f".writing-{path.name}")
+    try:
+        partial.write_text(json.dumps(content, indent=2) + "\n")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def cut_log(path: Path, step: int) -> None:
+    """Leave out the lines of a log that stand after `step`: a resumed run writes them again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        # A run that was killed may have left half a line.
+        if line.endswith("\n") and json.loads(line)["step"] <= step:
+            kept.append(line)
+    partial = path.with_name(f".writing-{path.name}")
+    partial.write_text("".join(kept))
+    os.replace(partial, path)

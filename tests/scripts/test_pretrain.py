@@ -86,6 +86,21 @@ def test_an_interrupted_run_resumes_bit_for_bit(corpus, tmp_path, capsys):
         assert torch.equal(resumed[name], value), name
 
 
+def test_a_run_killed_before_its_first_checkpoint_starts_again(corpus, tmp_path):
+    """What is left then is the checkpoint of step 0, whose optimizer has no moments, and a log."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run(corpus, whole) == 0
+    assert run(corpus, parts, "--checkpoint-every", "100") == 0
+    (parts / "001" / "step-00000006").rename(tmp_path / "gone")
+    with (parts / "001" / "log.jsonl").open("a") as log:
+        log.write('{"step": 7, "mlm_l')
+    assert main(["--resume", "--out", str(parts), "--device", "cpu"]) == 0
+    expected, resumed = weights(whole / "001"), weights(parts / "001")
+    assert all(torch.equal(resumed[name], value) for name, value in expected.items())
+    rows = [json.loads(line) for line in (parts / "001" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [6]
+
+
 def test_ctrl_c_leaves_a_checkpoint(corpus, tmp_path):
     script = (
         "import sys; from slimkernels.scripts.pretrain import main; sys.exit(main(sys.argv[1:]))"
