@@ -36,14 +36,16 @@ def scaled_dot_product_attention_reference(
     group = q.shape[-3] // k.shape[-3]
     k, v = (t.repeat_interleave(group, dim=-3) for t in (k, v))
     visible, rows, cols = _pairs(q, k, is_causal, key_lengths, cu_seqlens_q, cu_seqlens_k)
-    # The lowest number rather than -inf: softmax of a row that sees no key stays finite, and the
-    # second masking makes it, and its gradient, zero.
-    lowest = torch.finfo(wide).min
-    p = (q @ k.transpose(-1, -2) * scale).masked_fill(~visible, lowest).softmax(-1)
-    p = p.masked_fill(~visible, 0.0)
-    if seed is not None:
-        p = torch.where(keep_mask(seed, rows, cols, dropout_p), p / (1 - dropout_p), 0.0)
-    y = p @ v
+    # Autocast would compute the products in its own dtype, whatever that of their operands.
+    with torch.autocast(query.device.type, enabled=False):
+        scores = q @ k.transpose(-1, -2) * scale
+        # The lowest number rather than -inf: softmax of a row that sees no key stays finite, and
+        # the second masking makes it, and its gradient, zero.
+        p = scores.masked_fill(~visible, torch.finfo(wide).min).softmax(-1)
+        p = p.masked_fill(~visible, 0.0)
+        if seed is not None:
+            p = torch.where(keep_mask(seed, rows, cols, dropout_p), p / (1 - dropout_p), 0.0)
+        y = p @ v
     y = y if cu_seqlens_q is None else y.transpose(0, 1).contiguous()
     return y.to(query.dtype)
 

@@ -306,6 +306,21 @@ def test_same_bits_every_time(backend):
         assert torch.equal(second[name], expected), name
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_autocast_does_not_touch_the_definition(dtype, compiled):
+    inputs, options = ragged_case("dropout", dtype, "cpu")
+    ours, _, _ = functions_of("torch", inputs, options, compiled)
+
+    def under_autocast(*inputs):
+        with torch.autocast("cpu", torch.bfloat16):
+            return ours(*inputs)
+
+    expected, actual = (run_with_gradients(f, inputs) for f in (ours, under_autocast))
+    for name in expected:
+        assert torch.equal(actual[name], expected[name]), name
+
+
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("scale", [None, 0.3])
 def test_the_definition_is_torchs(is_causal, scale):
