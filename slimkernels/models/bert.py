@@ -2,8 +2,9 @@
 
 A batch is ragged: the tokens of all sequences laid end to end, and cu_seqlens saying where each
 begins. Every product, norm and activation then works on real tokens only, attention stays within
-a sequence, and the vocabulary matrix, a third of the work in a small BERT, meets the masked
-positions alone.
+a sequence, and what only the losses read is computed only where they read it: the vocabulary
+matrix, a third of the work in a small BERT, meets the masked positions alone, and so does most of
+the last block.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slimkernels.models.block import Block, activate, initialise
+from slimkernels.models.block import Block, Wanted, activate, initialise
 from slimkernels.models.checks import check_batch, check_ids, check_padded
 from slimkernels.models.config import TransformerConfig
 from slimkernels.models.embedding import Embedding
@@ -70,11 +71,17 @@ class Bert(nn.Module):
         check_ids("position_ids", position_ids, self.config.max_positions, like)
         return self.embedding(input_ids, segment_ids, position_ids)
 
-    def encode(self, hidden: Tensor, **lengths: Tensor | None) -> Tensor:
-        """Hidden states after the last block; `lengths` is what Block.forward takes."""
-        residual = hidden
-        for layer in self.layers:
-            hidden, residual = layer(hidden, residual, **lengths)
+    def encode(
+        self, hidden: Tensor, wanted: Wanted | None = None, **lengths: Tensor | None
+    ) -> Tensor:
+        """Hidden states after the last block; `wanted` and `lengths` are what Block.forward takes.
+
+        Returns  (T, C) or (B, T, C); (Q, C), in the order of wanted.positions, if that is given
+        """
+        residual, last = hidden, len(self.layers) - 1
+        for i, layer in enumerate(self.layers):
+            only = wanted if i == last else None
+            hidden, residual = layer(hidden, residual, wanted=only, **lengths)
         return hidden
 
 
@@ -136,13 +143,19 @@ class BertForPreTraining(nn.Module):
             raise ValueError("Bert: cu_seqlens must be given; forward_padded takes padded batches")
         hidden, decoder_weight = self.bert.embed(input_ids, segment_ids, position_ids, cu_seqlens)
         check_ids("masked_positions", masked_positions, input_ids.shape[0])
-        hidden = self.bert.encode(hidden, cu_seqlens=cu_seqlens)
-        logits = self.mlm_logits(hidden.index_select(0, masked_positions), decoder_weight)
-        mlm_loss = cross_entropy(logits, masked_labels)
+        # Each sequence's first token, for the pair, and the masked ones: nobody reads the others.
+        read = masked_positions
+        if next_sentence_labels is not None:
+            read = torch.cat([cu_seqlens[:-1].to(read.dtype), read])
+        ascending, order = read.sort()
+        ends = torch.searchsorted(ascending, cu_seqlens.to(read.dtype)).to(torch.int32)
+        hidden = self.bert.encode(hidden, Wanted(ascending, ends), cu_seqlens=cu_seqlens)
+        hidden = hidden.index_select(0, order.argsort())  # in the order of `read`
+        first, masked = hidden.tensor_split([len(read) - len(masked_positions)])
+        mlm_loss = cross_entropy(self.mlm_logits(masked, decoder_weight), masked_labels)
         if next_sentence_labels is None:
             nsp_loss = mlm_loss.new_zeros(())
         else:
-            first = hidden.index_select(0, cu_seqlens[:-1])  # (B, C)
             nsp_loss = cross_entropy(self.nsp_logits(first), next_sentence_labels)
         # Half precision would round the sum to three digits.
         wide = torch.promote_types(mlm_loss.dtype, torch.float32)

@@ -13,6 +13,8 @@ reads, and the sum, so that where the norm stands is a choice of what the residu
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +24,17 @@ from slimkernels.ops.add_layer_norm import add_layer_norm
 from slimkernels.ops.gelu import gelu
 from slimkernels.ops.linear import linear
 from slimkernels.ops.scaled_dot_product_attention import scaled_dot_product_attention
+
+
+class Wanted(NamedTuple):
+    """The tokens of a ragged batch whose hidden states somebody reads.
+
+    positions   (Q,) int64, ascending: indices into the batch's T tokens
+    cu_seqlens  (B+1,) int32: which of them are of sequence i
+    """
+
+    positions: Tensor
+    cu_seqlens: Tensor
 
 
 class Block(nn.Module):
@@ -46,6 +59,7 @@ class Block(nn.Module):
         cu_seqlens: Tensor | None = None,
         key_lengths: Tensor | None = None,
         is_causal: bool = False,
+        wanted: Wanted | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The two streams after this block.
 
@@ -54,9 +68,15 @@ class Block(nn.Module):
         cu_seqlens   (B+1,) int32: sequence i is tokens [cu_seqlens[i], cu_seqlens[i + 1])
         key_lengths  (B,) int32: tokens of row i at and after key_lengths[i] are padding
         is_causal    a token sees itself and those before it
-        Returns      (hidden, residual) for the next block
+        wanted       compute these tokens alone, which still see all of their sequence: for the
+                     last block of a model that reads few of its tokens. Ragged, not causal
+        Returns      (hidden, residual) for the next block, of the wanted tokens if they are given
         """
-        branch = self._attend(hidden, cu_seqlens, key_lengths, is_causal)
+        if wanted is None:
+            branch = self._attend(hidden, cu_seqlens, key_lengths, is_causal)
+        else:
+            branch = self._attend_from(wanted, hidden, cu_seqlens)
+            residual = residual.index_select(0, wanted.positions)
         hidden, residual = self._add_norm(branch, residual, self.attention_norm)
         x = activate(hidden, self.intermediate, self.config.activation)
         branch = linear(x, self.output.weight, self.output.bias)
@@ -77,6 +97,23 @@ class Block(nn.Module):
             y = scaled_dot_product_attention(
                 q, k, v, key_lengths=key_lengths, is_causal=is_causal, dropout_p=dropout_p
             ).transpose(1, 2)
+        return linear(y.flatten(-2), self.attention_output.weight, self.attention_output.bias)
+
+    def _attend_from(self, wanted, hidden, cu_seqlens):
+        """Attention of the wanted tokens to all keys of their sequences."""
+        config, C = self.config, self.config.hidden_size
+        weights, biases = (t.split([C, 2 * C]) for t in (self.qkv.weight, self.qkv.bias))
+        q = linear(hidden.index_select(0, wanted.positions), weights[0], biases[0])
+        kv = linear(hidden, weights[1], biases[1])
+        heads = config.num_heads, config.head_size
+        k, v = kv.unflatten(-1, (2, *heads)).unbind(1)  # (T, H, D)
+        y = scaled_dot_product_attention(
+            q.unflatten(-1, heads),  # (Q, H, D)
+            k,
+            v,
+            cu_seqlens=(wanted.cu_seqlens, cu_seqlens),
+            dropout_p=config.attention_dropout_p if self.training else 0.0,
+        )
         return linear(y.flatten(-2), self.attention_output.weight, self.attention_output.bias)
 
     def _add_norm(self, branch, residual, norm):

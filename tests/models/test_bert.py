@@ -92,6 +92,25 @@ def test_padding_changes_nothing(model, batch, rectangles, form, backend):
     assert_model_no_worse(actual, ragged, losses(copy.deepcopy(model).double(), batch))
 
 
+def test_masked_positions_may_come_in_any_order_and_twice(model, batch):
+    order = torch.tensor([4, 0, 5, 2, 0, 1, 3])  # one of them is the first token of a sequence
+    places, labels = batch["masked_positions"].clone(), batch["masked_labels"]
+    places[2] = batch["cu_seqlens"][1]
+    plain = {**batch, "masked_positions": places[order], "masked_labels": labels[order]}
+
+    def one_by_one(model):
+        hidden = model.bert(
+            *(batch[k] for k in ("input_ids", "segment_ids", "position_ids")), batch["cu_seqlens"]
+        )
+        mlm = F.cross_entropy(model.mlm_logits(hidden[places[order]]), labels[order])
+        first = hidden[batch["cu_seqlens"][:-1].long()]
+        nsp = F.cross_entropy(model.nsp_logits(first), batch["next_sentence_labels"])
+        return mlm + nsp, mlm, nsp
+
+    truth = outputs_and_gradients(copy.deepcopy(model).double(), one_by_one)
+    assert_model_no_worse(losses(model, plain), outputs_and_gradients(model, one_by_one), truth)
+
+
 def test_padding_may_stand_anywhere(model, batch):
     """Real tokens keep the places they had in the rectangle."""
     ids = torch.randint(0, 97, (2, 6))

@@ -6,7 +6,7 @@ import torch
 from module_cases import assert_model_no_worse, outputs_and_gradients
 
 from slimkernels.dispatch import use_backend
-from slimkernels.models.block import Block
+from slimkernels.models.block import Block, Wanted
 from slimkernels.models.embedding import _TiedEmbedding
 
 T = 9
@@ -92,6 +92,33 @@ def test_is_torchs_encoder(config, norm_first, activation, is_causal, backend):
     truth = outputs_and_gradients(copy.deepcopy(theirs).double(), call, (x.double(),))
     shared = ("output 0", "gradient of input 0")
     assert_model_no_worse(*({name: r[name] for name in shared} for r in (actual, eager, truth)))
+
+
+@pytest.mark.parametrize("backend", [None, "torch"])
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("positions", [[0, 4, 5, 5, 8], [2], list(range(T))], ids=str)
+def test_wanted_tokens_are_those_of_the_whole_block(config, positions, norm_first, backend):
+    config = dataclasses.replace(config, norm_first=norm_first)
+    torch.manual_seed(0)
+    block = Block(config)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x, residual = torch.randn(2, T, config.hidden_size)
+    at, cu_seqlens = torch.tensor(positions, dtype=torch.int64), torch.tensor([0, 3, 5, T]).int()
+    wanted = Wanted(at, torch.searchsorted(at, cu_seqlens.long()).int())
+
+    def chosen(module, x, residual):
+        return module(x, residual, cu_seqlens=cu_seqlens, wanted=wanted)
+
+    def whole(module, x, residual):
+        return tuple(t[at] for t in module(x, residual, cu_seqlens=cu_seqlens))
+
+    with use_backend(backend):
+        actual = outputs_and_gradients(block, chosen, (x, residual))
+        eager = outputs_and_gradients(block, whole, (x, residual))
+    wide = (x.double(), residual.double())
+    truth = outputs_and_gradients(copy.deepcopy(block).double(), whole, wide)
+    assert_model_no_worse(actual, eager, truth)
 
 
 @pytest.mark.parametrize("used", ["both", "rows", "matrix"])
