@@ -36,21 +36,28 @@ def peak_tflops(device: torch.device) -> float | None:
     return PEAK_TFLOPS[max(known, key=len)] if known else None
 
 
-def training_flops(config, num_tokens: int, attended: int, predicted: int) -> float:
-    """Floating-point operations of one training step: forward, and twice that for backward.
+def training_flops(config, batch) -> float:
+    """Floating-point operations that BERT's training step needs: forward, and twice that again.
 
-    num_tokens  real tokens
-    attended    the sum over sequences of length squared: each token sees its own sequence only
-    predicted   positions that the vocabulary matrix is applied to
+    Two for each multiplication of a matrix parameter with a token it meets, as in Kaplan et al.
+    2020 appendix B, and attention by the tokens that a token really sees. The last block counts
+    for the tokens that a loss reads, as models/bert.py computes it: what is skipped is no work.
 
-    Six for each matrix parameter and token it meets, as in Kaplan et al. 2020 appendix B, with
-    attention counted by what it really attends to.
+    batch  a data.batch.Batch on the CPU
     """
-    C = config.hidden_size
-    block = 4 * C * C + 2 * C * config.intermediate_size
-    head = C * C + C * config.vocab_size
-    attention = 12 * C * attended * config.num_layers
-    return 6.0 * (config.num_layers * block * num_tokens + head * predicted) + attention
+    C, width = config.hidden_size, config.intermediate_size
+    lengths = batch.cu_seqlens.diff().long()
+    masked = torch.searchsorted(batch.masked_positions, batch.cu_seqlens.long()).diff()
+    read = masked + 1  # and the first token, for the next-sentence head
+    tokens, num_read = int(lengths.sum()), int(read.sum())
+    blocks = config.num_layers - 1
+
+    matrices = blocks * tokens * (4 * C * C + 2 * C * width)
+    matrices += tokens * 2 * C * C + num_read * (2 * C * C + 2 * C * width)
+    matrices += int(masked.sum()) * (C * C + C * config.vocab_size)  # the masked-word head
+    matrices += len(lengths) * (C * C + 2 * C)  # the next-sentence head
+    seen = blocks * int(lengths.square().sum()) + int((lengths * read).sum())
+    return 3.0 * 2 * (matrices + 2 * C * seen)
 
 
 @dataclass
@@ -67,12 +74,9 @@ class Meter:
 
     def add(self, batch, waited: float) -> None:
         """Count one step's batch, still on the CPU, and the seconds spent waiting for it."""
-        lengths = batch.cu_seqlens.diff().double()
         self.tokens += batch.num_tokens
         self.padded_tokens += batch.num_sequences * batch.max_length
-        attended = int(lengths.square().sum())
-        predicted = len(batch.masked_positions)
-        self.flops += training_flops(self.config, batch.num_tokens, attended, predicted)
+        self.flops += training_flops(self.config, batch)
         self.waited += waited
 
     def report(self) -> dict[str, float]:

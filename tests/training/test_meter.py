@@ -1,3 +1,4 @@
+import dataclasses
 import time
 from types import SimpleNamespace
 
@@ -5,20 +6,26 @@ import pytest
 import torch
 
 from slimkernels.data import Batch
+from slimkernels.dispatch import use_backend
+from slimkernels.models.bert import BertForPreTraining
 from slimkernels.models.config import TransformerConfig
 from slimkernels.training import meter
+from slimkernels.training.loop import ragged_losses
 from slimkernels.training.meter import Meter, peak_tflops, training_flops
 
 CONFIG = TransformerConfig(
     vocab_size=1000, hidden_size=64, num_layers=3, num_heads=4, intermediate_size=256
 )
 
+NONE = torch.empty(0, dtype=torch.int64)
 
-def batch_of(*lengths, masked=2):
+
+def batch_of(*lengths, masked=NONE):
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
     T = int(cu_seqlens[-1])
     ids = torch.zeros(T, dtype=torch.int64)
-    return Batch(ids, ids, ids, cu_seqlens, ids[:masked], ids[:masked], ids[: len(lengths)])
+    labels = torch.zeros_like(masked)
+    return Batch(ids, ids, ids, cu_seqlens, masked, labels, ids[: len(lengths)])
 
 
 def test_rates_agree_with_a_stopwatch():
@@ -34,21 +41,22 @@ def test_rates_agree_with_a_stopwatch():
     assert measured.report()["tokens_per_second"] == 0.0  # a report begins anew
 
 
-def test_flops_are_those_of_the_matrices():
-    """Counted by torch itself on the matrix products of one forward, times three."""
+@pytest.mark.parametrize("num_layers", [1, 3])
+def test_flops_are_those_of_the_model(num_layers):
+    """Counted by torch itself on one forward of two sequences, one by one, times three.
+
+    One by one, because the reference computes scores between all sequences of a batch.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
-    T, K, C, V = 40, 6, 64, 1000
-    x, masked = torch.randn(T, C), torch.randn(K, C)
-    with FlopCounterMode(display=False) as counter:
-        for _ in range(CONFIG.num_layers):
-            x @ torch.randn(C, 4 * C)  # query, key, value and the output projection
-            x @ torch.randn(C, 256), torch.randn(T, 256) @ torch.randn(256, C)
-            for length in (30, 10):
-                q = torch.randn(length, C)
-                (q @ q.T) @ q
-        masked @ torch.randn(C, C), masked @ torch.randn(C, V)
-    assert training_flops(CONFIG, T, 30**2 + 10**2, K) == 3 * counter.get_total_flops()
+    config = dataclasses.replace(CONFIG, num_layers=num_layers)
+    model = BertForPreTraining(config).eval()
+    masked = {30: 4, 10: 2}
+    with FlopCounterMode(display=False) as counter, use_backend("torch"):
+        for length, count in masked.items():
+            ragged_losses(model, batch_of(length, masked=torch.arange(count)))
+    both = batch_of(30, 10, masked=torch.tensor([0, 1, 2, 3, 30, 31]))
+    assert training_flops(config, both) == 3 * counter.get_total_flops()
 
 
 @pytest.mark.parametrize(
@@ -67,5 +75,5 @@ def test_mfu(monkeypatch):
     measured.add(batch_of(8), waited=0.0)
     time.sleep(0.05)
     mfu, seconds = measured.report()["mfu"], time.perf_counter() - started
-    flops = training_flops(CONFIG, 8, 64, 2)
+    flops = training_flops(CONFIG, batch_of(8))
     assert flops / seconds / 1e6 <= mfu <= flops / 0.05 / 1e6
