@@ -187,7 +187,7 @@ FORMS = {"slim": ragged_loss, "slim_padded": padded_loss, "slim_torch": padded_l
 NOTES = {
     "hf_sdpa": "Hugging Face BertForPreTraining, attn_implementation sdpa",
     "hf_compiled": "the same under torch.compile; only its eager form passes the gate",
-    "slim": "slimkernels, no padding from embedding to loss",
+    "slim": "slimkernels, no padding, and the last block only where a loss reads it",
     "slim_padded": "the same kernels with the padding left in",
     "slim_torch": 'slimkernels, padded, under use_backend("torch")',
 }
