@@ -13,13 +13,18 @@ struct Moments {
 };
 
 template <typename T>
-inline Moments moments_of(const T* x, int64_t N, float eps) {
-  const float mean = sum_over(N, [&](int64_t i, auto n) { return load(x + i, n); }) / N;
+inline Moments moments_about(float mean, const T* x, int64_t N, float eps) {
   const float squares = sum_over(N, [&](int64_t i, auto n) {
     const vfloat centered = keep(load(x + i, n) - mean, n);
     return centered * centered;
   });
   return {mean, 1.f / std::sqrt(squares / N + eps)};
+}
+
+template <typename T>
+inline Moments moments_of(const T* x, int64_t N, float eps) {
+  const float mean = sum_over(N, [&](int64_t i, auto n) { return load(x + i, n); }) / N;
+  return moments_about(mean, x, N, eps);
 }
 
 template <typename T>
@@ -35,9 +40,10 @@ inline void normalize(const T* x, const float* weight, const float* bias, T* y, 
 
 // With xhat = (x - mean) * rstd and g = dy * weight:
 //   dx = rstd * (g - mean(g) - xhat * mean(g * xhat)), dweight += dy * xhat, dbias += dy.
-template <typename T>
-inline void normalize_backward(const T* dy, const T* x, const float* weight, Moments moments, T* dx,
-                               float* dweight, float* dbias, int64_t N) {
+// store_dx(i, dx, lanes) takes each vector of dx.
+template <typename T, typename Store>
+inline void normalize_backward(const T* dy, const T* x, const float* weight, Moments moments,
+                               float* dweight, float* dbias, int64_t N, Store store_dx) {
   const auto xhat = [&](int64_t i, auto n) {
     return keep((load(x + i, n) - moments.mean) * moments.rstd, n);
   };
@@ -49,7 +55,7 @@ inline void normalize_backward(const T* dy, const T* x, const float* weight, Mom
   const float mean_gx = sum_over(N, [&](int64_t i, auto n) { return g(i, n) * xhat(i, n); }) / N;
   for_vectors(N, [&](int64_t i, auto n) {
     const vfloat h = xhat(i, n), v = load(dy + i, n);
-    store(dx + i, moments.rstd * (g(i, n) - mean_g - h * mean_gx), n);
+    store_dx(i, moments.rstd * (g(i, n) - mean_g - h * mean_gx), n);
     if (dweight) store(dweight + i, load(dweight + i, n) + v * h, n);
     if (dbias) store(dbias + i, load(dbias + i, n) + v, n);
   });
