@@ -21,16 +21,17 @@ void forward(const T* x, const T* residual, const float* weight, const float* bi
              float* mean, float* rstd, int64_t M, int64_t N, float eps, const Dropout& dropout) {
   for_rows(M, N, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      const int64_t at = row * N;
       const RowBits bits(dropout.seed, row);
+      const T *branch = x + row * N, *skip = residual + row * N;
+      T* sum = total + row * N;
       const float added = sum_over(N, [&](int64_t i, auto n) {
-        vfloat v = load(x + at + i, n);
+        vfloat v = load(branch + i, n);
         if constexpr (kDropout) v = dropout.apply(v, bits, i);
-        store(total + at + i, load(residual + at + i, n) + v, n);
-        return load(total + at + i, n);  // as rounded
+        store(sum + i, load(skip + i, n) + v, n);
+        return load(sum + i, n);  // as rounded
       });
-      const Moments moments = moments_about(added / N, total + at, N, eps);
-      normalize(total + at, weight, bias, y + at, moments, N);
+      const Moments moments = moments_about(added / N, sum, N, eps);
+      normalize(sum, weight, bias, y + row * N, moments, N);
       mean[row] = moments.mean;
       rstd[row] = moments.rstd;
     }
