@@ -26,12 +26,12 @@ struct Kernels {
   void (*add_layer_norm_forward)(const void* x, const void* residual, const void* weight,
                                  const void* bias, void* y, void* total, float* mean, float* rstd,
                                  const int64_t* seed, int64_t M, int64_t N, float eps,
-                                 float dropout_p, int64_t threshold, int dtype,
+                                 double dropout_p, int64_t threshold, int dtype,
                                  int parameter_dtype);
   void (*add_layer_norm_backward)(const void* dy, const void* dsum, const void* total,
                                   const void* weight, const float* mean, const float* rstd,
                                   void* dx, void* dresidual, void* dweight, void* dbias,
-                                  const int64_t* seed, int64_t M, int64_t N, float dropout_p,
+                                  const int64_t* seed, int64_t M, int64_t N, double dropout_p,
                                   int64_t threshold, int dtype, int parameter_dtype);
 
   // scaled_dot_product_attention.cpp: sizes is the start of struct Problem in cpu/attention.h; the

@@ -30,7 +30,7 @@ void forward(const T* x, const T* residual, const float* weight, const float* bi
         store(sum + i, load(skip + i, n) + v, n);
         return load(sum + i, n);  // as rounded
       });
-      const Moments moments = moments_about(added / N, sum, N, eps);
+      const Moments moments = moments_about(added, sum, N, eps);
       normalize(sum, weight, bias, y + row * N, moments, N);
       mean[row] = moments.mean;
       rstd[row] = moments.rstd;
@@ -62,7 +62,7 @@ void backward(const T* dy, const T* dsum, const T* total, const float* weight, c
 
 void add_layer_norm_forward(const void* x, const void* residual, const void* weight,
                             const void* bias, void* y, void* total, float* mean, float* rstd,
-                            const int64_t* seed, int64_t M, int64_t N, float eps, float dropout_p,
+                            const int64_t* seed, int64_t M, int64_t N, float eps, double dropout_p,
                             int64_t threshold, int dtype, int parameter_dtype) {
   const Widened w(weight, N, parameter_dtype), b(bias, N, parameter_dtype);
   const Dropout dropout(seed, dropout_p, threshold);
@@ -77,7 +77,7 @@ void add_layer_norm_forward(const void* x, const void* residual, const void* wei
 void add_layer_norm_backward(const void* dy, const void* dsum, const void* total,
                              const void* weight, const float* mean, const float* rstd, void* dx,
                              void* dresidual, void* dweight, void* dbias, const int64_t* seed,
-                             int64_t M, int64_t N, float dropout_p, int64_t threshold, int dtype,
+                             int64_t M, int64_t N, double dropout_p, int64_t threshold, int dtype,
                              int parameter_dtype) {
   const Widened w(weight, N, parameter_dtype);
   const int64_t chunks = chunks_for(M);

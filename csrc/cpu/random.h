@@ -29,7 +29,7 @@ class RowBits {
 
  private:
   static constexpr uint32_t kStep = 0x9E3779B9u;
-  vuint first_, key1_;
+  vuint first_ = {}, key1_;
 };
 
 // What survivors are multiplied by, and below which bits an element is dropped.
@@ -39,9 +39,9 @@ struct Dropout {
   // The seed is read here, once a call. A null seed means no dropout.
   int64_t seed;
 
-  Dropout(const int64_t* seed_pointer, float dropout_p, int64_t threshold_word)
+  Dropout(const int64_t* seed_pointer, double dropout_p, int64_t threshold_word)
       : threshold(uint32_t(threshold_word)),
-        scale(1.f / (1.f - dropout_p)),
+        scale(float(1 / (1 - dropout_p))),
         seed(seed_pointer ? *seed_pointer : 0) {}
 
   vfloat apply(vfloat v, const RowBits& bits, int64_t col) const {

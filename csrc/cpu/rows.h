@@ -12,19 +12,23 @@ struct Moments {
   float mean, rstd;
 };
 
+// Mean and variance of a row whose sum is known. A sum near 1000 is off by 3e-5, which centering
+// shows: what the centered values still add up to corrects mean and variance.
 template <typename T>
-inline Moments moments_about(float mean, const T* x, int64_t N, float eps) {
-  const float squares = sum_over(N, [&](int64_t i, auto n) {
-    const vfloat centered = keep(load(x + i, n) - mean, n);
-    return centered * centered;
+inline Moments moments_about(float total, const T* x, int64_t N, float eps) {
+  const float near = total / N;
+  const Pair rest = sum_over(N, [&](int64_t i, auto n) {
+    const vfloat centered = keep(load(x + i, n) - near, n);
+    return vpair{centered, centered * centered};
   });
-  return {mean, 1.f / std::sqrt(squares / N + eps)};
+  const float shift = rest.first / N, variance = rest.second / N - shift * shift;
+  return {near + shift, 1.f / std::sqrt((variance < 0.f ? 0.f : variance) + eps)};
 }
 
 template <typename T>
 inline Moments moments_of(const T* x, int64_t N, float eps) {
-  const float mean = sum_over(N, [&](int64_t i, auto n) { return load(x + i, n); }) / N;
-  return moments_about(mean, x, N, eps);
+  const float total = sum_over(N, [&](int64_t i, auto n) { return load(x + i, n); });
+  return moments_about(total, x, N, eps);
 }
 
 template <typename T>
@@ -51,8 +55,11 @@ inline void normalize_backward(const T* dy, const T* x, const float* weight, Mom
     const vfloat v = load(dy + i, n);
     return weight ? v * load(weight + i, n) : v;
   };
-  const float mean_g = sum_over(N, g) / N;
-  const float mean_gx = sum_over(N, [&](int64_t i, auto n) { return g(i, n) * xhat(i, n); }) / N;
+  const Pair sums = sum_over(N, [&](int64_t i, auto n) {
+    const vfloat v = g(i, n);
+    return vpair{v, v * xhat(i, n)};
+  });
+  const float mean_g = sums.first / N, mean_gx = sums.second / N;
   for_vectors(N, [&](int64_t i, auto n) {
     const vfloat h = xhat(i, n), v = load(dy + i, n);
     store_dx(i, moments.rstd * (g(i, n) - mean_g - h * mean_gx), n);

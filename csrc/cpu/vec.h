@@ -163,16 +163,26 @@ inline __attribute__((always_inline)) void for_vectors(int64_t N, Body body) {
   if (i < N) body(i, Part{int(N - i)});
 }
 
-// Sum of term(i, lanes) over a row. Four partial sums hide the latency of the addition, and round
-// less than one chain. term must be zero in the lanes that are not real.
+// Two sums over the same elements.
+struct vpair {
+  vfloat first, second;
+  vpair operator+(vpair other) const { return {first + other.first, second + other.second}; }
+};
+struct Pair {
+  float first, second;
+};
+inline Pair sum(vpair v) { return {sum(v.first), sum(v.second)}; }
+
+// Sum of term(i, lanes), a vfloat or a vpair, over a row. Four partial sums hide the latency of the
+// addition, and round less than one chain. term must be zero in the lanes that are not real.
 template <typename Term>
-inline __attribute__((always_inline)) float sum_over(int64_t N, Term term) {
-  vfloat partial[4] = {};
+inline __attribute__((always_inline)) auto sum_over(int64_t N, Term term) {
+  decltype(term(0, Full{})) partial[4] = {};
   int64_t i = 0;
   for (; i + 4 * kLanes <= N; i += 4 * kLanes)
-    for (int k = 0; k < 4; ++k) partial[k] += term(i + k * kLanes, Full{});
-  for (; i + kLanes <= N; i += kLanes) partial[0] += term(i, Full{});
-  if (i < N) partial[1] += term(i, Part{int(N - i)});
+    for (int k = 0; k < 4; ++k) partial[k] = partial[k] + term(i + k * kLanes, Full{});
+  for (; i + kLanes <= N; i += kLanes) partial[0] = partial[0] + term(i, Full{});
+  if (i < N) partial[1] = partial[1] + term(i, Part{int(N - i)});
   return sum((partial[0] + partial[1]) + (partial[2] + partial[3]));
 }
 
