@@ -21,6 +21,19 @@ struct Kernels {
                               const float* rstd, void* dx, void* dweight, void* dbias, int64_t M,
                               int64_t N, int dtype, int parameter_dtype);
 
+  // add_layer_norm.cpp: as layer_norm.cpp; total is the sum. dsum may be null. A null seed means no
+  // dropout: dx, which would equal dresidual, is not written then.
+  void (*add_layer_norm_forward)(const void* x, const void* residual, const void* weight,
+                                 const void* bias, void* y, void* total, float* mean, float* rstd,
+                                 const int64_t* seed, int64_t M, int64_t N, float eps,
+                                 double dropout_p, int64_t threshold, int dtype,
+                                 int parameter_dtype);
+  void (*add_layer_norm_backward)(const void* dy, const void* dsum, const void* total,
+                                  const void* weight, const float* mean, const float* rstd,
+                                  void* dx, void* dresidual, void* dweight, void* dbias,
+                                  const int64_t* seed, int64_t M, int64_t N, double dropout_p,
+                                  int64_t threshold, int dtype, int parameter_dtype);
+
   // scaled_dot_product_attention.cpp: sizes is the start of struct Problem in cpu/attention.h; the
   // last dimension of every tensor is contiguous; a null seed means no dropout
   void (*scaled_dot_product_attention_forward)(const void* query, const void* key,

@@ -32,6 +32,6 @@ BENCHMARK = Benchmark(
     call=call,
     variants=({"dropout_p": 0.0}, {"dropout_p": 0.1}),
     bytes_forward=lambda M, N, *, s, dropout_p: 4 * M * N * s,  # x, residual, y, sum
-    # dy, dsum, sum, dx, dresidual; without dropout dx and dresidual are the same numbers
-    bytes_backward=lambda M, N, *, s, dropout_p: 5 * M * N * s,
+    # dy, dsum, sum, dresidual, and dx, which is dresidual without dropout
+    bytes_backward=lambda M, N, *, s, dropout_p: (5 if dropout_p else 4) * M * N * s,
 )

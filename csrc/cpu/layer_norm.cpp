@@ -33,8 +33,8 @@ void backward(const T* dy, const T* x, const float* weight, const float* mean, c
     float* dw = dweight ? dweight + chunk * N : nullptr;
     float* db = dbias ? dbias + chunk * N : nullptr;
     for (int64_t row = begin; row < end; ++row)
-      normalize_backward(dy + row * N, x + row * N, weight, {mean[row], rstd[row]}, dx + row * N,
-                         dw, db, N);
+      normalize_backward(dy + row * N, x + row * N, weight, {mean[row], rstd[row]}, dw, db, N,
+                         [&](int64_t i, vfloat v, auto n) { store(dx + row * N + i, v, n); });
   });
 }
 

@@ -12,14 +12,23 @@ struct Moments {
   float mean, rstd;
 };
 
+// Mean and variance of a row whose sum is known. A sum near 1000 is off by 3e-5, which centering
+// shows: what the centered values still add up to corrects mean and variance.
+template <typename T>
+inline Moments moments_about(float total, const T* x, int64_t N, float eps) {
+  const float near = total / N;
+  const Pair rest = sum_over(N, [&](int64_t i, auto n) {
+    const vfloat centered = keep(load(x + i, n) - near, n);
+    return vpair{centered, centered * centered};
+  });
+  const float shift = rest.first / N, variance = rest.second / N - shift * shift;
+  return {near + shift, 1.f / std::sqrt((variance < 0.f ? 0.f : variance) + eps)};
+}
+
 template <typename T>
 inline Moments moments_of(const T* x, int64_t N, float eps) {
-  const float mean = sum_over(N, [&](int64_t i, auto n) { return load(x + i, n); }) / N;
-  const float squares = sum_over(N, [&](int64_t i, auto n) {
-    const vfloat centered = keep(load(x + i, n) - mean, n);
-    return centered * centered;
-  });
-  return {mean, 1.f / std::sqrt(squares / N + eps)};
+  const float total = sum_over(N, [&](int64_t i, auto n) { return load(x + i, n); });
+  return moments_about(total, x, N, eps);
 }
 
 template <typename T>
@@ -35,9 +44,10 @@ inline void normalize(const T* x, const float* weight, const float* bias, T* y, 
 
 // With xhat = (x - mean) * rstd and g = dy * weight:
 //   dx = rstd * (g - mean(g) - xhat * mean(g * xhat)), dweight += dy * xhat, dbias += dy.
-template <typename T>
-inline void normalize_backward(const T* dy, const T* x, const float* weight, Moments moments, T* dx,
-                               float* dweight, float* dbias, int64_t N) {
+// store_dx(i, dx, lanes) takes each vector of dx.
+template <typename T, typename Store>
+inline void normalize_backward(const T* dy, const T* x, const float* weight, Moments moments,
+                               float* dweight, float* dbias, int64_t N, Store store_dx) {
   const auto xhat = [&](int64_t i, auto n) {
     return keep((load(x + i, n) - moments.mean) * moments.rstd, n);
   };
@@ -45,11 +55,14 @@ inline void normalize_backward(const T* dy, const T* x, const float* weight, Mom
     const vfloat v = load(dy + i, n);
     return weight ? v * load(weight + i, n) : v;
   };
-  const float mean_g = sum_over(N, g) / N;
-  const float mean_gx = sum_over(N, [&](int64_t i, auto n) { return g(i, n) * xhat(i, n); }) / N;
+  const Pair sums = sum_over(N, [&](int64_t i, auto n) {
+    const vfloat v = g(i, n);
+    return vpair{v, v * xhat(i, n)};
+  });
+  const float mean_g = sums.first / N, mean_gx = sums.second / N;
   for_vectors(N, [&](int64_t i, auto n) {
     const vfloat h = xhat(i, n), v = load(dy + i, n);
-    store(dx + i, moments.rstd * (g(i, n) - mean_g - h * mean_gx), n);
+    store_dx(i, moments.rstd * (g(i, n) - mean_g - h * mean_gx), n);
     if (dweight) store(dweight + i, load(dweight + i, n) + v * h, n);
     if (dbias) store(dbias + i, load(dbias + i, n) + v, n);
   });

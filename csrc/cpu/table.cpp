@@ -12,6 +12,8 @@ extern const Kernels SLIM_TABLE(SLIM_ISA);
 const Kernels SLIM_TABLE(SLIM_ISA) = {
     SLIM_ISA::layer_norm_forward,
     SLIM_ISA::layer_norm_backward,
+    SLIM_ISA::add_layer_norm_forward,
+    SLIM_ISA::add_layer_norm_backward,
     SLIM_ISA::scaled_dot_product_attention_forward,
     SLIM_ISA::scaled_dot_product_attention_backward,
     SLIM_ISA::gelu_forward,

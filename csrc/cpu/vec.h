@@ -52,8 +52,15 @@ inline vshort to_bf16(vfloat v) {
 #endif
 }
 
+// GCC 12 widens a vector in two halves, which takes four instructions.
 inline vfloat from_bf16(vshort half) {
+#if defined(__AVX512F__)
+  return float_of((vuint)_mm512_cvtepu16_epi32((__m256i)half) << 16);
+#elif defined(__AVX2__)
+  return float_of((vuint)_mm256_cvtepu16_epi32((__m128i)half) << 16);
+#else
   return float_of(__builtin_convertvector(half, vuint) << 16);
+#endif
 }
 
 // How many lanes of a vector are real: all of them, or the first few at the end of a row. Two
@@ -156,16 +163,26 @@ inline __attribute__((always_inline)) void for_vectors(int64_t N, Body body) {
   if (i < N) body(i, Part{int(N - i)});
 }
 
-// Sum of term(i, lanes) over a row. Four partial sums hide the latency of the addition, and round
-// less than one chain. term must be zero in the lanes that are not real.
+// Two sums over the same elements.
+struct vpair {
+  vfloat first, second;
+  vpair operator+(vpair other) const { return {first + other.first, second + other.second}; }
+};
+struct Pair {
+  float first, second;
+};
+inline Pair sum(vpair v) { return {sum(v.first), sum(v.second)}; }
+
+// Sum of term(i, lanes), a vfloat or a vpair, over a row. Four partial sums hide the latency of the
+// addition, and round less than one chain. term must be zero in the lanes that are not real.
 template <typename Term>
-inline __attribute__((always_inline)) float sum_over(int64_t N, Term term) {
-  vfloat partial[4] = {};
+inline __attribute__((always_inline)) auto sum_over(int64_t N, Term term) {
+  decltype(term(0, Full{})) partial[4] = {};
   int64_t i = 0;
   for (; i + 4 * kLanes <= N; i += 4 * kLanes)
-    for (int k = 0; k < 4; ++k) partial[k] += term(i + k * kLanes, Full{});
-  for (; i + kLanes <= N; i += kLanes) partial[0] += term(i, Full{});
-  if (i < N) partial[1] += term(i, Part{int(N - i)});
+    for (int k = 0; k < 4; ++k) partial[k] = partial[k] + term(i + k * kLanes, Full{});
+  for (; i + kLanes <= N; i += kLanes) partial[0] = partial[0] + term(i, Full{});
+  if (i < N) partial[1] = partial[1] + term(i, Part{int(N - i)});
   return sum((partial[0] + partial[1]) + (partial[2] + partial[3]));
 }
 

@@ -109,6 +109,7 @@ class _AddLayerNorm(torch.autograd.Function):
         dx, dresidual, dweight, dbias = add_layer_norm_backward(
             dy, dsum, total, weight, bias, mean, rstd, ctx.dropout_p, seed, ctx.backend
         )
+        dx = dresidual if seed is None else dx
         dweight = None if weight is None else dweight
         dbias = None if bias is None else dbias
         return dx, dresidual, dweight, dbias, None, None, None, None
@@ -135,7 +136,9 @@ def add_layer_norm_forward(
 
 
 def _backward_fake(dy, dsum, total, weight, bias, mean, rstd, dropout_p, seed, backend):
-    dx, dresidual = (torch.empty_like(total) for _ in range(2))
+    # Without dropout dx is dresidual, which autograd gives to both; the op's own is then empty.
+    dx = total.new_empty(0) if seed is None else torch.empty_like(total)
+    dresidual = torch.empty_like(total)
     return dx, dresidual, gradient_of(weight, total), gradient_of(bias, total)
 
 

@@ -2,7 +2,14 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
-from op_cases import DTYPES, KERNEL_BACKENDS, device_of, maybe_compiled, skip_unsupported
+from op_cases import (
+    DTYPES,
+    KERNEL_BACKENDS,
+    device_of,
+    maybe_compiled,
+    skip_unsupported,
+    with_seed,
+)
 
 import slimkernels as sk
 from slimkernels.ops._dropout import draw_seed, keep_mask
@@ -74,16 +81,6 @@ def strided(rows_q, rows_k, D, dtype, device, swap=False):
     return tuple(t.transpose(1, 2) for t in (q, k, v)) if swap else (q, k, v)
 
 
-def with_seed(function):
-    """A function whose dropout is the same at every call: draw_seed reads torch's generator."""
-
-    def seeded(*inputs):
-        torch.manual_seed(7)
-        return function(*inputs)
-
-    return seeded
-
-
 def functions_of(backend, inputs, options, compiled=False):
     """The op, eager attention in the inputs' dtype, and the definition, from the same seed."""
     *_, dropout_p, is_causal, scale, key_lengths, cu_q, cu_k = sk.dispatch.OPS[NAME].arguments(
@@ -149,21 +146,6 @@ def test_many_blocks(each_isa, dtype, options, shape):
         options = {**options, "key_lengths": torch.tensor([141], dtype=torch.int32)}
     for _ in each_isa():
         check("cpu", strided((B, Tq, H), (B, Tk, Hkv), D, dtype, "cpu", swap=True), options)
-
-
-@pytest.fixture
-def each_isa():
-    """Runs the CPU kernels of every instruction set of this machine; restores the best one."""
-    cpu = pytest.importorskip("slimkernels._cpu")
-    active = cpu.isa()
-
-    def each():
-        for isa in cpu.isas_available():
-            cpu.set_isa(isa)
-            yield isa
-
-    yield each
-    cpu.set_isa(active)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -33,7 +35,7 @@ def unsupported_tensor(x: Tensor) -> str | None:
 
 
 def pointer(x: Tensor | None) -> int:
-    """The address of x's first element; 0 stands for an optional tensor that was not given."""
+    """The address of x's first element; 0, that of an empty tensor too, stands for None."""
     return 0 if x is None else x.data_ptr()
 
 
@@ -42,4 +44,30 @@ def empty_gradient(parameter: Tensor | None, x: Tensor) -> Tensor:
     return x.new_empty(0) if parameter is None else torch.empty_like(parameter)
 
 
-__all__ = ["DTYPES", "_cpu", "empty_gradient", "pointer", "unsupported_tensor"]
+def norm_parameters(
+    weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, int]:
+    """weight and bias without gaps, and their dtype's number; of two dtypes both become float32."""
+    given = [p for p in (weight, bias) if p is not None]
+    dtype = given[0].dtype if len({p.dtype for p in given}) == 1 else torch.float32
+    weight, bias = (None if p is None else p.to(dtype).contiguous() for p in (weight, bias))
+    return weight, bias, DTYPES[dtype]
+
+
+def as_wanted(
+    gradients: tuple[Tensor, Tensor], parameters: tuple[Tensor | None, Tensor | None]
+) -> Iterator[Tensor]:
+    """The gradients of what norm_parameters made, in the dtypes that came."""
+    for gradient, parameter in zip(gradients, parameters, strict=True):
+        yield gradient if parameter is None else gradient.to(parameter.dtype)
+
+
+__all__ = [
+    "DTYPES",
+    "_cpu",
+    "as_wanted",
+    "empty_gradient",
+    "norm_parameters",
+    "pointer",
+    "unsupported_tensor",
+]

@@ -5,7 +5,9 @@ import torch
 from slimkernels.backends.cpu._common import (
     DTYPES,
     _cpu,
+    as_wanted,
     empty_gradient,
+    norm_parameters,
     pointer,
     unsupported_tensor,
 )
@@ -16,7 +18,8 @@ def unsupported(x, weight, bias, eps):
 
 
 def forward(x, weight, bias, eps):
-    x, weight, bias, parameter_dtype = _contiguous(x, weight, bias)
+    x = x.contiguous()
+    weight, bias, parameter_dtype = norm_parameters(weight, bias)
     N = x.shape[-1]
     y = torch.empty_like(x)
     mean = x.new_empty(x.shape[:-1], dtype=torch.float32)
@@ -29,28 +32,14 @@ def forward(x, weight, bias, eps):
 
 
 def backward(dy, x, weight, bias, mean, rstd):
-    wanted = weight, bias
-    x, weight, bias, parameter_dtype = _contiguous(x, weight, bias)
-    dy = dy.contiguous()
+    dy, x = dy.contiguous(), x.contiguous()
+    given = weight, bias
+    weight, bias, parameter_dtype = norm_parameters(*given)
     N = x.shape[-1]
     dx = torch.empty_like(x)
-    dweight, dbias = (empty_gradient(p, x).contiguous() for p in (weight, bias))
+    dweight, dbias = (empty_gradient(p, x) for p in (weight, bias))
     _cpu.layer_norm_backward(
-        *(pointer(t) for t in (dy, x, weight, mean, rstd, dx)),
-        *(
-            0 if p is None else pointer(g)
-            for p, g in zip((weight, bias), (dweight, dbias), strict=True)
-        ),
+        *(pointer(t) for t in (dy, x, weight, mean, rstd, dx, dweight, dbias)),
         *(x.numel() // N, N, DTYPES[x.dtype], parameter_dtype),
     )
-    return dx, *(
-        g if p is None else g.to(p.dtype) for p, g in zip(wanted, (dweight, dbias), strict=True)
-    )
-
-
-def _contiguous(x, weight, bias):
-    """Rows and parameters without gaps; parameters of two dtypes both become float32."""
-    given = [p for p in (weight, bias) if p is not None]
-    dtype = given[0].dtype if len({p.dtype for p in given}) == 1 else torch.float32
-    weight, bias = (None if p is None else p.to(dtype).contiguous() for p in (weight, bias))
-    return x.contiguous(), weight, bias, DTYPES[dtype]
+    return dx, *as_wanted((dweight, dbias), given)

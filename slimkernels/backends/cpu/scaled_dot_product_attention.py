@@ -4,6 +4,7 @@ from array import array
 
 import torch
 
+from slimkernels.backends._dropout import threshold
 from slimkernels.backends.cpu._common import DTYPES, _cpu, pointer, unsupported_tensor
 
 
@@ -26,7 +27,7 @@ def forward(
     _cpu.scaled_dot_product_attention_forward(
         *(pointer(t) for t in (query, key, value, y, lse, *integers, seed)),
         *(sizes.buffer_info()[0], scale, is_causal, dropout_p),
-        *(_threshold(dropout_p), DTYPES[query.dtype]),
+        *(threshold(dropout_p), DTYPES[query.dtype]),
     )
     return y, lse
 
@@ -56,7 +57,7 @@ def backward(
     _cpu.scaled_dot_product_attention_backward(
         *(pointer(t) for t in (*saved, *gradients, *integers, seed)),
         *(sizes.buffer_info()[0], scale, is_causal, dropout_p),
-        *(_threshold(dropout_p), DTYPES[query.dtype]),
+        *(threshold(dropout_p), DTYPES[query.dtype]),
     )
     return tuple(gradients)
 
@@ -81,8 +82,3 @@ def _sizes(query, key, value, dy, cu_seqlens_q):
         B = cu_seqlens_q.shape[0] - 1
         strides = [(0, t.stride(1), t.stride(0)) for t in (query, key, value, dy)]
     return array("q", (B, H, Hkv, Tq, Tk, D, *(n for three in strides for n in three)))
-
-
-def _threshold(dropout_p):
-    """Dropout keeps bits at or above this: slimkernels/ops/_dropout.py has the definition."""
-    return min(int(dropout_p * 2**32), 2**32 - 1)

@@ -21,6 +21,11 @@ def unsupported_tensor(x: Tensor) -> str | None:
     return None
 
 
+def dense(x: Tensor | None) -> Tensor | None:
+    """An optional tensor without gaps."""
+    return None if x is None else x.contiguous()
+
+
 def row_block(N: int) -> tuple[int, int]:
     """The power of two that holds a row of N elements, and the warps that share it."""
     block = triton.next_power_of_2(N)

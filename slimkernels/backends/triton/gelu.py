@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from slimkernels.backends.triton._common import row_programs, unsupported_tensor
+from slimkernels.backends.triton._common import dense, row_programs, unsupported_tensor
 
 
 def unsupported(x, bias, approximate):
@@ -27,7 +27,7 @@ def forward(x, bias, approximate):
     if x.numel():
         M, N, launch = _tiles(x, bias, approximate)
         blocks = triton.cdiv(M, launch["BLOCK_M"]) * triton.cdiv(N, launch["BLOCK_N"])
-        _forward_kernel[(blocks,)](x, _dense(bias), y, M, N, **launch)
+        _forward_kernel[(blocks,)](x, dense(bias), y, M, N, **launch)
     return y
 
 
@@ -43,12 +43,8 @@ def backward(dy, x, bias, approximate):
     if x.numel():
         M, N, launch = _tiles(x, bias, approximate)
         grid = (triton.cdiv(N, launch["BLOCK_N"]) * P,)
-        _backward_kernel[grid](dy, x, _dense(bias), dx, partials, M, N, P, **launch)
+        _backward_kernel[grid](dy, x, dense(bias), dx, partials, M, N, P, **launch)
     return dx, x.new_empty(0) if bias is None else partials.sum(0).to(bias.dtype)
-
-
-def _dense(bias):
-    return None if bias is None else bias.contiguous()
 
 
 def _tiles(x, bias, approximate):

@@ -13,16 +13,19 @@ import torch
 import triton
 import triton.language as tl
 
-from slimkernels.backends.triton._common import row_block, row_programs, unsupported_tensor
-
-MAX_ROW_BYTES = 65536  # beyond this a row no longer fits one program's registers
+from slimkernels.backends.triton._common import dense, row_block
+from slimkernels.backends.triton._rows import (
+    empty_partials,
+    load_weight,
+    normalize,
+    normalize_backward,
+    parameter_gradients,
+    unsupported_row,
+)
 
 
 def unsupported(x, weight, bias, eps):
-    row_bytes = x.shape[-1] * x.element_size()
-    if row_bytes > MAX_ROW_BYTES:
-        return f"a row must fit in {MAX_ROW_BYTES} bytes and has {row_bytes}"
-    return unsupported_tensor(x)
+    return unsupported_row(x)
 
 
 def forward(x, weight, bias, eps):
@@ -35,7 +38,9 @@ def forward(x, weight, bias, eps):
     if M:
         BLOCK_N, num_warps = row_block(N)
         _forward_kernel[(M,)](
-            x, weight, bias, y, mean, rstd, N, eps, BLOCK_N=BLOCK_N, num_warps=num_warps
+            *(x, dense(weight), dense(bias), y, mean, rstd, N, eps),
+            BLOCK_N=BLOCK_N,
+            num_warps=num_warps,
         )
     return y, mean, rstd
 
@@ -49,16 +54,7 @@ def _forward_kernel(
     mask = cols < N
 
     x = tl.load(x_ptr + row * N + cols, mask=mask, other=0.0).to(tl.float32)
-    mean = tl.sum(x, axis=0) / N
-    # Masked lanes hold -mean here; unmasked they would enter the variance.
-    centered = tl.where(mask, x - mean, 0.0)
-    rstd = tl.rsqrt(tl.sum(centered * centered, axis=0) / N + eps)
-
-    y = centered * rstd
-    if weight_ptr is not None:
-        y *= tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    y, mean, rstd = normalize(x, weight_ptr, bias_ptr, cols, mask, N, eps)
     tl.store(y_ptr + row * N + cols, y, mask=mask)
     tl.store(mean_ptr + row, mean)
     tl.store(rstd_ptr + row, rstd)
@@ -69,20 +65,15 @@ def backward(dy, x, weight, bias, mean, rstd):
     N = x.shape[-1]
     M = x.numel() // N
     dx = torch.empty_like(x)
-    P = row_programs(x, M)
-    partials = x.new_empty((2, P, N), dtype=torch.float32)
+    partials = empty_partials(x, M)
     if M:
         BLOCK_N, num_warps = row_block(N)
-        _backward_kernel[(P,)](
-            *(dy, x, weight, mean, rstd, dx, partials[0], partials[1], M, N),
+        _backward_kernel[(partials.shape[1],)](
+            *(dy, x, dense(weight), mean, rstd, dx, partials[0], partials[1], M, N),
             BLOCK_N=BLOCK_N,
             num_warps=num_warps,
         )
-    sums = partials.sum(1)  # (2, N)
-    return dx, *(
-        x.new_empty(0) if p is None else total.to(p.dtype, copy=True)
-        for p, total in zip((weight, bias), sums, strict=True)
-    )
+    return dx, *parameter_gradients(partials, x, weight, bias)
 
 
 @triton.jit
@@ -102,9 +93,7 @@ def _backward_kernel(
     program = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_N)
     mask = cols < N
-    weight = tl.full((BLOCK_N,), 1.0, tl.float32)
-    if weight_ptr is not None:
-        weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    weight = load_weight(weight_ptr, cols, mask, BLOCK_N)
     dweight = tl.zeros((BLOCK_N,), tl.float32)
     dbias = tl.zeros((BLOCK_N,), tl.float32)
 
@@ -112,11 +101,8 @@ def _backward_kernel(
         at = row * N + cols
         dy = tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        rstd = tl.load(rstd_ptr + row)
-        xhat = tl.where(mask, (x - tl.load(mean_ptr + row)) * rstd, 0.0)
-        # dx = rstd * (g - mean(g) - xhat * mean(g * xhat)), with g = dy * weight
-        g = dy * weight
-        dx = rstd * (g - tl.sum(g, axis=0) / N - xhat * (tl.sum(g * xhat, axis=0) / N))
+        mean, rstd = tl.load(mean_ptr + row), tl.load(rstd_ptr + row)
+        dx, xhat = normalize_backward(dy, x, weight, mean, rstd, mask, N)
         tl.store(dx_ptr + at, dx, mask=mask)
         dweight += dy * xhat
         dbias += dy

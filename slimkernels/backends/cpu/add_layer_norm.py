@@ -1,0 +1,51 @@
+"""LayerNorm of residual + dropout(x) on the CPU: csrc/cpu/add_layer_norm.cpp."""
+
+import torch
+
+from slimkernels.backends._dropout import threshold
+from slimkernels.backends.cpu._common import (
+    DTYPES,
+    _cpu,
+    as_wanted,
+    empty_gradient,
+    norm_parameters,
+    pointer,
+    unsupported_tensor,
+)
+
+
+def unsupported(x, residual, weight, bias, eps, dropout_p):
+    return unsupported_tensor(x)
+
+
+def forward(x, residual, weight, bias, eps, dropout_p, seed):
+    x, residual = x.contiguous(), residual.contiguous()
+    weight, bias, parameter_dtype = norm_parameters(weight, bias)
+    N = x.shape[-1]
+    y, total = torch.empty_like(x), torch.empty_like(x)
+    mean = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    rstd = torch.empty_like(mean)
+    _cpu.add_layer_norm_forward(
+        *(pointer(t) for t in (x, residual, weight, bias, y, total, mean, rstd, seed)),
+        *(x.numel() // N, N, eps, dropout_p, threshold(dropout_p)),
+        *(DTYPES[x.dtype], parameter_dtype),
+    )
+    return y, total, mean, rstd
+
+
+def backward(dy, dsum, total, weight, bias, mean, rstd, dropout_p, seed):
+    dy, total = dy.contiguous(), total.contiguous()
+    dsum = None if dsum is None else dsum.contiguous()
+    given = weight, bias
+    weight, bias, parameter_dtype = norm_parameters(*given)
+    N = total.shape[-1]
+    dresidual = torch.empty_like(total)
+    dx = total.new_empty(0) if seed is None else torch.empty_like(total)
+    dweight, dbias = (empty_gradient(p, total) for p in (weight, bias))
+    tensors = dy, dsum, total, weight, mean, rstd, dx, dresidual, dweight, dbias, seed
+    _cpu.add_layer_norm_backward(
+        *(pointer(t) for t in tensors),
+        *(total.numel() // N, N, dropout_p, threshold(dropout_p)),
+        *(DTYPES[total.dtype], parameter_dtype),
+    )
+    return dx, dresidual, *as_wanted((dweight, dbias), given)
