@@ -80,10 +80,17 @@ inline vint real(Part part) {
 }
 template <typename Lanes>
 inline vint shown(const uint8_t* mask, Lanes lanes) {
-  typedef uint8_t vbyte __attribute__((vector_size(kLanes)));
-  vbyte bytes = {};
-  std::memcpy(&bytes, mask, lanes.count);
-  return __builtin_convertvector(bytes, vint) != 0;
+  uint8_t bytes[16] = {};
+  std::memcpy(bytes, mask, lanes.count);
+  vint wide;
+#if defined(__AVX512F__)  // GCC widens bytes one by one
+  wide = (vint)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)bytes));
+#elif defined(__AVX2__)
+  wide = (vint)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)bytes));
+#else
+  for (int i = 0; i < kLanes; ++i) wide[i] = bytes[i];
+#endif
+  return wide != 0;
 }
 
 // The scores of n columns, -inf where hidden and in what fills the last vector; returns the
@@ -104,7 +111,7 @@ float scores_of(const T* x, const uint8_t* mask, int64_t n, float scale, float* 
 float exponentials(float* scores, int64_t n, float shift) {
   const int64_t whole = (n + kLanes - 1) / kLanes * kLanes;
   return sum_over(whole, [&](int64_t i, auto lanes) {
-    const vfloat e = exp(load(scores + i, lanes) - shift);
+    const vfloat e = exp_of_nonpositive(load(scores + i, lanes) - shift);
     store(scores + i, e, lanes);
     return e;
   });
@@ -127,7 +134,7 @@ void forward_row(const T* x, T* y, const Visible& visible, int64_t N, float scal
     peak = here > before ? here : before;
     // While all scores are -inf, they add exp(-inf - 0) = 0, not exp(-inf + inf) = NaN.
     const float shift = peak == -kInfinity ? 0.f : peak;
-    if (begin > 0 && before != peak) total *= exp(broadcast(before - shift))[0];
+    if (begin > 0 && before != peak) total *= exp_of_nonpositive(broadcast(before - shift))[0];
     total += exponentials(scores, n, shift);
   });
   if (peak == -kInfinity && !visible.any()) {
