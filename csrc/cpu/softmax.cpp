@@ -93,14 +93,27 @@ inline vint shown(const uint8_t* mask, Lanes lanes) {
   return wide != 0;
 }
 
-// The scores of n columns, -inf where hidden and in what fills the last vector; returns the
-// greatest, which NaN is not.
+// A row's scores: -inf where hidden, and in lanes that stand for no column.
 template <bool kMasked, typename T>
-float scores_of(const T* x, const uint8_t* mask, int64_t n, float scale, float* scores) {
+struct Scores {
+  const T* x;
+  const uint8_t* mask;
+  float scale;
+
+  template <typename Lanes>
+  vfloat at(int64_t i, Lanes lanes) const {
+    const vint seen = kMasked ? shown(mask + i, lanes) : real(lanes);
+    return seen ? load(x + i, lanes) * scale : broadcast(-kInfinity);
+  }
+};
+
+// The scores of columns begin to begin + n, up to a whole vector; returns the greatest, which NaN
+// is not.
+template <typename Row>
+float gather(const Row& row, int64_t begin, int64_t n, float* scores) {
   vfloat most = broadcast(-kInfinity);
   for_vectors(n, [&](int64_t i, auto lanes) {
-    const vint seen = kMasked ? shown(mask + i, lanes) : real(lanes);
-    const vfloat s = seen ? load(x + i, lanes) * scale : broadcast(-kInfinity);
+    const vfloat s = row.at(begin + i, lanes);
     store(scores + i, s, Full{});
     most = vmax(s, most);
   });
@@ -117,44 +130,36 @@ float exponentials(float* scores, int64_t n, float shift) {
   });
 }
 
-template <typename T>
-void forward_row(const T* x, T* y, const Visible& visible, int64_t N, float scale) {
+template <typename Row, typename T>
+void forward_row(const Row& row, T* y, const Visible& visible, int64_t N) {
+  const int64_t end = visible.end;
   alignas(64) float scores[kSegment];
   float peak = -kInfinity, total = 0.f;
-  const auto segment = [&](int64_t begin, int64_t n) {
-    return visible.mask ? scores_of<true>(x + begin, visible.mask + begin, n, scale, scores)
-                        : scores_of<false>(x + begin, nullptr, n, scale, scores);
-  };
-  const auto for_segments = [&](auto body) {
-    for (int64_t begin = 0; begin < visible.end; begin += kSegment)
-      body(begin, clamp(visible.end - begin, 0, kSegment));
-  };
-  for_segments([&](int64_t begin, int64_t n) {
-    const float before = peak, here = segment(begin, n);
+  for (int64_t begin = 0; begin < end; begin += kSegment) {
+    const int64_t n = clamp(end - begin, 0, kSegment);
+    const float before = peak, here = gather(row, begin, n, scores);
     peak = here > before ? here : before;
     // While all scores are -inf, they add exp(-inf - 0) = 0, not exp(-inf + inf) = NaN.
     const float shift = peak == -kInfinity ? 0.f : peak;
-    if (begin > 0 && before != peak) total *= exp_of_nonpositive(broadcast(before - shift))[0];
+    if (begin > 0 && peak != before) total *= exp_of_nonpositive(broadcast(before - shift))[0];
     total += exponentials(scores, n, shift);
-  });
+  }
   if (peak == -kInfinity && !visible.any()) {
     std::memset(y, 0, N * sizeof(T));
     return;
   }
   const float inverse = peak == -kInfinity ? kNaN : 1.f / total;
-  for_segments([&](int64_t begin, int64_t n) {
-    if (visible.end > kSegment) {
-      segment(begin, n);
-      exponentials(scores, n, peak);
-    }
-    for_vectors(n, [&](int64_t i, auto lanes) {
-      store(y + begin + i, load(scores + i, lanes) * inverse, lanes);
+  if (end <= kSegment)
+    for_vectors(end, [&](int64_t i, auto lanes) {
+      store(y + i, load(scores + i, lanes) * inverse, lanes);
     });
-  });
+  else
+    for_vectors(end, [&](int64_t i, auto lanes) {
+      store(y + i, exp_of_nonpositive(row.at(i, lanes) - peak) * inverse, lanes);
+    });
   // 0, but NaN in a row that holds one.
   const vfloat hidden = broadcast(0.f * inverse);
-  for_vectors(N - visible.end,
-              [&](int64_t i, auto lanes) { store(y + visible.end + i, hidden, lanes); });
+  for_vectors(N - end, [&](int64_t i, auto lanes) { store(y + end + i, hidden, lanes); });
 }
 
 template <typename T>
@@ -174,8 +179,14 @@ void softmax_forward(const void* x, const uint8_t* mask, void* y, const int64_t*
     using T = decltype(zero);
     for_rows(M, N, [&](int64_t begin, int64_t end) {
       Sight sight(mask, mask_rows, N, period);
-      for (int64_t row = begin; row < end; ++row)
-        forward_row((const T*)x + row * N, (T*)y + row * N, sight.of(row), N, scale);
+      for (int64_t row = begin; row < end; ++row) {
+        const Visible visible = sight.of(row);
+        const T* in = (const T*)x + row * N;
+        if (visible.mask)
+          forward_row(Scores<true, T>{in, visible.mask, scale}, (T*)y + row * N, visible, N);
+        else
+          forward_row(Scores<false, T>{in, nullptr, scale}, (T*)y + row * N, visible, N);
+      }
     });
   });
 }
