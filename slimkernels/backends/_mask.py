@@ -31,9 +31,7 @@ def mask_rows(mask: Tensor) -> MaskRows:
     A mask whose strides fit no such description is copied: once each element where that is enough,
     and expanded in memory where broadcast dimensions alternate with others more than twice.
     """
-    return (
-        _described(mask) or _described(_without_gaps(mask)) or _described(mask.contiguous())
-    )
+    return _described(mask) or _described(_without_gaps(mask)) or _described(mask.contiguous())
 
 
 def _described(mask: Tensor) -> MaskRows | None:
