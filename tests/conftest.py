@@ -23,3 +23,18 @@ def poison_uninitialised_memory():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def each_isa():
+    """Runs the CPU kernels of every instruction set of this machine; restores the best one."""
+    cpu = pytest.importorskip("slimkernels._cpu")
+    active = cpu.isa()
+
+    def each():
+        for isa in cpu.isas_available():
+            cpu.set_isa(isa)
+            yield isa
+
+    yield each
+    cpu.set_isa(active)

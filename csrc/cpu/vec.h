@@ -52,8 +52,9 @@ inline vshort to_bf16(vfloat v) {
 #endif
 }
 
+// GCC 12 widens a vector in two halves, which takes four instructions.
 inline vfloat from_bf16(vshort half) {
-#if defined(__AVX512F__)  // GCC 12 makes five instructions of the general form's one
+#if defined(__AVX512F__)
   return float_of((vuint)_mm512_cvtepu16_epi32((__m256i)half) << 16);
 #elif defined(__AVX2__)
   return float_of((vuint)_mm256_cvtepu16_epi32((__m128i)half) << 16);
