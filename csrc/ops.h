@@ -68,6 +68,13 @@ struct Kernels {
                                  const int64_t* target, const float* lse, const float* divisor,
                                  void* dx, int64_t M, int64_t V, int64_t ignore_index,
                                  float label_smoothing, int dtype);
+
+  // softmax.cpp: x, y (M, N). If period > 0, row r sees the columns up to r % period. mask_rows are
+  // the integers of MaskRows in slimkernels/backends/_mask.py, null where mask is.
+  void (*softmax_forward)(const void* x, const uint8_t* mask, void* y, const int64_t* mask_rows,
+                          int64_t M, int64_t N, int64_t period, float scale, int dtype);
+  void (*softmax_backward)(const void* dy, const void* y, void* dx, int64_t M, int64_t N,
+                           float scale, int dtype);
 };
 
 }  // namespace slimkernels

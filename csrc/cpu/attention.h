@@ -11,34 +11,6 @@ namespace slimkernels::SLIM_ISA {
 
 inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// e^x for x <= 0: scores less their maximum. x = n ln2 + r, a polynomial of degree 6 in r (through
-// the Chebyshev nodes; relative error 3e-9), times 2^n. Far below the smallest normal number, -inf
-// included, it gives exactly 0. NaN stays NaN. Half the work of vec.h's exp, which takes any x.
-// 2^(x * log2(e)) would be shorter, but its product rounds x a second time.
-inline vfloat exp_of_nonpositive(vfloat x) {
-#if defined(__AVX512F__)
-  const vfloat clamped = vmax(broadcast(-111.f), x);
-  const vfloat n = (vfloat)_mm512_roundscale_ps((__m512)(clamped * 1.44269504f), 0);
-#else
-  const vfloat clamped = vmax(broadcast(-88.f), x);
-  const vfloat shifted = clamped * 1.44269504f + 12582912.f;  // 1.5 * 2^23: n is in the low bits
-  const vfloat n = shifted - 12582912.f;
-#endif
-  const vfloat r = (clamped - n * 0.693145751953125f) - n * 1.42860677e-6f;
-  vfloat p = broadcast(0.00139411189f);
-  p = p * r + 0.00837513477f;
-  p = p * r + 0.0416663528f;
-  p = p * r + 0.166664154f;
-  p = p * r + 0.500000005f;
-  p = p * r + 1.00000004f;
-  p = p * r + 1.f;
-#if defined(__AVX512F__)
-  return (vfloat)_mm512_scalef_ps((__m512)p, (__m512)n);
-#else
-  return p * (vfloat)(((vuint)shifted << 23) + 0x3F800000u);
-#endif
-}
-
 // The largest of n scores. Up to a whole vector, what no key stands behind becomes -inf, whose
 // exponential is zero.
 inline float peak_of(float* s, int64_t n) {

@@ -106,4 +106,6 @@ PYBIND11_MODULE(_cpu, m) {
   bind(m, "gelu_backward", &Kernels::gelu_backward);
   bind(m, "cross_entropy_forward", &Kernels::cross_entropy_forward);
   bind(m, "cross_entropy_backward", &Kernels::cross_entropy_backward);
+  bind(m, "softmax_forward", &Kernels::softmax_forward);
+  bind(m, "softmax_backward", &Kernels::softmax_backward);
 }

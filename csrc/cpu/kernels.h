@@ -24,5 +24,7 @@ SLIM_DECLARE(gelu_forward);
 SLIM_DECLARE(gelu_backward);
 SLIM_DECLARE(cross_entropy_forward);
 SLIM_DECLARE(cross_entropy_backward);
+SLIM_DECLARE(softmax_forward);
+SLIM_DECLARE(softmax_backward);
 
 }  // namespace slimkernels::SLIM_ISA

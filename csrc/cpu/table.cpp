@@ -20,6 +20,8 @@ const Kernels SLIM_TABLE(SLIM_ISA) = {
     SLIM_ISA::gelu_backward,
     SLIM_ISA::cross_entropy_forward,
     SLIM_ISA::cross_entropy_backward,
+    SLIM_ISA::softmax_forward,
+    SLIM_ISA::softmax_backward,
 };
 
 }  // namespace slimkernels

@@ -219,6 +219,26 @@ inline vfloat exp(vfloat x) {
   return x != x ? x : p;
 }
 
+// e^x for x <= 0: scores less their maximum. x = n ln2 + r, a polynomial of degree 6 in r (through
+// the Chebyshev nodes; relative error 3e-9), times 2^n. Below the smallest normal number, -inf
+// included, it gives exactly 0: denormal results, and AVX-512's own instruction for 2^n wherever
+// its result underflows, cost Intel's processors 150 cycles. NaN stays NaN. Half the work of exp,
+// which takes any x. 2^(x * log2(e)) would be shorter, but its product rounds x a second time.
+inline vfloat exp_of_nonpositive(vfloat x) {
+  const vfloat clamped = x < -87.3365f ? broadcast(-88.f) : x;  // there n = -127, and 2^n becomes 0
+  const vfloat shifted = clamped * 1.44269504f + 12582912.f;    // 1.5 * 2^23: n is in the low bits
+  const vfloat n = shifted - 12582912.f;
+  const vfloat r = (clamped - n * 0.693145751953125f) - n * 1.42860677e-6f;
+  vfloat p = broadcast(0.00139411189f);
+  p = p * r + 0.00837513477f;
+  p = p * r + 0.0416663528f;
+  p = p * r + 0.166664154f;
+  p = p * r + 0.500000005f;
+  p = p * r + 1.00000004f;
+  p = p * r + 1.f;
+  return p * (vfloat)(((vuint)shifted << 23) + 0x3F800000u);
+}
+
 // 1 / x to one unit in the last place, for x whose reciprocal is neither 0 nor infinite.
 inline vfloat reciprocal(vfloat x) {
 #if defined(__AVX512F__)
