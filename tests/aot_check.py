@@ -208,9 +208,7 @@ def _source(kernel, signature, constexprs) -> ASTSource:
     types, attributes, constants = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name not in constexprs and name in signature:
-            types[name], divisor = _type_and_divisor(signature[name])
-            if divisor:
-                attributes[(i,)] = [["tt.divisibility", divisor]]
+            types[name] = _described(signature[name], (i,), attributes)
             continue
         if name not in constexprs and not kernel.params[i].has_default:
             raise ValueError(f"{kernel.__name__}: no type and no constant for argument {name!r}")
@@ -220,6 +218,17 @@ def _source(kernel, signature, constexprs) -> ASTSource:
     if kernel.is_gluon():
         from triton.experimental.gluon._runtime import GluonASTSource as make
     return make(fn=kernel, signature=types, constexprs=constants, attrs=attributes)
+
+
+def _described(kind, path: tuple[int, ...], attributes: dict):
+    """The type of an argument, or of a tuple's elements; fills in who is divisible by what."""
+    if isinstance(kind, tuple):
+        elements = (_described(k, (*path, i), attributes) for i, k in enumerate(kind))
+        return type(kind)(*elements) if hasattr(kind, "_fields") else tuple(elements)
+    name, divisor = _type_and_divisor(kind)
+    if divisor:
+        attributes[path] = [["tt.divisibility", divisor]]
+    return name
 
 
 def _type_and_divisor(text: str) -> tuple[str, int | None]:
