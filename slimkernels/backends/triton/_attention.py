@@ -32,6 +32,14 @@ class Lengths(NamedTuple):
     cu_k: Any
 
 
+class Statistics(NamedTuple):
+    """Pointers to one float32 a query and head; `inverse` is None where P needs no division."""
+
+    lse: Any
+    delta: Any
+    inverse: Any
+
+
 def rows_of(x):
     """x (B, H, T, D), or (T, H, D) if ragged; the elements of a row must be neighbours."""
     return Rows(x, *x.stride()[:3]) if x.dim() == 4 else Rows(x, 0, x.stride(1), x.stride(0))

@@ -50,14 +50,13 @@ def _delta_kernel(
 
 
 @triton.jit(do_not_specialize=["Tq", "Tk", "threshold"])
-def _normalize_kernel(
+def _row_sums_kernel(
     dy,
+    y,
     q,
     k,
     v,
-    dy_out,
-    lse_ptr,
-    delta_ptr,
+    statistics,
     lengths,
     seed_ptr,
     threshold,
@@ -72,8 +71,7 @@ def _normalize_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """delta from P and dP, and dy over the row sums of P, which should be 1: P itself may stay as
-    it is, because dv, and dS with delta over the sums as well, have P and dy as factors."""
+    """The sums over all keys of P, which would be 1 if P came from more than lse, and delta."""
     head = tl.program_id(1).to(tl.int64)
     H = tl.num_programs(1)
     batch, q_begin, k_begin, first, q_count, whole, seen = query_tile(
@@ -85,14 +83,17 @@ def _normalize_kernel(
     present = i < q_count
     tokens = q_begin + i
     at = (batch * H + head) * Tq + tokens
-    lse = tl.load(lse_ptr + at, mask=present, other=0.0)
+    lse = tl.load(statistics.lse + at, mask=present, other=0.0)
     queries = load_tile(q, batch, head, q_begin + first, present, D, BLOCK_M, BLOCK_D)
     queries, late = scale_early(queries, scale)
     dys = load_tile(dy, batch, head, q_begin + first, present, D, BLOCK_M, BLOCK_D)
     if seed_ptr is not None:
         key0, key1 = dropout_keys(seed_ptr, batch, head, tokens, H, Tq, lengths.cu_q is not None)
+    ys = load_tile(y, batch, head, q_begin + first, present, D, BLOCK_M, BLOCK_D)
+    # Nearly delta already; what it lacks is small, and so is the rounding of that.
+    delta = tl.sum(dys * ys, axis=1)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    delta = tl.zeros((BLOCK_M,), tl.float32)
+    lacking = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(0, seen, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         keys = load_tile(k, batch, head // group, k_begin + start, j < seen, D, BLOCK_N, BLOCK_D)
@@ -106,12 +107,11 @@ def _normalize_kernel(
             keep = keep_mask(key0[:, None], key1[:, None], j[None, :], threshold)
             dp = tl.where(keep, dp * factor, 0.0)
         total += tl.sum(p, axis=1)
-        delta += tl.sum(p * dp, axis=1)
+        lacking += tl.sum(p * (dp - delta[:, None]), axis=1)
 
-    inverse = 1.0 / tl.where(seen > 0, total, 1.0)
-    dys = dys * inverse[:, None]
-    store_tile(dys, dy_out, batch, head, q_begin + first, present, D)
-    tl.store(delta_ptr + at, delta * inverse * inverse, mask=present)
+    total = tl.where(seen > 0, total, 1.0)
+    tl.store(statistics.delta + at, delta + lacking / total, mask=present)
+    tl.store(statistics.inverse + at, 1.0 / total, mask=present)
 
 
 @triton.jit(do_not_specialize=["Tq", "Tk", "threshold"])
@@ -121,8 +121,7 @@ def _dq_kernel(
     k,
     v,
     dq,
-    lse_ptr,
-    delta_ptr,
+    statistics,
     lengths,
     seed_ptr,
     threshold,
@@ -148,8 +147,10 @@ def _dq_kernel(
     present = i < q_count
     tokens = q_begin + i
     at = (batch * H + head) * Tq + tokens
-    lse = tl.load(lse_ptr + at, mask=present, other=0.0)
-    delta = tl.load(delta_ptr + at, mask=present, other=0.0)
+    lse = tl.load(statistics.lse + at, mask=present, other=0.0)
+    delta = tl.load(statistics.delta + at, mask=present, other=0.0)
+    if statistics.inverse is not None:
+        inverse = tl.load(statistics.inverse + at, mask=present, other=1.0)
     queries = load_tile(q, batch, head, q_begin + first, present, D, BLOCK_M, BLOCK_D)
     queries, late = scale_early(queries, scale)
     dys = load_tile(dy, batch, head, q_begin + first, present, D, BLOCK_M, BLOCK_D)
@@ -162,6 +163,8 @@ def _dq_kernel(
         values = load_tile(v, batch, head // group, k_begin + start, j < seen, D, BLOCK_N, BLOCK_D)
         scores = tl.dot(queries, keys.T, input_precision="ieee")  # (BLOCK_M, BLOCK_N)
         p = exp_of(scores, late, lse[:, None], values.dtype)
+        if statistics.inverse is not None:
+            p *= inverse[:, None]
         if start >= whole:
             p = tl.where(sees(i, j, seen, IS_CAUSAL), p, 0.0)
         dp = tl.dot(dys, values.T, input_precision="ieee")
@@ -183,8 +186,7 @@ def _dkdv_kernel(
     v,
     dk,
     dv,
-    lse_ptr,
-    delta_ptr,
+    statistics,
     lengths,
     seed_ptr,
     threshold,
@@ -226,14 +228,16 @@ def _dkdv_kernel(
             present = i < q_count
             tokens = q_begin + i
             at = (batch * H + head) * Tq + tokens
-            lse = tl.load(lse_ptr + at, mask=present, other=0.0)
-            delta = tl.load(delta_ptr + at, mask=present, other=0.0)
+            lse = tl.load(statistics.lse + at, mask=present, other=0.0)
+            delta = tl.load(statistics.delta + at, mask=present, other=0.0)
             queries = load_tile(q, batch, head, q_begin + start, present, D, BLOCK_M, BLOCK_D)
             queries, late = scale_early(queries, scale)
             dys = load_tile(dy, batch, head, q_begin + start, present, D, BLOCK_M, BLOCK_D)
             # Transposed, as dkeys and dvalues need P and dS: (BLOCK_N, BLOCK_M).
             scores = tl.dot(keys, queries.T, input_precision="ieee")
             p = exp_of(scores, late, lse[None, :], values.dtype)
+            if statistics.inverse is not None:
+                p *= tl.load(statistics.inverse + at, mask=present, other=1.0)[None, :]
             if start < whole:
                 p = tl.where(j[:, None] <= i[None, :], p, 0.0)
             dp = tl.dot(values, dys.T, input_precision="ieee")

@@ -19,6 +19,7 @@ import triton.language as tl
 
 from slimkernels.backends.triton._attention import (
     Lengths,
+    Statistics,
     dropout_keys,
     exp_of,
     load_tile,
@@ -33,7 +34,7 @@ from slimkernels.backends.triton._attention_backward import (
     _delta_kernel,
     _dkdv_kernel,
     _dq_kernel,
-    _normalize_kernel,
+    _row_sums_kernel,
 )
 from slimkernels.backends.triton._common import keep_mask, unsupported_tensor
 
@@ -104,30 +105,29 @@ def backward(
     dq, dk, dv = (
         torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)
     )
-    delta = torch.empty_like(lse)
+    is_float = query.dtype == torch.float32
+    delta, inverse = torch.empty_like(lse), torch.empty_like(lse) if is_float else None
     lengths = _lengths(key_lengths, cu_seqlens_q, cu_seqlens_k)
     H, Tq, Tk, group = _sizes(query, key)
-    shared = (lse, delta, lengths, seed, *_dropout(dropout_p), Tq, Tk, group, scale)
+    shared = (
+        *(Statistics(lse, delta, inverse), lengths, seed, *_dropout(dropout_p)),
+        *(Tq, Tk, group, scale),
+    )
     if query.numel():
         launch = _launch("dq", query)
         grid = tiles_of(query, lengths.cu_q, launch["BLOCK_M"]), H
-        if query.dtype == torch.float32:
-            normalized = torch.empty_like(dq)
-            _normalize_kernel[grid](
-                *(rows_of(t) for t in (dy, query, key, value, normalized)),
+        if is_float:
+            _row_sums_kernel[grid](
+                *(rows_of(t) for t in (dy, output, query, key, value)),
                 *shared,
                 IS_CAUSAL=is_causal,
                 **launch,
             )
-            dy = normalized
         else:
-            BLOCK_M, BLOCK_D = 64, launch["BLOCK_D"]
-            sequences = 1 if query.dim() == 3 else query.shape[0]
-            _delta_kernel[(sequences * triton.cdiv(Tq, BLOCK_M), H)](
-                *(rows_of(dy), rows_of(output), delta, Tq),
-                D=launch["D"],
-                BLOCK_M=BLOCK_M,
-                BLOCK_D=BLOCK_D,
+            blocks = dict(BLOCK_M=launch["BLOCK_M"], BLOCK_D=launch["BLOCK_D"])
+            tiles = (1 if query.dim() == 3 else len(query)) * triton.cdiv(Tq, blocks["BLOCK_M"])
+            _delta_kernel[(tiles, H)](
+                *(rows_of(dy), rows_of(output), delta, Tq), D=query.shape[-1], **blocks
             )
         _dq_kernel[grid](
             *(rows_of(t) for t in (dy, query, key, value, dq)),
