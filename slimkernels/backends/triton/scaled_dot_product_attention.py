@@ -19,6 +19,7 @@ import triton.language as tl
 
 from slimkernels.backends.triton._attention import (
     Lengths,
+    Rows,
     Statistics,
     dropout_keys,
     exp_of,
@@ -40,17 +41,17 @@ from slimkernels.backends.triton._common import keep_mask, unsupported_tensor
 
 MAX_WIDTH = 256  # a tile of wider heads does not fit one program's registers
 
-# BLOCK_M, BLOCK_N, num_warps, num_stages by direction, and the most that BLOCK_D may be: sized so
-# that nothing spills on sm_80, sm_90 and sm_100.
+# BLOCK_M, BLOCK_N, num_warps, num_stages, by the largest BLOCK_D they are for: as much as the
+# registers of sm_80, sm_90 and sm_100 hold (COMPILES, below, keeps them to it).
 _HALF = {
-    "forward": {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
-    "dq": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
-    "dkdv": {64: (64, 128, 8, 2), 128: (64, 64, 8, 2), 256: (32, 64, 8, 2)},
+    "forward": {64: (128, 128, 8, 2), 128: (128, 64, 8, 2), 256: (128, 32, 8, 2)},
+    "dq": {64: (128, 64, 8, 2), 128: (64, 64, 4, 2), 256: (64, 16, 4, 2)},
+    "dkdv": {64: (32, 128, 8, 3), 128: (64, 64, 8, 2), 256: (16, 64, 8, 2)},
 }
 _FLOAT = {
-    "forward": {64: (32, 32, 4, 2), 128: (32, 32, 4, 2), 256: (16, 16, 4, 2)},
-    "dq": {64: (32, 32, 4, 2), 128: (32, 32, 4, 2), 256: (16, 16, 4, 2)},
-    "dkdv": {64: (32, 32, 4, 2), 128: (32, 32, 4, 2), 256: (16, 16, 4, 2)},
+    "forward": {64: (64, 64, 8, 2), 128: (32, 32, 4, 2), 256: (16, 16, 4, 2)},
+    "dq": {64: (64, 32, 8, 2), 128: (32, 32, 4, 2), 256: (16, 16, 4, 2)},
+    "dkdv": {64: (16, 32, 8, 2), 128: (16, 32, 8, 2), 256: (16, 16, 8, 2)},
 }
 
 
@@ -74,7 +75,7 @@ def forward(
     lse = query.new_empty(rows, dtype=torch.float32)
     if y.numel():
         lengths = _lengths(key_lengths, cu_seqlens_q, cu_seqlens_k)
-        launch = _launch("forward", query)
+        launch = _launch("forward", query.shape[-1], query.dtype)
         _forward_kernel[(tiles_of(query, lengths.cu_q, launch["BLOCK_M"]), H)](
             *(rows_of(t) for t in (query, key, value, y)),
             *(lse, lengths, seed, *_dropout(dropout_p), Tq, Tk, group),
@@ -114,7 +115,7 @@ def backward(
         *(Tq, Tk, group, scale),
     )
     if query.numel():
-        launch = _launch("dq", query)
+        launch = _launch("dq", query.shape[-1], query.dtype)
         grid = tiles_of(query, lengths.cu_q, launch["BLOCK_M"]), H
         if is_float:
             _row_sums_kernel[grid](
@@ -136,7 +137,7 @@ def backward(
             **launch,
         )
     if key.numel():
-        launch = _launch("dkdv", query)
+        launch = _launch("dkdv", query.shape[-1], query.dtype)
         _dkdv_kernel[(tiles_of(key, lengths.cu_k, launch["BLOCK_N"]), H // group)](
             *(rows_of(t) for t in (dy, query, key, value, dk, dv)),
             *shared,
@@ -167,11 +168,10 @@ def _dropout(dropout_p):
     return min(int(dropout_p * 2**32), 2**32 - 1), 1 / (1 - dropout_p)
 
 
-def _launch(direction, query):
-    D = query.shape[-1]
+def _launch(direction, D, dtype):
     BLOCK_D = max(triton.next_power_of_2(D), 16)  # tl.dot sums over 16 or more
-    table = _FLOAT if query.dtype == torch.float32 else _HALF
-    BLOCK_M, BLOCK_N, num_warps, num_stages = table[direction][max(BLOCK_D, 64)]
+    table = (_FLOAT if dtype == torch.float32 else _HALF)[direction]
+    BLOCK_M, BLOCK_N, num_warps, num_stages = table[max(BLOCK_D, 64)]
     blocks = dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D)
     return dict(D=D, **blocks, num_warps=num_warps, num_stages=num_stages)
 
@@ -240,3 +240,56 @@ def _forward_kernel(
     store_tile(sums, y, batch, head, q_begin + first, present, D)
     lse = peak + tl.log(total)
     tl.store(lse_ptr + (batch * H + head) * Tq + tokens, lse, mask=present)
+
+
+# What tests/test_aot.py compiles for sm_80, sm_90 and sm_100, and the most that may come out.
+_INTEGERS = dict(threshold="i32/1", Tq="i32/1", Tk="i32/1", T="i32/1")
+
+
+def _compiled(kernel, direction, D, dtype, *, dropout, **most):
+    """An entry: ragged, causal, and with as many query as key heads."""
+    is_float = dtype == torch.float32
+    operand = Rows("*fp32" if is_float else "*bf16", "i32", "i32", "i32")
+    types = {
+        **dict.fromkeys(("q", "k", "v", "y", "dy", "dq", "dk", "dv"), operand),
+        **dict.fromkeys(("lse_ptr", "delta_ptr"), "*fp32"),
+        "statistics": Statistics("*fp32", "*fp32", "*fp32" if is_float else None),
+        "lengths": Lengths(None, "*i32", "*i32"),
+        **({"seed_ptr": "*i64"} if dropout else {}),
+        **dict.fromkeys(("factor", "scale"), "fp32"),
+        **_INTEGERS,
+    }
+    launch = _launch(direction, D, dtype)
+    constants = {"IS_CAUSAL": True, "group": 1, **launch, **({} if dropout else {"seed_ptr": None})}
+    return dict(
+        kernel=kernel,
+        signature={n: t for n, t in types.items() if n in kernel.arg_names},
+        constexprs={n: c for n, c in constants.items() if n in kernel.arg_names},
+        num_warps=launch["num_warps"],
+        num_stages=launch["num_stages"],
+        **most,
+    )
+
+
+_MATRIX = dict(registers=255, wgmma=True)
+COMPILES = [
+    *(
+        _compiled(kernel, direction, D, torch.bfloat16, dropout=D == 64, smem=KIB * 1024, **_MATRIX)
+        for kernel, direction, sizes in (
+            (_forward_kernel, "forward", {64: 81, 128: 97, 256: 129}),
+            (_dq_kernel, "dq", {64: 72, 128: 112, 256: 163}),
+            (_dkdv_kernel, "dkdv", {64: 64, 128: 128, 256: 163}),
+        )
+        for D, KIB in sizes.items()
+    ),
+    *(
+        _compiled(kernel, direction, 64, torch.float32, dropout=True, registers=128)
+        for kernel, direction in (
+            (_forward_kernel, "forward"),
+            (_row_sums_kernel, "dq"),
+            (_dq_kernel, "dq"),
+            (_dkdv_kernel, "dkdv"),
+        )
+    ),
+    _compiled(_delta_kernel, "dq", 128, torch.bfloat16, dropout=False, registers=255),
+]
