@@ -25,6 +25,7 @@ DENSE = {
     "lengths causal": ((2, 1, 1, 20, 20, 16), {"key_lengths": [3, 17], "is_causal": True}),
     "dropout": ((2, 2, 1, 33, 40, 32), {"dropout_p": 0.3, "key_lengths": [40, 21]}),
     "dropout causal": ((1, 3, 3, 24, 24, 8), {"dropout_p": 0.6, "is_causal": True}),
+    "scale zero": ((2, 2, 1, 9, 40, 16), {"scale": 0.0, "key_lengths": [40, 21]}),
     "no queries": ((2, 1, 1, 0, 5, 8), {}),
     "no keys": ((2, 1, 1, 5, 0, 8), {}),
     "no batch": ((0, 2, 1, 5, 5, 8), {}),
@@ -227,6 +228,12 @@ def test_same_bits_for_any_number_of_threads(each_isa, dtype):
         torch.set_num_threads(threads)
         for name, expected in results[0].items():
             assert torch.equal(results[1][name], expected), (isa, name)
+
+
+def test_heads_too_wide_for_triton():
+    x = torch.zeros(1, 1, 4, 300, device=device_of("triton"))
+    with pytest.raises(sk.BackendError, match="a head may be at most 256 wide and has 300"):
+        sk.scaled_dot_product_attention(x, x, x, backend="triton")
 
 
 @pytest.mark.parametrize("mean", [10.0, -30.0])

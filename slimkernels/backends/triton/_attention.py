@@ -33,11 +33,11 @@ class Lengths(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """Pointers to one float32 a query and head; `inverse` is None where P needs no division."""
+    """Pointers to one float32 a query and head; `total` is None where P is taken to sum to 1."""
 
     lse: Any
     delta: Any
-    inverse: Any
+    total: Any
 
 
 def rows_of(x):

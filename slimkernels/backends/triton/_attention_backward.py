@@ -111,7 +111,7 @@ def _row_sums_kernel(
 
     total = tl.where(seen > 0, total, 1.0)
     tl.store(statistics.delta + at, delta + lacking / total, mask=present)
-    tl.store(statistics.inverse + at, 1.0 / total, mask=present)
+    tl.store(statistics.total + at, total, mask=present)
 
 
 @triton.jit(do_not_specialize=["Tq", "Tk", "threshold"])
@@ -149,8 +149,8 @@ def _dq_kernel(
     at = (batch * H + head) * Tq + tokens
     lse = tl.load(statistics.lse + at, mask=present, other=0.0)
     delta = tl.load(statistics.delta + at, mask=present, other=0.0)
-    if statistics.inverse is not None:
-        inverse = tl.load(statistics.inverse + at, mask=present, other=1.0)
+    if statistics.total is not None:
+        total = tl.load(statistics.total + at, mask=present, other=1.0)
     queries = load_tile(q, batch, head, q_begin + first, present, D, BLOCK_M, BLOCK_D)
     queries, late = scale_early(queries, scale)
     dys = load_tile(dy, batch, head, q_begin + first, present, D, BLOCK_M, BLOCK_D)
@@ -163,8 +163,8 @@ def _dq_kernel(
         values = load_tile(v, batch, head // group, k_begin + start, j < seen, D, BLOCK_N, BLOCK_D)
         scores = tl.dot(queries, keys.T, input_precision="ieee")  # (BLOCK_M, BLOCK_N)
         p = exp_of(scores, late, lse[:, None], values.dtype)
-        if statistics.inverse is not None:
-            p *= inverse[:, None]
+        if statistics.total is not None:
+            p = tl.div_rn(p, total[:, None])
         if start >= whole:
             p = tl.where(sees(i, j, seen, IS_CAUSAL), p, 0.0)
         dp = tl.dot(dys, values.T, input_precision="ieee")
@@ -236,8 +236,9 @@ def _dkdv_kernel(
             # Transposed, as dkeys and dvalues need P and dS: (BLOCK_N, BLOCK_M).
             scores = tl.dot(keys, queries.T, input_precision="ieee")
             p = exp_of(scores, late, lse[None, :], values.dtype)
-            if statistics.inverse is not None:
-                p *= tl.load(statistics.inverse + at, mask=present, other=1.0)[None, :]
+            if statistics.total is not None:
+                total = tl.load(statistics.total + at, mask=present, other=1.0)
+                p = tl.div_rn(p, total[None, :])
             if start < whole:
                 p = tl.where(j[:, None] <= i[None, :], p, 0.0)
             dp = tl.dot(values, dys.T, input_precision="ieee")
