@@ -9,7 +9,8 @@ Needs no GPU, no driver and, unless the kernel's module imports it, no torch. Tr
         --const BLOCK_N=512,1024 --num-warps 4,8 --num-stages 2,3 --arch 80,90,100 [--keep DIR]
 
 Types: *bf16 *fp16 *fp32 *i32 *i64 (pointers), i32 i64 u32 fp32 i1 (scalars), and
-'tensordesc<bf16[128,64]>' (a descriptor made on the host). Pointers and integers count as
+'tensordesc<bf16[128,64]>' (a descriptor made on the host); from Python also tuples of these and of
+None. Pointers and integers count as
 divisible by 16, as the JIT finds for well-shaped inputs; '/1' after a type takes that away. An
 integer equal to 1 becomes a constant in the JIT: pass it with --const to see that code.
 
@@ -208,9 +209,7 @@ def _source(kernel, signature, constexprs) -> ASTSource:
     types, attributes, constants = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name not in constexprs and name in signature:
-            types[name], divisor = _type_and_divisor(signature[name])
-            if divisor:
-                attributes[(i,)] = [["tt.divisibility", divisor]]
+            types[name] = _described(signature[name], (i,), attributes, constants)
             continue
         if name not in constexprs and not kernel.params[i].has_default:
             raise ValueError(f"{kernel.__name__}: no type and no constant for argument {name!r}")
@@ -220,6 +219,20 @@ def _source(kernel, signature, constexprs) -> ASTSource:
     if kernel.is_gluon():
         from triton.experimental.gluon._runtime import GluonASTSource as make
     return make(fn=kernel, signature=types, constexprs=constants, attrs=attributes)
+
+
+def _described(kind, path: tuple[int, ...], attributes: dict, constants: dict):
+    """The type of an argument or, in a tuple, of each element; notes divisibility and None."""
+    if isinstance(kind, tuple):
+        elements = [_described(k, (*path, i), attributes, constants) for i, k in enumerate(kind)]
+        return type(kind)(*elements) if hasattr(kind, "_fields") else tuple(elements)
+    if kind is None:
+        constants[path] = None
+        return "constexpr"
+    name, divisor = _type_and_divisor(kind)
+    if divisor:
+        attributes[path] = [["tt.divisibility", divisor]]
+    return name
 
 
 def _type_and_divisor(text: str) -> tuple[str, int | None]:

@@ -7,6 +7,7 @@ What it repairs, all silent in the stock interpreter unless said otherwise:
   - bfloat16 lives in uint16 bit patterns and arithmetic runs on the patterns: tl.dot, + - * / >,
     fma, tl.sum, tl.argmax and int -> bfloat16 are garbage
   - float32 -> bfloat16 truncates, where the GPU rounds to nearest even
+  - tl.fma rounds its product, and the bits of float32 tl.dot depend on the operands' shapes
   - `scalar * bfloat16`, bfloat16 atomics, run-time bools (3.6) and, from numpy 2.4, `range()` over
     a run-time bound (3.6) raise
 What it adds, with the environment variable that turns it off or on:
@@ -95,6 +96,22 @@ def _computed_in_float32(original):
     return computed
 
 
+def fma(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
+    """x * y + z in float32, rounded once: float64 holds the product of two float32 exactly."""
+    return (np.multiply(x, y, dtype=np.float64) + z).astype(np.float32)
+
+
+_stock_fma = Builder.create_fma
+
+
+def _create_fma(self, x, y, z):
+    if x.dtype.scalar != tl.float32:
+        return _stock_fma(self, x, y, z)
+    return Handle(fma(x.data, y.data, z.data), tl.float32)
+
+
+Builder.create_fma = _create_fma
+
 # The builder's + - * / comparisons, min, max, exp... all go through binary_op and unary_op.
 for _name in ("binary_op", "unary_op", "create_fma", "create_rsqrt", "create_erf", "create_clampf"):
     if hasattr(Builder, _name):
@@ -108,6 +125,13 @@ def _create_dot(self, a, b, accumulator, input_precision, max_num_imprecise_acc)
     default_precision = input_precision == stock._ir.INPUT_PRECISION.TF32
     if EMULATE_TF32 and float32_operands and default_precision:
         a, b = (Handle(tf32(operand.data), tl.float32) for operand in (a, b))
+    elif float32_operands and a.data.ndim == 2:
+        # Without tensor cores it is a chain over k: the transposed product has the same bits,
+        # which numpy's has not.
+        total = accumulator.data
+        for k in range(a.data.shape[1]):
+            total = fma(a.data[:, k : k + 1], b.data[k : k + 1], total)
+        return Handle(total, tl.float32)
     a, b = widen(a), widen(b)
     return _stock_dot(self, a, b, accumulator, input_precision, max_num_imprecise_acc)
 
@@ -317,7 +341,8 @@ def _grid_call(self, *args, **kwargs):
     global _launch
     outer, _launch = _launch, Launch()
     try:
-        return _stock_grid_call(self, *args, **kwargs)
+        with np.errstate(all="ignore"):  # a GPU does not warn of infinities
+            return _stock_grid_call(self, *args, **kwargs)
     finally:
         _launch = outer
 

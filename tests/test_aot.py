@@ -48,12 +48,21 @@ def function_of(kernel):
     return kernel
 
 
+def pointers(types):
+    """The pointer types of a signature, those inside tuples too."""
+    for kind in types:
+        if isinstance(kind, tuple):
+            yield from pointers(kind)
+        elif kind and kind[0] == "*":
+            yield kind
+
+
 def configurations(name):
     """A readable identity for each entry of a module's COMPILES."""
     identities = []
     for config in getattr(load(name), "COMPILES", []):
         constants = ",".join(f"{k}={v}" for k, v in config["constexprs"].items())
-        types = sorted({t.strip("*") for t in config["signature"].values() if t[0] == "*"})
+        types = sorted({t.strip("*") for t in pointers(config["signature"].values())})
         identities.append(
             f"{function_of(config['kernel']).__name__}[{','.join(types)};{constants}]"
         )

@@ -114,6 +114,30 @@ def test_bfloat16_reductions(op):
 
 
 @triton.jit
+def _products_kernel(x_ptr, y_ptr, z_ptr, t_ptr, fused_ptr, M: tl.constexpr, K: tl.constexpr):
+    rows, cols = tl.arange(0, M), tl.arange(0, K)
+    x = tl.load(x_ptr + rows[:, None] * K + cols[None, :])
+    y = tl.load(y_ptr + cols[:, None] * K + cols[None, :])
+    at = rows[:, None] * K + cols[None, :]
+    tl.store(z_ptr + at, tl.dot(x, y, input_precision="ieee"))
+    tl.store(t_ptr + at, tl.dot(y.T, x.T, input_precision="ieee").T)
+    tl.store(fused_ptr + at, tl.fma(x, x, -x * x))
+
+
+def test_float32_products_round_as_chains_of_fma():
+    torch.manual_seed(0)
+    x, y = torch.randn(32, 16), torch.randn(16, 16)
+    z, transposed, fused = (torch.empty(32, 16) for _ in range(3))
+    _products_kernel[(1,)](x, y, z, transposed, fused, M=32, K=16)
+    assert torch.equal(z, transposed)
+    chain = torch.zeros(32, 16)
+    for k in range(16):
+        chain = (x[:, k, None].double() * y[None, k].double() + chain).float()
+    assert torch.equal(z, chain)
+    assert torch.equal(fused, (x.double() * x.double() - (x * x)).float()) and (fused != 0).any()
+
+
+@triton.jit
 def _round_kernel(x_ptr, y_ptr, N: tl.constexpr):
     cols = tl.arange(0, N)
     tl.store(y_ptr + cols, tl.load(x_ptr + cols).to(tl.bfloat16))

@@ -32,6 +32,7 @@ DENSE = {
     "lengths causal": ((2, 1, 1, 20, 20, 16), {"key_lengths": [3, 17], "is_causal": True}),
     "dropout": ((2, 2, 1, 33, 40, 32), {"dropout_p": 0.3, "key_lengths": [40, 21]}),
     "dropout causal": ((1, 3, 3, 24, 24, 8), {"dropout_p": 0.6, "is_causal": True}),
+    "scale zero": ((2, 2, 1, 9, 40, 16), {"scale": 0.0, "key_lengths": [40, 21]}),
     "no queries": ((2, 1, 1, 0, 5, 8), {}),
     "no keys": ((2, 1, 1, 5, 0, 8), {}),
     "no batch": ((0, 2, 1, 5, 5, 8), {}),
@@ -65,7 +66,7 @@ def dense_case(name, dtype, device):
 
 
 def ragged_case(name, dtype, device):
-    (H, Hkv, D), lengths_q, lengths_k, options = RAGGED[name]
+    (H, Hkv, D), lengths_q, lengths_k, options = {**RAGGED, **MANY_SEQUENCES}[name]
     cu_seqlens = cu_of(lengths_q, device)
     if lengths_k is not None:
         cu_seqlens = cu_seqlens, cu_of(lengths_k, device)
@@ -148,6 +149,44 @@ def test_many_blocks(each_isa, dtype, options, shape):
         check("cpu", strided((B, Tq, H), (B, Tk, Hkv), D, dtype, "cpu", swap=True), options)
 
 
+# The same for the Triton kernels, whose tiles are at most 128 long: several tiles of queries and
+# of keys, an uneven last one, and key lengths that end inside, between and before tiles.
+MANY_TILES = {
+    "plain": ({}, (1, 2, 1, 260, 270, 16)),
+    "causal": ({"is_causal": True}, (1, 1, 1, 270, 270, 16)),
+    "causal, more keys": ({"is_causal": True}, (1, 2, 1, 150, 280, 8)),
+    "causal, more queries": ({"is_causal": True}, (1, 2, 2, 280, 150, 8)),
+    "lengths": ({"key_lengths": [0, 128, 129, 300], "dropout_p": 0.2}, (4, 1, 1, 140, 300, 8)),
+    "lengths causal": ({"key_lengths": [70, 256], "is_causal": True}, (2, 1, 1, 260, 256, 8)),
+    "dropout causal": ({"dropout_p": 0.4, "is_causal": True}, (1, 2, 1, 150, 150, 33)),
+    "wide": ({"is_causal": True, "dropout_p": 0.2}, (1, 2, 1, 80, 80, 80)),
+    "widest": ({"is_causal": True}, (1, 1, 1, 70, 90, 250)),
+}
+MANY_SEQUENCES = {
+    "long and empty": ((2, 1, 16), [150, 0, 1, 290, 0, 0, 64], None, {"is_causal": True}),
+    "long cross": ((2, 2, 8), [5, 130, 0, 40], [260, 3, 7, 128], {"dropout_p": 0.3}),
+    # More sequences than one load of cu_seqlens finds.
+    "crowded": ((1, 1, 8), [3, *[0] * 125, 2, 1, 0, 40], None, {}),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("case", MANY_TILES)
+def test_many_tiles(case, dtype):
+    options, (B, H, Hkv, Tq, Tk, D) = MANY_TILES[case]
+    device = device_of("triton")
+    if "key_lengths" in options:
+        lengths = torch.tensor(options["key_lengths"], dtype=torch.int32, device=device)
+        options = {**options, "key_lengths": lengths}
+    check("triton", strided((B, Tq, H), (B, Tk, Hkv), D, dtype, device, swap=True), options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("case", MANY_SEQUENCES)
+def test_many_tiles_of_ragged_sequences(case, dtype):
+    check("triton", *ragged_case(case, dtype, device_of("triton")))
+
+
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_every_instruction_set(each_isa, dtype):
     for _ in each_isa():
@@ -171,6 +210,12 @@ def test_same_bits_for_any_number_of_threads(each_isa, dtype):
         torch.set_num_threads(threads)
         for name, expected in results[0].items():
             assert torch.equal(results[1][name], expected), (isa, name)
+
+
+def test_heads_too_wide_for_triton():
+    x = torch.zeros(1, 1, 4, 300, device=device_of("triton"))
+    with pytest.raises(sk.BackendError, match="a head may be at most 256 wide and has 300"):
+        sk.scaled_dot_product_attention(x, x, x, backend="triton")
 
 
 @pytest.mark.parametrize("mean", [10.0, -30.0])
