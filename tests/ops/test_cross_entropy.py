@@ -221,21 +221,6 @@ def test_same_bits_every_time(backend, shape):
         assert torch.equal(second[name], expected), name
 
 
-@pytest.fixture
-def each_isa():
-    """Runs the CPU kernels of every instruction set of this machine; restores the best one."""
-    cpu = pytest.importorskip("slimkernels._cpu")
-    active = cpu.isa()
-
-    def each():
-        for isa in cpu.isas_available():
-            cpu.set_isa(isa)
-            yield isa
-
-    yield each
-    cpu.set_isa(active)
-
-
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_every_instruction_set_and_number_of_threads(each_isa, dtype, label_smoothing):

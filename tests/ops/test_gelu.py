@@ -61,21 +61,6 @@ def test_float32_bias_with_bfloat16_input(backend, approximate):
     check(backend, inputs, approximate)
 
 
-@pytest.fixture
-def each_isa():
-    """Runs the CPU kernels of every instruction set of this machine; restores the best one."""
-    cpu = pytest.importorskip("slimkernels._cpu")
-    active = cpu.isa()
-
-    def each():
-        for isa in cpu.isas_available():
-            cpu.set_isa(isa)
-            yield isa
-
-    yield each
-    cpu.set_isa(active)
-
-
 @pytest.mark.parametrize("approximate", APPROXIMATIONS)
 @pytest.mark.parametrize("backend", ["triton", "cpu"])
 def test_negative_tail_keeps_its_relative_accuracy(backend, approximate):
