@@ -12,7 +12,9 @@ The first rule that applies decides:
     1. the call's ``backend=`` argument   2. ``with use_backend(...)``
     3. SLIMKERNELS_BACKEND, read once at import   4. the op's own order, fastest first
 
-Rules 1-3 are orders, not hints: a backend that cannot obey raises BackendError.
+Rules 1-3 are orders, not hints: a backend that cannot obey raises BackendError. Only an op whose
+kernel is a bonus (linear: torch's own product is as good) takes rules 2 and 3, which name no op, as
+orders to all the others.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 
 import torch
+from torch.autograd import forward_ad
 
 BACKENDS = ("cuda", "triton", "cpu", "torch")
 
@@ -79,11 +82,13 @@ class Op:
 
     arguments  takes what the public function takes (without ``backend``), checks it, and returns
                the tuple that the reference and every backend's ``unsupported`` take.
+    is_bonus   where use_backend() forces a backend that refuses, torch runs instead of an error
     """
 
     name: str
     order: tuple[str, ...]
     arguments: Callable[..., tuple]
+    is_bonus: bool = False
     modules: dict[str, ModuleType | str] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -101,9 +106,10 @@ class Op:
 
     def _refusal(self, backend: str, *args) -> str | None:
         """Why automatic choice passes `backend` over; None if it does not."""
-        if backend == "triton" and INTERPRETED:
+        reason = self.unsupported(backend, *args)
+        if reason is None and backend == "triton" and INTERPRETED:
             return "Triton's interpreter is for tests: it runs only when asked for by name"
-        return self.unsupported(backend, *args)
+        return reason
 
     def select(self, *args, backend: str | None = None) -> str:
         """The backend that will run this call. Pure: no imports, logs, warnings or env reads."""
@@ -114,6 +120,8 @@ class Op:
                     return candidate
             return "torch"
         reason = self.unsupported(wanted, *args)
+        if reason is not None and self.is_bonus and backend is None:
+            return "torch"
         if reason is not None:
             raise BackendError(f"{self.name}: {wanted} was asked for, but {reason}")
         return wanted
@@ -122,7 +130,8 @@ class Op:
         """What select() would choose for this call, and what each backend says of it."""
         chosen = self.select(*args, backend=backend)
         lines = [f"{self.name} runs on {chosen}"]
-        for name in (*self.order, "torch"):
+        others = [name for name in BACKENDS if name not in self.order]  # torch is the last of them
+        for name in (*self.order, *others):
             verdict = "chosen" if name == chosen else self._refusal(name, *args) or "could run"
             lines.append(f"  {name:<7}{verdict}")
         return "\n".join(lines)
@@ -137,17 +146,35 @@ def explain(op: str | Callable, *args, backend: str | None = None, **kwargs) -> 
              that cannot run it
     """
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
-    if name not in OPS:
+    # A function of the same name elsewhere, as in torch.nn.functional, is no call of ours.
+    is_ours = isinstance(op, str) or getattr(op, "__module__", "") == f"slimkernels.ops.{name}"
+    if name not in OPS or not is_ours:
+        name = op if isinstance(op, str) else f"{getattr(op, '__module__', '')}.{name}"
         raise ValueError(f"explain: unknown op {name!r}; the ops are {', '.join(sorted(OPS))}")
     return OPS[name].explain(*OPS[name].arguments(*args, **kwargs), backend=backend)
 
 
 def needs_gradient(*tensors: torch.Tensor | None) -> bool:
-    """Whether autograd must see this call; without it the Function's cost is saved."""
+    """Whether autograd must see this call; without it the Function's cost is saved.
+
+    Under forward-mode differentiation it must, to say that kernels have no derivative there.
+    """
+    if forward_ad._current_level >= 0:
+        return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def distinct(*args) -> list:
+    """`args` with a view in place of a tensor that came before: torch.compile cannot trace a
+    Function that is given one tensor twice, as self-attention and tied parameters do."""
+    return [
+        t.view_as(t) if isinstance(t, torch.Tensor) and any(t is s for s in args[:i]) else t
+        for i, t in enumerate(args)
+    ]
+
+
 _library = torch.library.Library("slimkernels", "DEF")
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def kernel_op(name: str, fake: Callable) -> Callable[[Callable], Callable]:
@@ -157,17 +184,42 @@ def kernel_op(name: str, fake: Callable) -> Callable[[Callable], Callable]:
     """
 
     def register(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def run(*args):
+            # Triton launches on the current device, whatever its arguments are on.
+            place = args[0].device
+            if place.type != "cuda" or place.index == torch.cuda.current_device():
+                return function(*args)
+            with torch.cuda.device(place):
+                return function(*args)
+
         # Library.define rather than the custom_op decorator: a third of its cost a call.
         _library.define(name + torch.library.infer_schema(function, mutates_args=()))
-        _library.impl(name, function, "CompositeExplicitAutograd")
+        _library.impl(name, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"slimkernels::{name}", fake, lib=_library)
         op = getattr(torch.ops.slimkernels, name).default
 
         @functools.wraps(function)
         def call(*args):
-            return op(*args) if torch.compiler.is_compiling() else function(*args)
+            if torch.compiler.is_compiling() or not _may_skip_dispatcher(args):
+                return op(*args)
+            return run(*args)
 
         call.op = op  # for torch.library.opcheck
         return call
 
     return register
+
+
+def _may_skip_dispatcher(args: tuple) -> bool:
+    """Whether all tensors are memory to be read as it stands, and nobody records the call.
+
+    Tensors of other types (fake ones, DTensors), modes and tracers have their say in torch's
+    dispatcher, where a lazy negation is also carried out. A kernel would read address 0.
+    """
+    if torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    tensors = [a for a in args if isinstance(a, torch.Tensor)]
+    return all(type(t) in _PLAIN and not t.is_neg() for t in tensors)

@@ -132,8 +132,9 @@ def _cross_entropy_sample(device: torch.device, dtype: torch.dtype) -> tuple[tup
 
 
 def _linear_sample(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:
-    x, weight = torch.randn(2, 64, 96, device=device).to(dtype).unbind()
-    return (x, weight, torch.randn(64, device=device).to(dtype)), {}
+    # As small as the backend that has a kernel takes.
+    x, weight = torch.randn(2, 130, 256, device=device).to(dtype).unbind()
+    return (x, weight, torch.randn(130, device=device).to(dtype)), {}
 
 
 # One small valid call of each op: sample_inputs["layer_norm"](device, dtype) -> (args, kwargs).

@@ -102,6 +102,15 @@ def recorded_calls(op: str, backend: str, monkeypatch):
     return calls
 
 
+@pytest.fixture(autouse=True)
+def linear_on_any_processor(monkeypatch):
+    """linear's cpu backend refuses where it is not the faster; its contract holds everywhere."""
+    module = OPS["linear"].modules["cpu"]
+    if not isinstance(module, str) and torch.backends.mkldnn.is_available():
+        monkeypatch.setattr(module, "_IS_AMD", True)
+        monkeypatch.setattr(module, "_HAS_BOTH", True)
+
+
 every_op = pytest.mark.parametrize("op", sorted(OPS))
 every_backend = pytest.mark.parametrize("backend", KERNEL_BACKENDS)
 
@@ -164,6 +173,31 @@ def test_a_wrong_call_gets_the_same_sentence_from_every_backend(op, wrong):
         messages.add(str(raised.value))
     assert len(messages) == 1, messages
     parameter = next(iter(inspect.signature(getattr(slimkernels, op)).parameters))
+    assert messages.pop().startswith(f"{op}: {parameter} must be ")
+
+
+NUMBERS = {
+    "layer_norm": {"normalized_shape": 8.0, "eps": "a"},
+    "add_layer_norm": {"normalized_shape": [True], "eps": None, "dropout_p": "x"},
+    "cross_entropy": {"ignore_index": 1.5, "label_smoothing": "a"},
+    "softmax": {"dim": 0.5, "scale": "a"},
+    "scaled_dot_product_attention": {"dropout_p": "a", "scale": float("nan")},
+}
+
+
+@pytest.mark.parametrize("op, parameter", [(op, p) for op, given in NUMBERS.items() for p in given])
+def test_a_wrong_number_gets_the_same_sentence_from_every_backend(op, parameter):
+    args, kwargs = sample_inputs[op](torch.device("cpu"), torch.float32)
+    function = getattr(slimkernels, op)
+    bound = inspect.signature(function).bind(*args, **kwargs)
+    bound.arguments[parameter] = NUMBERS[op][parameter]
+    messages = set()
+    for backend in (None, *BACKENDS):
+        bound.arguments["backend"] = backend
+        with pytest.raises(ValueError) as raised:
+            function(*bound.args, **bound.kwargs)
+        messages.add(str(raised.value))
+    assert len(messages) == 1, messages
     assert messages.pop().startswith(f"{op}: {parameter} must be ")
 
 

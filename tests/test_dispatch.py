@@ -89,6 +89,20 @@ def test_an_order_that_cannot_be_obeyed_raises_the_reason(op, how):
             op.select()
 
 
+def test_an_op_whose_kernel_is_a_bonus_leaves_a_refusal_to_torch(op):
+    """So that a whole model can be forced onto a backend that has no use for it."""
+    object.__setattr__(op, "is_bonus", True)
+    with sk.use_backend("cuda"):
+        assert op.select() == "torch"
+        with pytest.raises(sk.BackendError, match="^nothing: cuda was asked for"):
+            op.select(backend="cuda")
+    with sk.use_backend("cpu"):
+        assert op.select() == "cpu"
+    with sk.use_backend("triton"):
+        x = torch.randn(3, 4)
+        assert torch.equal(sk.linear(x, x), torch.nn.functional.linear(x, x))
+
+
 def test_a_backend_without_the_kernel_says_so(op):
     del op.modules["triton"]
     with pytest.raises(sk.BackendError, match="but nothing has no triton kernel$"):
@@ -104,6 +118,10 @@ def test_unknown_names():
         ValueError, match="^explain: unknown op 'layer_nrom'; the ops are add_layer"
     ):
         sk.explain("layer_nrom", X)
+    with pytest.raises(
+        ValueError, match=r"^explain: unknown op 'torch\.nn\.functional\.layer_norm"
+    ):
+        sk.explain(torch.nn.functional.layer_norm, X, 8)
 
 
 def test_the_interpreter_is_never_chosen_by_itself(op, monkeypatch):
@@ -165,6 +183,12 @@ def test_explain_agrees_with_the_call_and_takes_the_function_or_its_name():
     assert forced.startswith("layer_norm runs on torch")
     with pytest.raises(ValueError, match=r"^layer_norm: weight must have shape \(8,\)"):
         sk.explain(sk.layer_norm, X, 8, weight=W[:3])
+
+
+def test_explain_gives_the_refusals_of_backends_outside_the_order():
+    text = sk.explain(sk.linear, X, X)
+    for backend in ("cuda", "triton"):
+        assert f"  {backend:<7}torch's own matrix product is the fastest known" in text
 
 
 def test_select_does_not_read_the_environment(monkeypatch):
@@ -295,3 +319,67 @@ def test_every_backend_name_is_explained():
     assert set(BACKENDS) == {"cuda", "triton", "cpu", "torch"}
     for op in OPS.values():
         assert set(op.order) <= set(BACKENDS) - {"torch"}
+
+
+# Tensors that are no plain memory
+
+
+def plain(x, w):
+    return sk.layer_norm(x, 8, w)
+
+
+def test_fake_tensors_and_tracers_see_the_registered_op():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    with FakeTensorMode():
+        assert plain(torch.empty(4, 8), torch.empty(8)).shape == (4, 8)
+    graph = make_fx(plain)(X, W)
+    assert torch.equal(graph(X + 1, W), plain(X + 1, W))
+    assert any("layer_norm" in str(node.target) for node in graph.graph.nodes)
+
+
+def test_a_lazy_negation_is_carried_out():
+    for x, w in ((torch._neg_view(X), W), (X, torch._neg_view(W + 1))):
+        assert torch.equal(plain(x, w), plain(x.resolve_neg(), w.resolve_neg()))
+
+
+def test_a_subclass_that_holds_no_memory_is_never_read():
+    class Empty(torch.Tensor):
+        @staticmethod
+        def __new__(cls, like):
+            return torch.Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype)
+
+        @classmethod
+        def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+            raise NotImplementedError(f"no {function}")
+
+    with pytest.raises((TypeError, NotImplementedError)):
+        plain(Empty(X), W)
+    with pytest.raises((TypeError, NotImplementedError)):
+        plain(X, Empty(W))
+
+
+def test_forward_mode_differentiation_is_refused_not_lost():
+    import torch.autograd.forward_ad as forward_ad
+
+    if OPS["layer_norm"].select(X, W, None, 1e-5) == "torch":
+        pytest.skip("no kernel runs here")
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(X, torch.ones_like(X))
+        with pytest.raises(NotImplementedError):
+            plain(dual, W)
+        with sk.use_backend("torch"):
+            assert forward_ad.unpack_dual(plain(dual, W)).tangent is not None
+
+
+def test_one_tensor_given_twice_compiles():
+    torch._dynamo.reset()
+    w = torch.randn(8, requires_grad=True)
+    compiled = torch.compile(
+        lambda x: sk.layer_norm(x, 8, w, w), fullgraph=True, backend="aot_eager"
+    )
+    compiled(X).sum().backward()
+    gradient, w.grad = w.grad, None
+    sk.layer_norm(X, 8, w, w).sum().backward()
+    assert torch.equal(gradient, w.grad)

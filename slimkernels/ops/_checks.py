@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -47,7 +49,10 @@ def normalized_rows(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`input`, `weight` and `bias` with the normalized dimensions, checked, flattened into one."""
     check_tensor(op, "input", input)
-    row = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    row = normalized_shape
+    row = tuple(row) if isinstance(row, Sequence) else (row,)
+    for size in row:
+        check_integer(op, "normalized_shape", size)
     if not row or tuple(input.shape[-len(row) :]) != row:
         raise ValueError(
             f"{op}: normalized_shape must be the last dimensions of input "
@@ -98,7 +103,22 @@ def check_mask(op: str, mask: object, input: Tensor) -> None:
         )
 
 
+def check_number(op: str, name: str, value: object) -> None:
+    """`value` is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ValueError(f"{op}: {name} must be a number; got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{op}: {name} must be finite; got {value}")
+
+
+def check_integer(op: str, name: str, value: object) -> None:
+    """`value` is a whole number; what torch.compile counts symbolically is one, too."""
+    if isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt)):
+        raise ValueError(f"{op}: {name} must be an integer; got {value!r}")
+
+
 def check_dropout(op: str, dropout_p: float) -> None:
     """`dropout_p` is a probability of dropping, below 1."""
+    check_number(op, "dropout_p", dropout_p)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"{op}: dropout_p must be in [0, 1); got {dropout_p}")

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from slimkernels.dispatch import Op, kernel_op, needs_gradient
-from slimkernels.ops._checks import check_alike, check_dropout, normalized_rows
+from slimkernels.dispatch import Op, distinct, kernel_op, needs_gradient
+from slimkernels.ops._checks import check_alike, check_dropout, check_number, normalized_rows
 from slimkernels.ops._dropout import draw_seed, keep_mask
 from slimkernels.ops.layer_norm import gradient_of, layer_norm_reference
 
@@ -68,7 +68,7 @@ def add_layer_norm(
     if chosen == "torch":
         y, total = add_layer_norm_reference(*args, seed)
     elif needs_gradient(*args[:4]):
-        y, total = _AddLayerNorm.apply(*args, seed, chosen)
+        y, total = _AddLayerNorm.apply(*distinct(*args), seed, chosen)
     else:
         y, total, _, _ = add_layer_norm_forward(*args, seed, chosen)
     return y.view(input.shape), total.view(input.shape)
@@ -80,6 +80,7 @@ def _arguments(
     rows = normalized_rows("add_layer_norm", input, normalized_shape, weight, bias)
     x, weight, bias = rows
     check_alike("add_layer_norm", "residual", residual, input)
+    check_number("add_layer_norm", "eps", eps)
     check_dropout("add_layer_norm", dropout_p)
     return x, residual.reshape(x.shape), weight, bias, eps, dropout_p
 

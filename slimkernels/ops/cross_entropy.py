@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from slimkernels.dispatch import Op, kernel_op, needs_gradient
-from slimkernels.ops._checks import check_tensor
+from slimkernels.ops._checks import check_integer, check_number, check_tensor
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -17,8 +17,10 @@ def cross_entropy_reference(
     x: Tensor, target: Tensor, ignore_index: int, reduction: str, label_smoothing: float
 ) -> Tensor:
     """The definition. x (M, V), target (M,); in float32, or in float64 if x is."""
-    log_p = torch.log_softmax(x.to(torch.promote_types(x.dtype, torch.float32)), -1)
     kept = target != ignore_index
+    # Ignored logits are not only left out: infinite ones would make NaN of their gradient of 0.
+    logits = x.where(kept.unsqueeze(1), 0).to(torch.promote_types(x.dtype, torch.float32))
+    log_p = torch.log_softmax(logits, -1)
     loss = -log_p.gather(1, target.where(kept, 0).unsqueeze(1)).squeeze(1)
     if label_smoothing > 0:  # not by a factor of 0, which turns an infinite logit into NaN
         loss = (1 - label_smoothing) * loss - label_smoothing * log_p.mean(-1)
@@ -72,13 +74,15 @@ def cross_entropy(
 
 def _by_torch(x, target, ignore_index, reduction, label_smoothing):
     """The definition in torch's fused kernels, which is what eager code would call."""
-    return F.cross_entropy(
-        x,
-        target,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-    )
+    x = x.masked_fill((target == ignore_index).unsqueeze(1), 0.0)  # torch makes NaN of 0 * NaN
+    with torch.autocast(x.device.type, enabled=False):  # which would return float32
+        return F.cross_entropy(
+            x,
+            target,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+        )
 
 
 def _arguments(input, target, *, ignore_index=-100, reduction="mean", label_smoothing=0.0):
@@ -106,6 +110,8 @@ def _arguments(input, target, *, ignore_index=-100, reduction="mean", label_smoo
         raise ValueError(
             f"cross_entropy: reduction must be 'none', 'mean' or 'sum'; got {reduction!r}"
         )
+    check_integer("cross_entropy", "ignore_index", ignore_index)
+    check_number("cross_entropy", "label_smoothing", label_smoothing)
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"cross_entropy: label_smoothing must be in [0, 1]; got {label_smoothing}")
     if x.shape[-1] == 0:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from slimkernels.dispatch import Op, kernel_op, needs_gradient
+from slimkernels.dispatch import Op, distinct, kernel_op, needs_gradient
 from slimkernels.ops._checks import check_parameter, check_tensor
 from slimkernels.ops.layer_norm import gradient_of
 
@@ -50,10 +50,10 @@ def gelu(
     chosen = GELU.select(*args, backend=backend)
     if chosen == "torch":
         # The definition in torch's one fused kernel, which is what eager code would call.
-        z = x if bias is None else x + bias
+        z = x if bias is None else x.to(torch.promote_types(x.dtype, torch.float32)) + bias
         return F.gelu(z, approximate=approximate).to(x.dtype)
     if needs_gradient(x, bias):
-        return _GELU.apply(*args, chosen)
+        return _GELU.apply(*distinct(*args), chosen)
     return gelu_forward(*args, chosen)
 
 

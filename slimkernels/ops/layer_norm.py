@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from slimkernels.dispatch import Op, kernel_op, needs_gradient
-from slimkernels.ops._checks import normalized_rows
+from slimkernels.dispatch import Op, distinct, kernel_op, needs_gradient
+from slimkernels.ops._checks import check_number, normalized_rows
 
 
 def layer_norm_reference(
@@ -48,12 +48,13 @@ def layer_norm(
     if chosen == "torch":
         return layer_norm_reference(*args).view(input.shape)
     if needs_gradient(x, weight, bias):
-        return _LayerNorm.apply(*args, chosen).view(input.shape)
+        return _LayerNorm.apply(*distinct(*args), chosen).view(input.shape)
     return layer_norm_forward(*args, chosen)[0].view(input.shape)
 
 
 def _arguments(input, normalized_shape, weight=None, bias=None, eps=1e-5):
     rows = normalized_rows("layer_norm", input, normalized_shape, weight, bias)
+    check_number("layer_norm", "eps", eps)
     return *rows, eps
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from slimkernels.dispatch import Op, kernel_op, needs_gradient
+from slimkernels.dispatch import Op, distinct, kernel_op, needs_gradient
 from slimkernels.ops._checks import check_tensor
 
 
@@ -36,7 +36,7 @@ def linear(
     if chosen == "torch":
         return linear_reference(*args)
     if needs_gradient(*args):
-        return _Linear.apply(*args, chosen)
+        return _Linear.apply(*distinct(*args), chosen)
     return linear_forward(*args, chosen)
 
 
@@ -78,6 +78,7 @@ LINEAR = Op(
     "linear",
     order=("cpu",),
     arguments=_arguments,
+    is_bonus=True,
     modules={"triton": _NO_KERNEL, "cuda": _NO_KERNEL},
 )
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from slimkernels.dispatch import Op, kernel_op, needs_gradient
-from slimkernels.ops._checks import check_mask, check_tensor
+from slimkernels.ops._checks import check_integer, check_mask, check_number, check_tensor
 
 
 def softmax_reference(x: Tensor, scale: float, mask: Tensor | None, is_causal: bool) -> Tensor:
@@ -69,12 +69,14 @@ def _arguments(input, dim=-1, *, scale=1.0, mask=None, is_causal=False):
     check_tensor("softmax", "input", input)
     check_mask("softmax", mask, input)
     rank = input.dim()
+    if rank == 0:
+        raise ValueError("softmax: input must have a dimension; got shape ()")
+    check_integer("softmax", "dim", dim)
+    check_number("softmax", "scale", scale)
     if not -rank <= dim < rank:
         raise ValueError(
             f"softmax: dim must be in [{-rank}, {rank}) for input {tuple(input.shape)}; got {dim}"
         )
-    if not math.isfinite(scale):
-        raise ValueError(f"softmax: scale must be finite; got {scale}")
     last = dim in (-1, rank - 1)
     if is_causal and not (last and rank >= 2):
         raise ValueError(

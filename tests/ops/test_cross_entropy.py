@@ -156,7 +156,16 @@ def test_logits_that_are_not_finite(backend, V, label_smoothing):
         torch.testing.assert_close(ours[name], expected, **close)
 
 
-@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_autocast_does_not_touch_the_torch_backend(dtype):
+    x, target = inputs_of((6, 9), dtype, "cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = sk.cross_entropy(x, target, backend="torch")
+    assert loss.dtype == dtype
+    assert torch.equal(loss, sk.cross_entropy(x, target, backend="torch"))
+
+
+@pytest.mark.parametrize("backend", [*KERNEL_BACKENDS, "torch"])
 def test_ignored_rows_are_not_read(backend):
     x, target = inputs_of((6, 9), torch.float32, device_of(backend), ignored=())
     skip_unsupported("cross_entropy", backend, x, target)

@@ -15,6 +15,7 @@ import triton.language as tl
 from slimkernels.backends._dropout import threshold
 from slimkernels.backends.triton._common import dense, keep_mask, row_block, row_keys
 from slimkernels.backends.triton._rows import (
+    MAX_ROW,
     empty_partials,
     load_weight,
     normalize,
@@ -166,10 +167,11 @@ COMPILES = [
     dict(
         kernel=kernel,
         signature={n: t for n, t in _TYPES.items() if n in kernel.arg_names and n not in absent},
-        constexprs={"BLOCK_N": 1024, **{n: None for n in absent if n in kernel.arg_names}},
-        num_warps=row_block(1024)[1],
-        registers=registers,
+        constexprs={"BLOCK_N": BLOCK_N, **{n: None for n in absent if n in kernel.arg_names}},
+        num_warps=row_block(BLOCK_N)[1],
+        registers=registers if BLOCK_N == 1024 else 255,
     )
     for kernel, registers in ((_forward_kernel, 64), (_backward_kernel, 168))
     for absent in ((), _OPTIONAL)
+    for BLOCK_N in (1024, MAX_ROW)
 ]

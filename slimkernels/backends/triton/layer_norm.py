@@ -15,6 +15,7 @@ import triton.language as tl
 
 from slimkernels.backends.triton._common import dense, row_block
 from slimkernels.backends.triton._rows import (
+    MAX_ROW,
     empty_partials,
     load_weight,
     normalize,
@@ -111,30 +112,22 @@ def _backward_kernel(
     tl.store(dbias_ptr + program * N + cols, dbias, mask=mask)
 
 
-# What tests/test_aot.py compiles for sm_80, sm_90 and sm_100, and the most that may come out.
-_ROWS = {"N": "i32", "eps": "fp32"}
+# What tests/test_aot.py compiles for sm_80, sm_90 and sm_100, and the most that may come out: a
+# usual row, and the longest, which may need every register but must not spill.
+_TYPES = {
+    **{f"{name}_ptr": "*bf16" for name in ("x", "weight", "bias", "y", "dy", "dx")},
+    **dict.fromkeys(("mean_ptr", "rstd_ptr", "dweight_ptr", "dbias_ptr"), "*fp32"),
+    **dict.fromkeys(("M", "N"), "i32"),
+    "eps": "fp32",
+}
 COMPILES = [
     dict(
-        kernel=_forward_kernel,
-        signature={
-            **dict.fromkeys(("x_ptr", "weight_ptr", "bias_ptr", "y_ptr"), "*bf16"),
-            **dict.fromkeys(("mean_ptr", "rstd_ptr"), "*fp32"),
-            **_ROWS,
-        },
-        constexprs={"BLOCK_N": 1024},
-        num_warps=row_block(1024)[1],
-        registers=128,
-    ),
-    dict(
-        kernel=_backward_kernel,
-        signature={
-            **dict.fromkeys(("dy_ptr", "x_ptr", "weight_ptr", "dx_ptr"), "*bf16"),
-            **dict.fromkeys(("mean_ptr", "rstd_ptr", "dweight_ptr", "dbias_ptr"), "*fp32"),
-            "M": "i32",
-            "N": "i32",
-        },
-        constexprs={"BLOCK_N": 1024},
-        num_warps=row_block(1024)[1],
-        registers=255,
-    ),
+        kernel=kernel,
+        signature={name: t for name, t in _TYPES.items() if name in kernel.arg_names},
+        constexprs={"BLOCK_N": BLOCK_N},
+        num_warps=row_block(BLOCK_N)[1],
+        registers=registers if BLOCK_N == 1024 else 255,
+    )
+    for kernel, registers in ((_forward_kernel, 64), (_backward_kernel, 128))
+    for BLOCK_N in (1024, MAX_ROW)
 ]
