@@ -19,6 +19,12 @@ KINDS = {
 }
 every_backend = pytest.mark.parametrize("backend", KERNEL_BACKENDS)
 every_kind = pytest.mark.parametrize("kind", KINDS)
+# Triton's rows in registers, and in short blocks: the loop that long rows take.
+every_backend_and_cut = pytest.mark.parametrize(
+    "backend, cut",
+    [*((backend, "whole") for backend in KERNEL_BACKENDS), ("triton", "blocks")],
+    indirect=["cut"],
+)
 
 
 def inputs_of(shape, dtype, device, mean=0.0, spread=1.0):
@@ -47,6 +53,7 @@ def eager_softmax(x, dim=-1, *, scale=1.0, mask=None, is_causal=False):
         mask = causal if mask is None else mask & causal
     if mask is None:
         return torch.softmax(x, dim)
+    mask = mask.expand(x.shape)
     y = torch.softmax(x.masked_fill(~mask, -float("inf")), dim)
     return y.masked_fill(~mask.any(dim, keepdim=True), 0.0)
 
@@ -66,9 +73,8 @@ def check(backend, x, options, compiled=False):
     assert_op_matches(maybe_compiled(ours, compiled), eager, reference, (x,))
 
 
-@pytest.fixture(params=["whole", "blocks"])
+@pytest.fixture
 def cut(request, monkeypatch):
-    """Triton's rows in registers, or in short blocks: the loop that long rows take."""
     kernels = SOFTMAX.modules["triton"]
     if request.param == "blocks" and not isinstance(kernels, str):
         monkeypatch.setattr(kernels, "MAX_TILE", 4)
@@ -111,9 +117,10 @@ def test_long_rows(backend, kind, dtype, shape):
 
 
 # Blocks of 32 columns: the maximum rises in some, and causality ends before, in and after them.
-@pytest.mark.parametrize("shape", [(70, 65), (3, 40, 129), (130, 64), (3, 7)], ids=str)
+@pytest.mark.parametrize("shape", [(70, 65), (2, 40, 129), (64, 64)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("spread", [1.0, 30.0])
+@pytest.mark.parametrize("cut", ["blocks"], indirect=True)
 @every_kind
 def test_triton_blocks(kind, spread, dtype, shape, cut):
     device = device_of("triton")
@@ -123,14 +130,14 @@ def test_triton_blocks(kind, spread, dtype, shape, cut):
 
 @pytest.mark.parametrize("scale", [-3.0, -0.125, 0.0, 1e-30, 7.3])
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-@every_backend
+@every_backend_and_cut
 def test_scale(backend, dtype, scale, cut):
-    x = inputs_of((6, 37), torch.float32, device_of(backend), 5.0).to(dtype)
+    x = inputs_of((90, 37), dtype, device_of(backend), 5.0)
     check(backend, x, {"scale": scale})
     check(backend, x, {"scale": scale, "is_causal": True})
 
 
-@every_backend
+@every_backend_and_cut
 def test_scale_0_shares_evenly(backend, cut):
     x = inputs_of((6, 40), torch.float32, device_of(backend))
     skip_unsupported("softmax", backend, x, scale=0.0)
@@ -140,7 +147,7 @@ def test_scale_0_shares_evenly(backend, cut):
 
 @pytest.mark.parametrize("Tq, Tk", [(1, 6), (5, 1), (4, 40), (40, 4), (33, 33)])
 @pytest.mark.parametrize("masked", [False, True])
-@every_backend
+@every_backend_and_cut
 def test_causal_counts_from_the_top_left(backend, masked, Tq, Tk, cut):
     x = inputs_of((3, Tq, Tk), torch.float32, device_of(backend))
     options = {"is_causal": True}
@@ -159,7 +166,7 @@ FOUR = (2, 3, 5, 34)
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("broadcast", list(itertools.product([True, False], repeat=4)), ids=str)
-@every_backend
+@every_backend_and_cut
 def test_mask_broadcasts_over_any_dimensions(backend, broadcast, is_causal, cut):
     x = inputs_of(FOUR, torch.float32, device_of(backend))
     skip_unsupported("softmax", backend, x)
@@ -187,7 +194,7 @@ def padding_mask(x):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("N", [34, 64])
-@every_backend
+@every_backend_and_cut
 def test_padding_mask(backend, N, dtype, cut):
     x = inputs_of((6, 2, 4, N), dtype, device_of(backend))
     mask = padding_mask(x)
@@ -261,7 +268,7 @@ def test_rows_of_a_mask(layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@every_backend
+@every_backend_and_cut
 def test_mask_of_any_layout(backend, layout, cut):
     shape, mask, _ = LAYOUTS[layout]
     device = device_of(backend)
@@ -278,7 +285,7 @@ def test_mask_of_any_layout(backend, layout, cut):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", [(7, 70), (7, 1)], ids=str)
-@every_backend
+@every_backend_and_cut
 def test_a_row_that_sees_nothing_is_zero(backend, sizes, dtype, cut):
     device = device_of(backend)
     x = inputs_of((7, 70), dtype, device)
@@ -291,7 +298,7 @@ def test_a_row_that_sees_nothing_is_zero(backend, sizes, dtype, cut):
 
 
 # Sees nothing by causality and mask together, neither of which hides the whole row.
-@every_backend
+@every_backend_and_cut
 def test_a_causal_row_that_sees_nothing_is_zero(backend, cut):
     x = inputs_of((6, 45), torch.float32, device_of(backend))
     mask = torch.arange(45, device=x.device) > 2
@@ -303,15 +310,13 @@ def test_a_causal_row_that_sees_nothing_is_zero(backend, cut):
     check(backend, x, options)
 
 
-@pytest.mark.parametrize("N", [20, 100, 9001])
-@every_kind
-@every_backend
-def test_scores_that_are_not_finite(backend, kind, N, cut):
+def check_not_finite(backend, kind, N):
     device = device_of(backend)
     x = inputs_of((8, N), torch.float32, device)
     options = options_of(kind, (8, N), device)
     if "mask" in options:
         options["mask"][:, [3, 5]] = True
+        options["mask"][7] = torch.arange(N, device=device) == 5
     inf = float("inf")
     x[0, 0] = x[7, 5] = float("nan")
     x[1, 0], x[2, 1], x[6, 5] = inf, -inf, -inf
@@ -335,7 +340,21 @@ def test_scores_that_are_not_finite(backend, kind, N, cut):
         torch.testing.assert_close(ours, theirs, **close)
 
 
+@pytest.mark.parametrize("N", [20, 100])
+@every_kind
+@every_backend_and_cut
+def test_scores_that_are_not_finite(backend, kind, N, cut):
+    check_not_finite(backend, kind, N)
+
+
+@pytest.mark.parametrize("N", [9001, 20011])
+@every_kind
 @every_backend
+def test_scores_of_long_rows_that_are_not_finite(backend, kind, N):
+    check_not_finite(backend, kind, N)
+
+
+@every_backend_and_cut
 def test_hidden_scores_are_never_looked_at(backend, cut):
     x = inputs_of((4, 70), torch.float32, device_of(backend))
     mask = torch.rand((4, 70), device=x.device) < 0.5
@@ -358,7 +377,7 @@ def test_hidden_scores_are_never_looked_at(backend, cut):
 @every_backend
 def test_non_contiguous_input_and_gradient(backend):
     x = inputs_of((6, 4, 24), torch.float32, device_of(backend))
-    mask = torch.rand((4, 1, 24), device=x.device) < 0.7
+    mask = torch.rand((6, 1, 24), device=x.device) < 0.7
     skip_unsupported("softmax", backend, x, mask=mask)
 
     def ours(x):
@@ -445,9 +464,8 @@ def test_rows_that_see_nothing_on_every_instruction_set(each_isa):
 @pytest.mark.parametrize("dim", [0, 1, -1])
 def test_the_definition_is_torchs(dim):
     x = inputs_of((3, 4, 5), torch.float64, "cpu")
-    assert torch.equal(sk.softmax(x, dim), torch.softmax(x, dim))
-    assert torch.equal(sk.softmax(x, dim, scale=0.3), torch.softmax(x * 0.3, dim))
-    assert sk.softmax(x, dim).shape == x.shape
+    assert (sk.softmax(x, dim) - torch.softmax(x, dim)).abs().max() < 1e-15
+    assert (sk.softmax(x, dim, scale=0.3) - torch.softmax(x * 0.3, dim)).abs().max() < 1e-15
 
 
 @pytest.mark.parametrize("is_causal", [False, True])

@@ -101,7 +101,8 @@ def _scores(x_ptrs, mask_ptrs, inside, seen, scale):
     if mask_ptrs is not None:
         seen = seen & (tl.load(mask_ptrs, mask=inside, other=0) != 0)
     s = tl.where(seen, x * scale, -float("inf"))
-    return s, tl.where(seen, tl.maximum(s, LOWEST), s)
+    # Not tl.maximum: of NaN it makes NaN in the interpreter, which tl.max would pass over.
+    return s, tl.where(seen, tl.where(s > LOWEST, s, LOWEST), s)
 
 
 @triton.jit
@@ -139,7 +140,8 @@ def _forward_kernel(
 
     peak = tl.max(tops, axis=1, keep_dims=True)
     e = tl.exp(s - peak)
-    y = e * (1.0 / tl.sum(e, axis=1, keep_dims=True))
+    # Rounded once: backward takes the difference of two numbers as great as y.
+    y = tl.div_rn(e, tl.broadcast_to(tl.sum(e, axis=1, keep_dims=True), e.shape))
     if mask_ptr is not None:
         y = tl.where(peak == -float("inf"), 0.0, y)
     tl.store(y_ptr + at, y, mask=whole)
@@ -182,13 +184,13 @@ def _forward_long_kernel(
         total = total * tl.exp(peak - shift) + tl.exp(s - shift)
         peak = raised
 
-    factor = 1.0 / tl.sum(total, axis=0)
+    total = tl.sum(total, axis=0)
     for start in range(begin, end, BLOCK_N):
         at = start + tl.arange(0, BLOCK_N)
         mask_ptrs = None if mask_ptr is None else mask_ptr + (at - begin) * stride_col
-        inside = (at < end) & (start < seen_end)
-        s, _ = _scores(x_ptr + at, mask_ptrs, inside, at < seen_end, scale)
-        y = tl.where(peak == -float("inf"), 0.0, tl.exp(s - peak) * factor)
+        reach = tl.where(start < seen_end, end, begin)  # past what is seen nothing is read
+        s, _ = _scores(x_ptr + at, mask_ptrs, at < reach, at < seen_end, scale)
+        y = tl.where(peak == -float("inf"), 0.0, tl.div_rn(tl.exp(s - peak), total))
         tl.store(y_ptr + at, y, mask=at < end)
 
 
