@@ -13,11 +13,14 @@ from op_cases import (
 
 import slimkernels as sk
 from slimkernels.ops._dropout import draw_seed, keep_mask
-from slimkernels.ops.scaled_dot_product_attention import _pairs
+from slimkernels.ops.scaled_dot_product_attention import (
+    _pairs,
+    scaled_dot_product_attention_forward,
+)
 from slimkernels.ops.scaled_dot_product_attention import (
     scaled_dot_product_attention_reference as attention_reference,
 )
-from slimkernels.testing import assert_op_matches, run_with_gradients
+from slimkernels.testing import assert_no_worse, assert_op_matches, run_with_gradients
 
 NAME = "scaled_dot_product_attention"
 
@@ -210,6 +213,26 @@ def test_same_bits_for_any_number_of_threads(each_isa, dtype):
         torch.set_num_threads(threads)
         for name, expected in results[0].items():
             assert torch.equal(results[1][name], expected), (isa, name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
+def test_lse_is_saved_in_float32(backend, dtype):
+    device = device_of(backend)
+    ragged = ragged_case("cross, one side empty", dtype, device)
+    for inputs, options in (dense_case("lengths", dtype, device), ragged):
+        skip_unsupported(NAME, backend, *inputs, **options)
+        arguments = sk.dispatch.OPS[NAME].arguments(*inputs, **options)
+        q, k, _, _, is_causal, scale, *lengths = arguments
+        _, lse = scaled_dot_product_attention_forward(*arguments, None, backend)
+
+        def expected(wide, q=q, k=k, options=(is_causal, *lengths), scale=scale):
+            q, k = (t.to(wide).transpose(0, 1) if t.dim() == 3 else t.to(wide) for t in (q, k))
+            k = k.repeat_interleave(q.shape[-3] // k.shape[-3], -3)
+            visible, _, _ = _pairs(q, k, *options)
+            return (q @ k.mT * scale).masked_fill(~visible, -torch.inf).logsumexp(-1)
+
+        assert_no_worse(lse, expected(torch.float32), expected(torch.float64), what="lse")
 
 
 def test_heads_too_wide_for_triton():

@@ -74,7 +74,9 @@ def locate(tile, T, cu_ptr, BLOCK: tl.constexpr):
             b = start + tl.arange(0, 128)
             starts = tl.load(cu_ptr + b, mask=b < B, other=0) // BLOCK + b
             sequence += tl.sum(((b < B) & (starts <= tile)).to(tl.int32), axis=0)
-        first = (tile - sequence - tl.load(cu_ptr + sequence) // BLOCK) * BLOCK
+        # On a GPU nobody has checked the boundaries; whatever they are, memory stays safe.
+        sequence = tl.maximum(sequence, 0)
+        first = tl.maximum(tile - sequence - tl.load(cu_ptr + sequence) // BLOCK, 0) * BLOCK
     return sequence, first
 
 
@@ -86,7 +88,6 @@ def extent(sequence, T, cu_ptr):
         begin = batch * 0
         count = T
     else:
-        # On a GPU nobody has checked the boundaries; whatever they are, memory stays safe.
         low = tl.minimum(tl.maximum(tl.load(cu_ptr + sequence), 0), T)
         count = tl.minimum(tl.maximum(tl.load(cu_ptr + sequence + 1), low), T) - low
         begin = low.to(tl.int64)

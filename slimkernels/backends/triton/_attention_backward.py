@@ -11,8 +11,9 @@ Tiling    dq: a program owns BLOCK_M queries and walks the keys. dk, dv: a progr
           where adding dq up in memory would take five.
 Numerics  P comes from lse, one float32, and delta from the rounded y. In 16 bits that is below
           eager's own rounding. In float32 it is not where scores are large: exp(score - lse) is off
-          by the rounding of lse, 2e-5 at 300. So float32 pays two more products for P's true row
-          sums and for delta from P and dP, whose roundings cancel.
+          by the rounding of lse, 2e-5 at 300. So float32 pays two more products for the sums of P,
+          by which dv divides it (to dq and dk it is a factor as good as their scores), and for
+          delta from P and dP themselves, whose roundings cancel.
 """
 
 import triton
@@ -149,8 +150,6 @@ def _dq_kernel(
     at = (batch * H + head) * Tq + tokens
     lse = tl.load(statistics.lse + at, mask=present, other=0.0)
     delta = tl.load(statistics.delta + at, mask=present, other=0.0)
-    if statistics.total is not None:
-        total = tl.load(statistics.total + at, mask=present, other=1.0)
     queries = load_tile(q, batch, head, q_begin + first, present, D, BLOCK_M, BLOCK_D)
     queries, late = scale_early(queries, scale)
     dys = load_tile(dy, batch, head, q_begin + first, present, D, BLOCK_M, BLOCK_D)
@@ -163,8 +162,6 @@ def _dq_kernel(
         values = load_tile(v, batch, head // group, k_begin + start, j < seen, D, BLOCK_N, BLOCK_D)
         scores = tl.dot(queries, keys.T, input_precision="ieee")  # (BLOCK_M, BLOCK_N)
         p = exp_of(scores, late, lse[:, None], values.dtype)
-        if statistics.total is not None:
-            p = tl.div_rn(p, total[:, None])
         if start >= whole:
             p = tl.where(sees(i, j, seen, IS_CAUSAL), p, 0.0)
         dp = tl.dot(dys, values.T, input_precision="ieee")
