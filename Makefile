@@ -1,4 +1,4 @@
-# `make lint test` is what .ci/run does, in the environment that is active.
+# `make lint test` checks a change in the environment that is active; .ci/run makes a fresh one.
 .PHONY: lint format build test bench
 
 CPP = $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/*.h tests/*.cpp)
