@@ -121,7 +121,7 @@ def measure(shape: Shape, dtype: str, names: list[str], verdicts, options) -> li
         if name not in samples:
             rows.append(labels | note)
             continue
-        numbers = _numbers(samples[name], samples[BASELINE], batch.num_tokens)
+        numbers = _numbers(samples[name], samples[BASELINE], batch.num_tokens, device)
         numbers["loss"] = first_loss[name]
         if not options.no_memory and name != "hf_compiled":
             numbers["peak_mib"] = peak_memory(name, shape, dtype, device)
@@ -149,15 +149,18 @@ def _one_step(provider, clock: timing.Stopwatch):
     return run
 
 
-def _numbers(mine: timing.Samples, base: timing.Samples, tokens: int) -> dict[str, object]:
+def _numbers(
+    mine: timing.Samples, base: timing.Samples, tokens: int, device: torch.device
+) -> dict[str, object]:
     median, p20, p80 = timing.quantiles(mine.wall)
+    is_cpu = device.type == "cpu"  # on a GPU the host's time says nothing of the step's
     return {
         "ratio": timing.speedup(base.wall, mine.wall),
-        "cpu_ratio": timing.speedup(base.cpu, mine.cpu),
+        "cpu_ratio": timing.speedup(base.cpu, mine.cpu) if is_cpu else None,
         "ms": median,
         "p20_ms": p20,
         "p80_ms": p80,
-        "cpu_ms": timing.quantiles(mine.cpu)[0],
+        "cpu_ms": timing.quantiles(mine.cpu)[0] if is_cpu else None,
         "tokens_per_s": 1e3 * tokens / median,
         "real_tokens": tokens,
         "turns": len(mine.wall),
