@@ -1,5 +1,6 @@
 """slimkernels: transformer kernels for PyTorch that are right, fast, and say which one ran."""
 
+from slimkernels import nn
 from slimkernels.dispatch import BackendError, explain, use_backend
 from slimkernels.info import info
 from slimkernels.ops.add_layer_norm import add_layer_norm
@@ -21,6 +22,7 @@ __all__ = [
     "info",
     "layer_norm",
     "linear",
+    "nn",
     "scaled_dot_product_attention",
     "softmax",
     "use_backend",

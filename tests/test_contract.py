@@ -23,7 +23,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 KERNEL_BACKENDS = [backend for backend in BACKENDS if backend != "torch"]
 
 PUBLIC_NAMES = {
-    *("BackendError", "explain", "info", "use_backend"),
+    *("BackendError", "explain", "info", "nn", "use_backend"),
     *("add_layer_norm", "cross_entropy", "gelu", "layer_norm", "linear"),
     *("scaled_dot_product_attention", "softmax"),
 }

@@ -16,7 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimkernels.models.block import Block, Wanted, activate, initialise
-from slimkernels.models.checks import check_batch, check_ids, check_padded
+from slimkernels.models.checks import (
+    check_batch,
+    check_ids,
+    check_masked,
+    check_next_sentences,
+    check_padded,
+)
 from slimkernels.models.config import TransformerConfig
 from slimkernels.models.embedding import Embedding
 from slimkernels.nn import LayerNorm
@@ -52,15 +58,25 @@ class Bert(nn.Module):
         key_lengths   (B,) int32: tokens of row i at and after key_lengths[i] are padding, which
                       is computed but which no token attends to
         Returns       (T, C) or (B, T, C)
-        Errors        ValueError for a wrong shape, an empty batch, or, on the CPU, an id out of
-                      range; on a GPU, where looking would wait for the device, an id out of range
-                      is torch's device-side assertion
+        Errors        ValueError for a wrong shape, an empty batch, key_lengths with cu_seqlens, or,
+                      on the CPU, an id out of range; on a GPU, where looking would wait for the
+                      device, an id out of range is torch's device-side assertion
         """
+        if cu_seqlens is not None and key_lengths is not None:
+            raise ValueError(
+                "Bert: key_lengths must be None with cu_seqlens, which has the lengths"
+            )
         hidden, _ = self.embed(input_ids, segment_ids, position_ids, cu_seqlens)
         return self.encode(hidden, cu_seqlens=cu_seqlens, key_lengths=key_lengths)
 
     def embed(self, input_ids, segment_ids, position_ids, cu_seqlens) -> tuple[Tensor, Tensor]:
         """Hidden states before the first block, and the token table for the tied decoder."""
+        return self.embedding(*self.ids(input_ids, segment_ids, position_ids, cu_seqlens))
+
+    def ids(
+        self, input_ids, segment_ids, position_ids, cu_seqlens
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids of tokens, segments and positions, checked, with what was None in its place."""
         check_batch(self.config, input_ids, cu_seqlens)
         if segment_ids is None:
             segment_ids = torch.zeros_like(input_ids)
@@ -69,7 +85,7 @@ class Bert(nn.Module):
         like = tuple(input_ids.shape)
         check_ids("segment_ids", segment_ids, self.config.type_vocab_size, like)
         check_ids("position_ids", position_ids, self.config.max_positions, like)
-        return self.embedding(input_ids, segment_ids, position_ids)
+        return input_ids, segment_ids, position_ids
 
     def encode(
         self, hidden: Tensor, wanted: Wanted | None = None, **lengths: Tensor | None
@@ -141,8 +157,11 @@ class BertForPreTraining(nn.Module):
         """
         if cu_seqlens is None:
             raise ValueError("Bert: cu_seqlens must be given; forward_padded takes padded batches")
-        hidden, decoder_weight = self.bert.embed(input_ids, segment_ids, position_ids, cu_seqlens)
-        check_ids("masked_positions", masked_positions, input_ids.shape[0])
+        ids = self.bert.ids(input_ids, segment_ids, position_ids, cu_seqlens)
+        tokens, sequences = len(input_ids), len(cu_seqlens) - 1
+        check_masked(self.config, tokens, masked_positions, masked_labels)
+        check_next_sentences("next_sentence_labels", next_sentence_labels, sequences)
+        hidden, decoder_weight = self.bert.embedding(*ids)
         # Each sequence's first token, for the pair, and the masked ones: nobody reads the others.
         read = masked_positions
         if next_sentence_labels is not None:
@@ -201,6 +220,7 @@ class BertForPreTraining(nn.Module):
         """
         check_padded(input_ids, attention_mask, token_type_ids, labels)
         B, T = input_ids.shape
+        check_next_sentences("next_sentence_label", next_sentence_label, B)
         if attention_mask is None:
             tokens = torch.arange(B * T, device=input_ids.device)
             lengths = torch.full((B,), T, device=input_ids.device)

@@ -71,7 +71,9 @@ class Block(nn.Module):
         wanted       compute these tokens alone, which still see all of their sequence: for the
                      last block of a model that reads few of its tokens. Ragged, not causal
         Returns      (hidden, residual) for the next block, of the wanted tokens if they are given
+        Errors       ValueError for two of these that do not go together
         """
+        _check_options(cu_seqlens, key_lengths, is_causal, wanted)
         if wanted is None:
             branch = self._attend(hidden, cu_seqlens, key_lengths, is_causal)
         else:
@@ -129,6 +131,15 @@ class Block(nn.Module):
             dropout_p=config.dropout_p if self.training else 0.0,
         )
         return y, total if config.norm_first else y
+
+
+def _check_options(cu_seqlens, key_lengths, is_causal, wanted):
+    if cu_seqlens is not None and key_lengths is not None:
+        raise ValueError("Block: key_lengths must be None with cu_seqlens, which has the lengths")
+    if wanted is not None and cu_seqlens is None:
+        raise ValueError("Block: cu_seqlens must be given with wanted; got None")
+    if wanted is not None and is_causal:
+        raise ValueError("Block: is_causal must be False with wanted; got True")
 
 
 _APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}

@@ -50,13 +50,7 @@ def check_batch(config: TransformerConfig, input_ids: Tensor, cu_seqlens: Tensor
 
 def check_ids(name: str, ids: Tensor, limit: int, shape: tuple[int, ...] | None = None) -> None:
     """`ids` are integers of the given shape, each in [0, limit)."""
-    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
-        actual = getattr(ids, "dtype", type(ids).__name__)
-        raise ValueError(f"Bert: {name} must be an int64 or int32 tensor; got {actual}")
-    if shape is not None and tuple(ids.shape) != shape:
-        raise ValueError(
-            f"Bert: {name} must have shape {shape} like input_ids; got {tuple(ids.shape)}"
-        )
+    _check_integers(name, ids, shape, " like input_ids")
     if not _readable(ids) or ids.numel() == 0:
         return
     least, most = (int(bound) for bound in torch.aminmax(ids))
@@ -64,6 +58,27 @@ def check_ids(name: str, ids: Tensor, limit: int, shape: tuple[int, ...] | None 
         raise ValueError(
             f"Bert: {name} must be in [0, {limit}); got {least if least < 0 else most}"
         )
+
+
+def check_masked(
+    config: TransformerConfig, tokens: int, masked_positions: Tensor, masked_labels: Tensor
+) -> None:
+    """Places (K,) of `tokens` tokens, and the label of each."""
+    check_ids("masked_positions", masked_positions, tokens)
+    if masked_positions.dim() != 1:
+        raise ValueError(
+            f"Bert: masked_positions must be (K,); got {tuple(masked_positions.shape)}"
+        )
+    shape = tuple(masked_positions.shape)
+    _check_integers("masked_labels", masked_labels, shape, " like masked_positions")
+    _check_labels("masked_labels", masked_labels, config.vocab_size)
+
+
+def check_next_sentences(name: str, labels: Tensor | None, sequences: int) -> None:
+    """Labels 0 or 1, one a sequence, or None."""
+    if labels is not None:
+        _check_integers(name, labels, (sequences,), ", one a sequence")
+        _check_labels(name, labels, 2)
 
 
 def check_padded(input_ids, attention_mask, token_type_ids, labels) -> None:
@@ -76,24 +91,46 @@ def check_padded(input_ids, attention_mask, token_type_ids, labels) -> None:
         )
     if labels is None:
         raise ValueError("Bert: labels must be given, -100 where nothing is to be predicted")
-    rectangles = {
-        "attention_mask": attention_mask,
-        "token_type_ids": token_type_ids,
-        "labels": labels,
-    }
-    for name, rectangle in rectangles.items():
-        if rectangle is not None and rectangle.shape != input_ids.shape:
-            raise ValueError(
-                f"Bert: {name} must have shape {tuple(input_ids.shape)} like input_ids; "
-                f"got {tuple(rectangle.shape)}"
-            )
-    if attention_mask is not None and _readable(attention_mask):
+    shape = tuple(input_ids.shape)
+    _check_integers("labels", labels, shape, " like input_ids")
+    if token_type_ids is not None:
+        _check_integers("token_type_ids", token_type_ids, shape, " like input_ids")
+    if attention_mask is None:
+        return
+    if not isinstance(attention_mask, Tensor):
+        actual = type(attention_mask).__name__
+        raise ValueError(f"Bert: attention_mask must be a tensor; got {actual}")
+    _check_shape("attention_mask", attention_mask, shape, " like input_ids")
+    if _readable(attention_mask):
         empty = ~attention_mask.any(1)
         if empty.any():
             raise ValueError(
                 f"Bert: attention_mask must leave a token in every row; "
                 f"row {int(empty.nonzero()[0])} has none"
             )
+
+
+def _check_integers(name, ids, shape, why):
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
+        actual = getattr(ids, "dtype", type(ids).__name__)
+        raise ValueError(f"Bert: {name} must be an int64 or int32 tensor; got {actual}")
+    if shape is not None:
+        _check_shape(name, ids, shape, why)
+
+
+def _check_shape(name, x, shape, why):
+    if tuple(x.shape) != shape:
+        raise ValueError(f"Bert: {name} must have shape {shape}{why}; got {tuple(x.shape)}")
+
+
+def _check_labels(name, labels, limit):
+    if not _readable(labels):
+        return
+    wrong = ((labels < 0) | (labels >= limit)) & (labels != -100)
+    if wrong.any():
+        raise ValueError(
+            f"Bert: {name} must be in [0, {limit}), or -100 for none; got {int(labels[wrong][0])}"
+        )
 
 
 def _readable(ids: Tensor) -> bool:

@@ -29,15 +29,19 @@ _LAYER_PREFIXES = {
     "output.LayerNorm": "output_norm",
 }
 _PROJECTIONS = ("query", "key", "value")
-# Tied to another tensor, or a constant.
-_REDUNDANT = re.compile(r"cls\.predictions\.decoder\.|bert\.embeddings\.(position|token_type)_ids")
+_TIES = {
+    "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+    "cls.predictions.decoder.bias": "cls.predictions.bias",
+}
+_CONSTANTS = ("bert.embeddings.position_ids", "bert.embeddings.token_type_ids")
 _ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
 def config_from_hugging_face(config) -> TransformerConfig:
     """Ours for a transformers BertConfig, or for its dictionary.
 
-    Errors  ValueError for an activation or a position embedding that is not implemented
+    Errors  ValueError for an activation or a position embedding that is not implemented, and for
+            a decoder that is not tied to the token embedding
     """
     theirs = config if isinstance(config, Mapping) else config.to_dict()
     if theirs["hidden_act"] not in _ACTIVATIONS:
@@ -49,6 +53,11 @@ def config_from_hugging_face(config) -> TransformerConfig:
     if kind != "absolute":
         raise ValueError(
             f"config_from_hugging_face: position_embedding_type must be 'absolute'; got {kind!r}"
+        )
+    if not theirs.get("tie_word_embeddings", True):
+        raise ValueError(
+            "config_from_hugging_face: tie_word_embeddings must be True, as our decoder's matrix "
+            "is the token embedding; got False"
         )
     return TransformerConfig(
         vocab_size=theirs["vocab_size"],
@@ -69,28 +78,28 @@ def config_from_hugging_face(config) -> TransformerConfig:
 def bert_from_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state_dict for our BertForPreTraining from one of Hugging Face's, query, key, value joined.
 
-    The tied decoder matrix and constant buffers are dropped; gamma and beta, the norms' names in
-    the first checkpoints, are read as weight and bias.
-    Errors  ValueError for a name that BertForPreTraining does not have, or one that is missing
+    Constant buffers and what is tied are dropped; gamma and beta, the norms' names in the first
+    checkpoints, are read as weight and bias.
+    Errors  ValueError for a name that BertForPreTraining does not have, or one that is missing,
+            and for a decoder's weight or bias that differs from what ours is tied to
     """
+    state = {_today(name): tensor for name, tensor in state.items() if name not in _CONSTANTS}
+    tied = {name: state.pop(name) for name in _TIES if name in state}
+    _check_names(state)
+    for name, tensor in tied.items():
+        if not torch.equal(tensor, state[_TIES[name]]):
+            raise ValueError(
+                f"bert_from_hugging_face: {name} must equal {_TIES[name]}, to which ours is tied; "
+                f"it differs"
+            )
     ours: dict[str, Tensor] = {}
-    parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state.items():
-        name = re.sub("LayerNorm.gamma$", "LayerNorm.weight", name)
-        name = re.sub("LayerNorm.beta$", "LayerNorm.bias", name)
-        projection = re.fullmatch(
-            r"bert\.encoder\.layer\.(\d+)\.attention\.self\.(query|key|value)\.(weight|bias)", name
-        )
-        if projection:
-            layer, which, kind = projection.groups()
-            parts.setdefault(f"bert.layers.{layer}.qkv.{kind}", {})[which] = tensor
-        elif not _REDUNDANT.match(name):
+        query = re.fullmatch(r"bert\.encoder\.layer\.(\d+)\.attention\.self\.query\.(.+)", name)
+        if query:
+            rows = [state[name.replace("query", which)] for which in _PROJECTIONS]
+            ours[f"bert.layers.{query[1]}.qkv.{query[2]}"] = torch.cat(rows)
+        elif ".attention.self." not in name:
             ours[_our_name(name)] = tensor
-    for name, tensors in parts.items():
-        for which in _PROJECTIONS:
-            if which not in tensors:
-                raise ValueError(f"bert_from_hugging_face: {which} of {name} is missing")
-        ours[name] = torch.cat([tensors[which] for which in _PROJECTIONS])
     return ours
 
 
@@ -111,15 +120,36 @@ def bert_to_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return theirs
 
 
+def _today(name: str) -> str:
+    """`name` as it is in checkpoints of today."""
+    name = re.sub("LayerNorm.gamma$", "LayerNorm.weight", name)
+    return re.sub("LayerNorm.beta$", "LayerNorm.bias", name)
+
+
+def _check_names(state: Mapping[str, Tensor]) -> None:
+    """All names of their BertForPreTraining and no other; the highest block's number counts."""
+    blocks = (re.match(r"bert\.encoder\.layer\.(\d+)\.", name) for name in state)
+    count = max((int(block[1]) + 1 for block in blocks if block), default=0)
+    modules = list(_PREFIXES)
+    for layer in range(count):
+        parts = (*_LAYER_PREFIXES, *(f"attention.self.{which}" for which in _PROJECTIONS))
+        modules += [f"bert.encoder.layer.{layer}.{part}" for part in parts]
+    expected = {f"{module}.weight" for module in modules} | {"cls.predictions.bias"}
+    expected |= {f"{module}.bias" for module in modules if not module.endswith("_embeddings")}
+    for name in state:
+        if name not in expected:
+            raise ValueError(f"bert_from_hugging_face: BertForPreTraining has no parameter {name}")
+    for name in sorted(expected - state.keys()):
+        raise ValueError(f"bert_from_hugging_face: {name} is missing")
+
+
 def _our_name(name: str) -> str:
     if name == "cls.predictions.bias":
         return "decoder_bias"
-    inner = re.fullmatch(r"bert\.encoder\.layer\.(\d+)\.(.+)\.(weight|bias)", name)
-    if inner and inner[2] in _LAYER_PREFIXES:
-        return f"bert.layers.{inner[1]}.{_LAYER_PREFIXES[inner[2]]}.{inner[3]}"
     prefix, _, kind = name.rpartition(".")
-    if prefix not in _PREFIXES:
-        raise ValueError(f"bert_from_hugging_face: BertForPreTraining has no parameter {name}")
+    inner = re.fullmatch(r"bert\.encoder\.layer\.(\d+)\.(.+)", prefix)
+    if inner:
+        return f"bert.layers.{inner[1]}.{_LAYER_PREFIXES[inner[2]]}.{kind}"
     return f"{_PREFIXES[prefix]}.{kind}"
 
 

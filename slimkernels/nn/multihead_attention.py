@@ -10,6 +10,8 @@ Two ways through, by what is asked for:
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -75,10 +77,11 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
         query                 (Tq, B, C), or (B, Tq, C) if batch_first, or (Tq, C)
         key, value            likewise with Tk tokens of width kdim and vdim
-        key_padding_mask      (B, Tk) or (Tk,): bool, True for keys to ignore; or floating, added
+        key_padding_mask      (B, Tk) or (Tk,): bool, True for keys to ignore; or floating, added,
+                              -inf being the same as True
         need_weights          also return the weights, which takes the way that stores them
         attn_mask             (Tq, Tk) or (B * H, Tq, Tk): bool, True for pairs to ignore; or
-                              floating, added to the scaled scores
+                              floating, added to the scaled scores, -inf being the same as True
         average_attn_weights  weights are the mean over heads (B, Tq, Tk), else (B, H, Tq, Tk)
         is_causal             as in torch a promise that attn_mask is causal, which may then not
                               be read; unlike torch, enough without attn_mask
@@ -159,13 +162,16 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             mask = mask.unflatten(0, q.shape[:2])  # (B, H, Tq, Tk)
         if padding is not None:
             padding = padding[:, None, None, :]
-        masks = [m for m in (padding, mask) if m is not None]
-        scores, scale = q @ k.transpose(-1, -2), self.head_dim**-0.5
-        for added in (m for m in masks if m.is_floating_point()):
-            scores, scale = scores * scale + added, 1.0
-        allowed = None
-        for ignored in (m for m in masks if not m.is_floating_point()):
-            allowed = ~ignored if allowed is None else allowed & ~ignored
+        scores, scale, allowed = q @ k.transpose(-1, -2), self.head_dim**-0.5, None
+        for m in (m for m in (padding, mask) if m is not None):
+            if m.is_floating_point():
+                m = m.to(scores.dtype)  # masks are often float32 whatever the module
+                scores, scale = scores * scale + m, 1.0
+                # Left to softmax, a row of nothing but -inf would be NaN; as in torch, it is zero.
+                sees = m != -math.inf
+            else:
+                sees = ~m
+            allowed = sees if allowed is None else allowed & sees
         p = softmax(scores, -1, scale=scale, mask=allowed, is_causal=is_causal)
         p = F.dropout(p, self.dropout, self.training)
         return p @ v, p

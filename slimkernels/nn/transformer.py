@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from slimkernels.nn.gelu import GELU
 from slimkernels.nn.layer_norm import LayerNorm
 from slimkernels.nn.multihead_attention import MultiheadAttention
 from slimkernels.ops.add_layer_norm import add_layer_norm
@@ -24,8 +25,9 @@ _ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}
 class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
     """torch.nn.TransformerEncoderLayer, in eval as in training: there is no separate fast path.
 
-    The submodules hold the parameters and rates; where their work is fused, their own forward,
-    and hooks on it, are not called.
+    The submodules hold the parameters and rates. One of the class that this layer made it of,
+    without hooks, is fused with its neighbours; any other (an adapter around it, a pruned or a
+    parametrized one, another norm) is called, as in torch.
 
     Errors  ValueError for an activation by an unknown name, and as in MultiheadAttention
     """
@@ -94,15 +96,22 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         return self._add_norm(self._feed_forward(x), x, self.norm2, self.dropout2)[0]
 
     def _feed_forward(self, x):
-        first = self.linear1
         approximate = _gelu_form(self.activation)
         if approximate is None:
-            x = self.activation(linear(x, first.weight, first.bias))
+            x = self.activation(_product(self.linear1, x))
+        elif _is_plain(self.linear1, torch.nn.Linear):
+            product = linear(x, self.linear1.weight)
+            x = gelu(product, approximate=approximate, bias=self.linear1.bias)
         else:
-            x = gelu(linear(x, first.weight), approximate=approximate, bias=first.bias)
-        return linear(self.dropout(x), self.linear2.weight, self.linear2.bias)
+            x = gelu(self.linear1(x), approximate=approximate)
+        return _product(self.linear2, self.dropout(x))
 
     def _add_norm(self, branch, residual, norm, dropout):
+        """(norm(total), total) with total = residual + dropout(branch)."""
+        fused = _is_plain(norm, LayerNorm, torch.nn.LayerNorm)
+        if not (fused and _is_plain(dropout, torch.nn.Dropout)):
+            total = residual + dropout(branch)
+            return norm(total), total
         return add_layer_norm(
             # Under autocast products come in its dtype; as in torch, the sum is in residual's.
             branch.to(residual.dtype),
@@ -111,15 +120,34 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
             norm.weight,
             norm.bias,
             norm.eps,
-            dropout_p=dropout.p if self.training else 0.0,
+            dropout_p=dropout.p if dropout.training else 0.0,
         )
+
+
+def _is_plain(module: torch.nn.Module, *classes: type) -> bool:
+    """Whether a call of `module` does what one of `classes` does, and nothing else sees it.
+
+    A subclass may do something else: adapters are often subclasses, parametrized modules always.
+    """
+    if type(module) not in classes or "forward" in vars(module):
+        return False
+    forward = module._forward_pre_hooks or module._forward_hooks
+    return not (forward or module._backward_pre_hooks or module._backward_hooks)
+
+
+def _product(layer, x):
+    if _is_plain(layer, torch.nn.Linear):
+        return linear(x, layer.weight, layer.bias)
+    return layer(x)
 
 
 def _gelu_form(activation) -> str | None:
     """Which of gelu's approximations `activation` is; None if it is something else."""
     if activation is F.gelu:
         return "none"
-    return activation.approximate if isinstance(activation, torch.nn.GELU) else None
+    if isinstance(activation, torch.nn.Module) and _is_plain(activation, torch.nn.GELU, GELU):
+        return activation.approximate
+    return None
 
 
 class TransformerEncoder(torch.nn.TransformerEncoder):

@@ -215,6 +215,12 @@ def test_copies_pickles_and_reloads(model, batch, config):
         assert torch.equal(other(**batch).loss, model(**batch).loss)
 
 
+@pytest.fixture
+def no_kernel(model):
+    """Fails a test in which the model gets as far as its embedding, the first to run a kernel."""
+    model.bert.embedding.register_forward_pre_hook(lambda *_: pytest.fail("a kernel ran"))
+
+
 @pytest.mark.parametrize(
     "changes, sentence",
     [
@@ -234,13 +240,30 @@ def test_copies_pickles_and_reloads(model, batch, config):
             {"masked_positions": torch.tensor([29])},
             r"masked_positions must be in \[0, 29\)",
         ),
-        ({"masked_labels": torch.full((6,), 97)}, r"target must be in \[0, 97\) .*; got 97"),
-        ({"masked_labels": torch.ones(5).long()}, r"target must have shape \(6,\), .*; got \(5,\)"),
-        ({"next_sentence_labels": torch.full((4,), 2)}, r"target must be in \[0, 2\) .*; got 2"),
+        ({"masked_positions": torch.zeros(2, 3).long()}, r"must be \(K,\); got \(2, 3\)"),
+        ({"masked_positions": [1, 3]}, "masked_positions must be an int64 .* tensor; got list"),
+        (
+            {"masked_labels": torch.full((6,), 97)},
+            r"labels must be in \[0, 97\), or -100 .*; got 97",
+        ),
+        (
+            {"masked_labels": torch.ones(5).long()},
+            r"masked_labels must have shape \(6,\) like masked_positions; got \(5,\)",
+        ),
+        ({"masked_labels": None}, "masked_labels must be an int64 or .* tensor; got NoneType"),
+        (
+            {"next_sentence_labels": torch.full((4,), 2)},
+            r"next_sentence_labels must be in \[0, 2\), .*; got 2",
+        ),
+        (
+            {"next_sentence_labels": torch.ones(3).long()},
+            r"next_sentence_labels must have shape \(4,\), one a sequence; got \(3,\)",
+        ),
+        ({"next_sentence_labels": [0] * 4}, "next_sentence_labels must be an int64 .*; got list"),
     ],
 )
-def test_bad_batches_are_one_sentence(model, batch, changes, sentence):
-    with pytest.raises(ValueError, match=sentence):
+def test_bad_batches_are_one_sentence(model, batch, changes, sentence, no_kernel):
+    with pytest.raises(ValueError, match="^Bert: .*" + sentence):
         model(**(batch | changes))
 
 
@@ -256,9 +279,15 @@ IDS = torch.ones(2, 5, dtype=torch.long)
         ((IDS,), "labels must be given"),
         ((IDS, IDS[:1], None, IDS), r"attention_mask must have shape \(2, 5\) .*; got \(1, 5\)"),
         ((IDS, torch.tensor([[1] * 5, [0] * 5]), None, IDS), "attention_mask must leave .*; row 1"),
+        ((IDS, IDS.tolist(), None, IDS), "attention_mask must be a tensor; got list"),
+        ((IDS, IDS.numpy(), None, IDS), "attention_mask must be a tensor; got ndarray"),
+        ((IDS, None, IDS.tolist(), IDS), "token_type_ids must be an int64 .* tensor; got list"),
+        ((IDS, None, None, IDS.tolist()), "labels must be an int64 or int32 tensor; got list"),
+        ((IDS, None, None, IDS[0]), r"labels must have shape \(2, 5\) like input_ids; got \(5,\)"),
+        ((IDS, None, None, IDS, IDS[0]), r"next_sentence_label must have shape \(2,\), one a seq"),
     ],
 )
-def test_bad_rectangles_are_one_sentence(model, args, sentence):
+def test_bad_rectangles_are_one_sentence(model, args, sentence, no_kernel):
     with pytest.raises(ValueError, match="^Bert: " + sentence):
         model.forward_padded(*args)
 
@@ -266,3 +295,9 @@ def test_bad_rectangles_are_one_sentence(model, args, sentence):
 def test_a_place_outside_the_sequence_is_one_sentence(model):
     with pytest.raises(ValueError, match=r"position must be in \[0, 5\); got 5"):
         model.predict_masked(IDS[0], 5)
+
+
+def test_lengths_in_two_forms_are_refused(model, batch, no_kernel):
+    inputs = [batch[name] for name in ("input_ids", "segment_ids", "position_ids", "cu_seqlens")]
+    with pytest.raises(ValueError, match="^Bert: key_lengths must be None with cu_seqlens"):
+        model.bert(*inputs, key_lengths=torch.tensor([7, 1, 12, 9]).int())

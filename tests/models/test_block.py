@@ -121,6 +121,28 @@ def test_wanted_tokens_are_those_of_the_whole_block(config, positions, norm_firs
     assert_model_no_worse(actual, eager, truth)
 
 
+ENDS = torch.tensor([0, 5, T]).int()
+WANTED = Wanted(torch.tensor([0, 4]), torch.tensor([0, 2, 2]).int())
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        ({"cu_seqlens": ENDS, "key_lengths": ENDS[1:]}, "key_lengths must be None with cu_seqlens"),
+        ({"wanted": WANTED}, "cu_seqlens must be given with wanted; got None"),
+        ({"wanted": WANTED, "key_lengths": ENDS[1:]}, "cu_seqlens must be given with wanted"),
+        (
+            {"wanted": WANTED, "cu_seqlens": ENDS, "is_causal": True},
+            "is_causal must be False with wanted; got True",
+        ),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(config, options, sentence):
+    x = torch.randn(T, config.hidden_size)
+    with pytest.raises(ValueError, match="^Block: " + sentence):
+        Block(config)(x, x, **options)
+
+
 @pytest.mark.parametrize("used", ["both", "rows", "matrix"])
 def test_tied_embedding_has_the_gradients_of_two_uses(used):
     weight = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)

@@ -128,10 +128,8 @@ def test_config_has_their_sizes():
     [
         (lambda s: bert_from_hugging_face(s | {"bert.x.weight": 0}), "has no parameter bert.x.wei"),
         (
-            lambda s: bert_from_hugging_face(
-                {n: t for n, t in s.items() if n != "bert.encoder.layer.1.attention.self.key.bias"}
-            ),
-            "key of bert.layers.1.qkv.bias is missing",
+            lambda s: bert_from_hugging_face(s | {"bert.embeddings.word_embeddings.bias": 0}),
+            "has no parameter bert.embeddings.word_embeddings.bias",
         ),
         (lambda s: bert_to_hugging_face({"bert.layers.0.x.bias": 0}), "has no parameter bert.lay"),
         (
@@ -144,8 +142,36 @@ def test_config_has_their_sizes():
             ),
             "position_embedding_type must be 'absolute'; got 'relative_key'",
         ),
+        (
+            lambda s: config_from_hugging_face(transformers.BertConfig(tie_word_embeddings=False)),
+            "tie_word_embeddings must be True, .*; got False",
+        ),
     ],
 )
 def test_what_cannot_be_converted_is_one_sentence(make, sentence):
     with pytest.raises(ValueError, match=sentence):
         make(hugging_face().state_dict())
+
+
+def test_every_missing_name_is_refused():
+    """Of every tensor, not only of those that are joined; the constants and ties may be missing."""
+    state = hugging_face().state_dict()
+    needed = [name for name in state if not name.startswith("cls.predictions.decoder.")]
+    for missing in needed:
+        fewer = {name: tensor for name, tensor in state.items() if name != missing}
+        with pytest.raises(ValueError, match=f"^bert_from_hugging_face: {missing} is missing$"):
+            bert_from_hugging_face(fewer)
+    tied = {name: state[name] for name in needed}
+    assert bert_from_hugging_face(tied).keys() == bert_from_hugging_face(state).keys()
+
+
+@pytest.mark.parametrize("kind", ["weight", "bias"])
+def test_an_untied_decoder_is_refused(kind):
+    theirs = hugging_face(tie_word_embeddings=False)
+    untied = theirs.state_dict()
+    name = f"cls.predictions.decoder.{kind}"
+    with pytest.raises(ValueError, match="^bert_from_hugging_face: cls.predictions.decoder.* must"):
+        bert_from_hugging_face(untied)
+    state = hugging_face().state_dict()
+    with pytest.raises(ValueError, match=f"^bert_from_hugging_face: {name} must equal .*differs$"):
+        bert_from_hugging_face(state | {name: state[name] + 1})

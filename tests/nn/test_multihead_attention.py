@@ -99,6 +99,52 @@ def test_self_attention_drops_in(masks, batch_first, weights):
     check(ours, theirs, call, (x,), MASKS[masks])
 
 
+HIDING = {
+    "key_padding_mask": ("key_padding_mask", ENDS | (torch.arange(B) == 1)[:, None]),
+    "attn_mask of 2": ("attn_mask", PAIRS | (torch.arange(T) == 3)[:, None]),
+    "attn_mask of 3": ("attn_mask", PAIRS | (torch.arange(B * H * T) == 9).view(-1, T, 1)),
+}
+
+
+def added(mask):
+    return torch.zeros(mask.shape).masked_fill(mask, float("-inf"))
+
+
+@pytest.mark.parametrize("weights", [False, True])
+@pytest.mark.parametrize("floating", [False, True])
+@pytest.mark.parametrize("form", HIDING)
+def test_a_query_that_sees_no_key_gets_zeros(form, floating, weights):
+    """As from torch without weights; with them torch gives NaN."""
+    ours, theirs = pair(batch_first=True)
+    name, mask = HIDING[form]
+    masks = {name: added(mask) if floating else mask}
+
+    def call(module, masks, x):
+        return module(x, x, x, need_weights=weights and module is ours, **masks)[0]
+
+    x = torch.randn(B, T, C)
+    check(ours, theirs, call, (x,), masks)
+    _, given = ours(x, x, x, average_attn_weights=False, **masks)
+    hidden = mask[:, None, None] if name == "key_padding_mask" else mask
+    hidden = hidden.unflatten(0, (B, H)) if mask.dim() == 3 else hidden
+    hidden = hidden.expand(B, H, T, T)
+    assert hidden.all(-1).any() and (given[hidden] == 0).all()
+
+
+@pytest.mark.filterwarnings("ignore:Support for mismatched")
+@pytest.mark.parametrize("weights", [False, True])
+@pytest.mark.parametrize("name, mask", [("attn_mask", ADDED), ("key_padding_mask", added(ENDS))])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_mask_may_be_wider_than_the_module(dtype, name, mask, weights):
+    """As in torch without weights; with them torch refuses."""
+    ours, theirs = pair(batch_first=True, dtype=dtype)
+
+    def call(module, masks, x):
+        return module(x, x, x, need_weights=weights and module is ours, **masks)[0]
+
+    check(ours, theirs, call, (torch.randn(B, T, C, dtype=dtype),), {name: mask})
+
+
 @pytest.mark.parametrize("masks", ["none", "padding at the ends", "padding with holes", "causal"])
 def test_compiles_whole(masks):
     ours, theirs = pair(batch_first=True)

@@ -5,6 +5,8 @@ import pytest
 import torch
 from module_cases import assert_model_no_worse, outputs_and_gradients
 from op_cases import maybe_compiled
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import weight_norm
 
 import slimkernels.nn as slim_nn
 from slimkernels.dispatch import use_backend
@@ -74,6 +76,128 @@ def test_layer_with_every_activation(activation, bias):
 def test_layer_compiles_whole(norm_first):
     ours, theirs = layers(norm_first=norm_first, batch_first=True, activation="gelu")
     check(ours, theirs, torch.randn(B, T, C), compiled=True, src_key_padding_mask=ENDS)
+
+
+class Adapter(torch.nn.Module):
+    """A layer and a product of low rank beside it (Hu et al. 2021, LoRA)."""
+
+    def __init__(self, base):
+        super().__init__()
+        torch.manual_seed(3)
+        self.base = base
+        self.down = torch.nn.Linear(base.in_features, 2, bias=False)
+        self.up = torch.nn.Linear(2, base.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+class Doubling(torch.nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def subclass(layer):
+    layer.linear2 = Doubling(40, C)
+    torch.nn.init.constant_(layer.linear2.weight, 0.1), torch.nn.init.ones_(layer.linear2.bias)
+
+
+def replace_forward(layer):
+    own = layer.linear1.forward
+    layer.linear1.forward = lambda x: 2 * own(x)
+
+
+def hook_activation(layer):
+    layer.activation = torch.nn.GELU()
+    layer.activation.register_forward_hook(double)
+
+
+def prune_and_train(linear, name):
+    """A step changes the parameter under the mask: `linear` has the product from its next call."""
+    prune.l1_unstructured(linear, name, 0.5)
+    with torch.no_grad():
+        getattr(linear, name + "_orig").mul_(2)
+
+
+def double(module, inputs, output):
+    return 2 * output
+
+
+def double_gradient(module, gradients, _):
+    return tuple(2 * g for g in gradients)
+
+
+def set_child(name, make):
+    return lambda layer: setattr(layer, name, make(getattr(layer, name)))
+
+
+# What users do to a layer's parts, to torch's and to ours alike.
+CHANGES = {
+    "adapter around linear1": set_child("linear1", Adapter),
+    "adapter around linear2": set_child("linear2", Adapter),
+    "subclass for linear2": subclass,
+    "forward of linear1 replaced": replace_forward,
+    "linear1 pruned": lambda layer: prune_and_train(layer.linear1, "weight"),
+    "linear2 pruned": lambda layer: prune_and_train(layer.linear2, "bias"),
+    "linear1 parametrized": lambda layer: weight_norm(layer.linear1),
+    "hook on linear1": lambda layer: layer.linear1.register_forward_hook(double),
+    "hook on linear2": lambda layer: layer.linear2.register_full_backward_hook(double_gradient),
+    "hook on the activation": hook_activation,
+    "hook on dropout1": lambda layer: layer.dropout1.register_forward_hook(double),
+    "hook on norm1": lambda layer: layer.norm1.register_forward_hook(double),
+    "hook before norm2": lambda layer: layer.norm2.register_forward_pre_hook(lambda _, x: -x[0]),
+    "identity for dropout1": set_child("dropout1", lambda _: torch.nn.Identity()),
+    "identity for dropout2": set_child("dropout2", lambda _: torch.nn.Identity()),
+    "another norm1": set_child("norm1", lambda _: torch.nn.RMSNorm(C)),
+    "another norm2": set_child("norm2", lambda _: torch.nn.RMSNorm(C)),
+    "torch's norm1": set_child("norm1", lambda _: torch.nn.LayerNorm(C, eps=0.1)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_changed_parts_take_part(norm_first, activation, change):
+    # Made thrice, not copied: a pruned module cannot be copied.
+    (ours, theirs), (_, wide) = (
+        layers(norm_first=norm_first, activation=activation) for _ in range(2)
+    )
+    for layer in (ours, theirs, wide):
+        CHANGES[change](layer)
+    x = torch.randn(T, B, C)
+    before = layers(norm_first=norm_first, activation=activation)[0](x)
+    actual, eager, truth = (
+        outputs_and_gradients(layer, lambda m, x: m(x), (x.to(dtype),))
+        for layer, dtype in ((ours, x.dtype), (theirs, x.dtype), (wide.double(), torch.float64))
+    )
+    assert_model_no_worse(actual, eager, truth)
+    silent = change.startswith("identity") or "linear2" in change and "hook" in change
+    assert torch.equal(before, actual["output 0"]) == silent
+
+
+@pytest.mark.parametrize("change", ["adapter around linear1", "another norm1"])
+def test_a_changed_layer_compiles_whole(change):
+    ours, theirs = layers(activation="gelu", batch_first=True)
+    for layer in (ours, theirs):
+        CHANGES[change](layer)
+    check(ours, theirs, torch.randn(B, T, C), compiled=True)
+
+
+@pytest.mark.parametrize("place", ["dropout", "dropout1", "dropout2"])
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_each_dropout_has_a_mode_of_its_own(norm_first, place):
+    """On in a layer that evaluates, as Monte Carlo dropout has it, and off in one that trains."""
+    for layer in layers(norm_first=norm_first):
+        x = torch.randn(T, B, C)
+        expected = layer(x)
+        for name in ("dropout", "dropout1", "dropout2"):
+            getattr(layer, name).p = 0.5 if name == place else 0.0
+        layer.eval()
+        getattr(layer, place).train()
+        assert not torch.equal(layer(x), layer(x))
+        layer.train()
+        getattr(layer, place).eval()
+        assert torch.equal(layer(x), expected)
 
 
 def encoders(**kwargs):
