@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -48,15 +49,20 @@ def save(folder: Path, step: int, model: nn.Module, optimizer, trainer: dict) ->
         raise CheckpointError(
             f"the checkpoint {final} could not be written ({error}); earlier ones are untouched"
         ) from error
-    for old in _folders(folder)[:-KEEP]:
+    for old in folders(folder)[:-KEEP]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
 
 def latest(folder: Path) -> Path | None:
     """The newest complete checkpoint under `folder`; None if there is none."""
-    folders = _folders(folder)
-    return folders[-1] if folders else None
+    return next(reversed(folders(folder)), None)
+
+
+def folders(folder: Path) -> list[Path]:
+    """The complete checkpoints under `folder`, oldest first."""
+    found = [path for path in folder.glob("step-*") if re.fullmatch("step-[0-9]+", path.name)]
+    return sorted(filter(Path.is_dir, found), key=lambda path: int(path.name[5:]))
 
 
 def read_trainer(checkpoint: Path) -> dict:
@@ -89,7 +95,7 @@ def load(checkpoint: Path, model: nn.Module, optimizer=None) -> None:
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 value = tensors[f"{key}.{name}"]
                 state[key] = value if key == "step" else value.to(parameter.device)
-        _set_generators(tensors)
+        _set_generators(tensors, _device(model))
     except (KeyError, RuntimeError) as error:
         raise CheckpointError(f"the checkpoint {path} is not of this model: {error}") from error
 
@@ -130,28 +136,30 @@ def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
     return unique
 
 
-def _folders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("step-*") if path.is_dir())
-
-
 def _named_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
 def _optimizer_tensors(model: nn.Module, optimizer) -> dict[str, Tensor]:
     tensors = {"generator.cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors["generator.cuda"] = torch.cuda.get_rng_state()
+    device = _device(model)
+    if device.type == "cuda":
+        tensors["generator.cuda"] = torch.cuda.get_rng_state(device)
     for name, parameter in _named_parameters(model):
         for key, value in optimizer.state[parameter].items():
             tensors[f"{key}.{name}"] = value
     return tensors
 
 
-def _set_generators(tensors: dict[str, Tensor]) -> None:
+def _set_generators(tensors: dict[str, Tensor], device: torch.device) -> None:
     torch.set_rng_state(tensors["generator.cpu"])
-    if torch.cuda.is_available() and "generator.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["generator.cuda"])
+    if device.type == "cuda" and "generator.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["generator.cuda"], device)
+
+
+def _device(model: nn.Module) -> torch.device:
+    # The run's own: torch's current device need not be the one that it trains on.
+    return next(model.parameters()).device
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
