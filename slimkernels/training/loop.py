@@ -79,7 +79,7 @@ def train(run: Run, report: Callable[[int, dict], None], *, report_every: int = 
     Errors  TrainingError once a loss, a gradient or a parameter is not finite; no checkpoint has it
     """
     run.model.train()
-    meter = Meter(run.model.config, run.device)
+    meter = Meter(run.model.config, run.device, run.precision)
     losses: list[Tensor] = []
     with run.interrupt.listen():
         while run.step < run.total_steps and not run.interrupt.asked:
