@@ -60,6 +60,13 @@ def test_the_whole_road(corpus, tmp_path, capsys):
     checkpoint.load_model(folder / "model.safetensors", model)
 
 
+def test_a_sentence_longer_than_the_model_takes_is_left_out(corpus, tmp_path, capsys):
+    assert run(corpus, tmp_path, "--max-length", "8") == 0
+    said = capsys.readouterr().out
+    assert re.search(r"left out: it has \d+ tokens, and the model takes 8", said)
+    assert (tmp_path / "001" / "results.json").exists()
+
+
 def test_a_second_run_leaves_the_first_alone(corpus, tmp_path):
     assert run(corpus, tmp_path, "--steps", "2") == 0
     first = sorted((tmp_path / "001").rglob("*"))
