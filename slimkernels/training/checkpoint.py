@@ -18,7 +18,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -70,11 +70,21 @@ def read_trainer(checkpoint: Path) -> dict:
     path = checkpoint / "trainer.json"
     try:
         trainer = json.loads(path.read_text())
-        if not isinstance(trainer, dict) or not isinstance(trainer.get("step"), int):
+        if not isinstance(trainer, dict) or type(trainer.get("step")) is not int:
             raise ValueError("it has no step")
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"the checkpoint {path} cannot be read: {error}") from error
+        raise _unreadable(path, error) from error
     return trainer
+
+
+def check_readable(checkpoint: Path) -> None:
+    """CheckpointError naming a file of tensors that is missing or damaged; reads none of them."""
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        try:
+            with safe_open(checkpoint / name, framework="pt"):
+                pass  # the header is read, and compared with the size of the file
+        except (OSError, SafetensorError) as error:
+            raise _unreadable(checkpoint / name, error) from error
 
 
 def load(checkpoint: Path, model: nn.Module, optimizer=None) -> None:
@@ -170,4 +180,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"the checkpoint {path} cannot be read: {error}") from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"the checkpoint {path} cannot be read: {error}")

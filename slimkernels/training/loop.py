@@ -110,8 +110,10 @@ def train(run: Run, report: Callable[[int, dict], None], *, report_every: int = 
 
 
 def save(run: Run) -> Path:
-    """Write a checkpoint of the run as it stands."""
-    return checkpoint.save(run.checkpoints, run.step, run.model, run.optimizer, run.trainer)
+    """Write a checkpoint of the run as it stands, with where and how it computes."""
+    where = {"device": str(run.device), "precision": str(run.precision).removeprefix("torch.")}
+    trainer = run.trainer | where
+    return checkpoint.save(run.checkpoints, run.step, run.model, run.optimizer, trainer)
 
 
 def _require_finite(run: Run, losses: list[Tensor]) -> None:
