@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+import tokenizers  # noqa: F401  data imports it when it is needed; if missing, it is said first
 import torch
 import tyro
 
