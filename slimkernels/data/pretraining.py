@@ -22,7 +22,7 @@ class PretrainingData:
 
 def prepare(
     corpus: Path,
-    tokenizer_file: Path,
+    tokenizer: Tokenizer | None,
     *,
     vocab_size: int,
     max_length: int,
@@ -32,19 +32,16 @@ def prepare(
 ) -> PretrainingData:
     """Read, split, tokenize and pack a corpus: a pure function of its arguments and the text.
 
-    corpus          a file or folder that read_documents takes
-    tokenizer_file  loaded if it is there, so that a resumed run keeps its vocabulary, else written
-    say             told what is about to be done, since it takes some seconds
-    Errors          ValueError in one sentence for a corpus that cannot be read or is too small
+    corpus     a file or folder that read_documents takes
+    tokenizer  a resumed run's own, which keeps its vocabulary; None learns one from the corpus
+    say        told what is about to be done, since it takes some seconds
+    Errors     ValueError in one sentence for a corpus that cannot be read or is too small
     """
     say(f"Reading {corpus} ...")
     documents, heldout_documents = split_documents(read_documents(corpus))
-    if tokenizer_file.exists():
-        tokenizer = Tokenizer.load(tokenizer_file)
-    else:
+    if tokenizer is None:
         say(f"Training a tokenizer on {len(documents)} documents ...")
         tokenizer = Tokenizer.train(documents, vocab_size)
-        tokenizer.save(tokenizer_file)
 
     def batches(texts: list[str], is_heldout: bool) -> RaggedBatches:
         encoded = tokenizer.encode_documents(texts)

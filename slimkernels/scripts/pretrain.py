@@ -2,30 +2,32 @@
 
 Devlin et al. 2019, on text of your own or on the sample that comes with the package: builds a
 tokenizer, packs sentence pairs into batches without padding, trains, evaluates on held-out text,
-and says what was learned and how much faster it went than in eager PyTorch.
+and says what was learned and how a step compares with the library's reference in plain PyTorch.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+import tokenizers  # noqa: F401  data imports it when it is needed; if missing, it is said first
 import torch
+import tyro
 
-from slimkernels.data import sample_path
+from slimkernels.data import Tokenizer, sample_path
 from slimkernels.data.pretraining import prepare
 from slimkernels.dispatch import BackendError
 from slimkernels.models.bert import BertForPreTraining
 from slimkernels.models.config import TransformerConfig
-from slimkernels.training import checkpoint, speed
+from slimkernels.training import checkpoint, resume, speed
 from slimkernels.training.device import resolve_device, resolve_precision
 from slimkernels.training.loop import Run, TrainingError, evaluate, save
 from slimkernels.training.optim import adamw
 from slimkernels.training.report import losses_text, report_results, train_with_progress
-from slimkernels.training.runs import newest_run, start_run, write_json
+from slimkernels.training.runs import start_run, write_json
 
 
 @dataclass
@@ -37,7 +39,7 @@ class Options:
     out: Path = Path("runs/pretrain")
     """where numbered run folders go"""
     resume: bool = False
-    """go on with the newest run under --out; that run's own options hold"""
+    """go on with the newest run under --out; that run's own options hold, but for --device"""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N"""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -62,16 +64,17 @@ class Options:
     checkpoint_every: int = 100
     """steps between checkpoints"""
     compare_steps: int = 5
-    """steps timed at the end on our kernels and on eager PyTorch; 0 to leave it out"""
+    """steps timed at the end, on our kernels and on their reference in PyTorch; 0: none"""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; 0 when it finished, 1 on bad input, 130 when interrupted."""
-    import tyro
-
-    options = tyro.cli(Options, args=argv, prog="slimkernels pretrain")
+    options, saved = _parse(argv, Options()), None
     try:
-        return pretrain(options)
+        if options.resume:
+            saved = resume.newest(options)
+            options = resume.own_options(saved, _parse(argv, saved.options))
+        return pretrain(options, saved)
     except KeyboardInterrupt:
         print("\nStopped.", file=sys.stderr)
         return 130
@@ -80,11 +83,10 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
 
-def pretrain(options: Options) -> int:
-    """Prepare, train, evaluate and report one run."""
-    options, saved = _stored(options) if options.resume else (options, None)
-    run, tokenizer, heldout, folder = _set_up(options, saved)
-    before = run.trainer["heldout_at_start"]
+def pretrain(options: Options, saved: resume.Saved | None = None) -> int:
+    """Prepare, train, evaluate and report one run; a new one unless `saved` says where to go on."""
+    run, tokenizer, heldout = _set_up(options, saved)
+    folder, before = run.checkpoints, run.trainer["heldout_at_start"]
     print(f"Held-out loss before training: {losses_text(before)}.")
 
     if not train_with_progress(run, folder):
@@ -99,41 +101,20 @@ def pretrain(options: Options) -> int:
     return 0
 
 
-def _stored(options: Options) -> tuple[Options, Path]:
-    """The options of the newest run, and its newest checkpoint."""
-    folder = newest_run(options.out)
-    saved = checkpoint.latest(folder) if folder else None
-    if saved is None:
-        raise ValueError(f"--resume: there is no run with a checkpoint under {options.out}")
-    try:
-        stored = checkpoint.read_trainer(saved)["options"]
-        stored["corpus"] = Path(stored["corpus"]) if stored["corpus"] else None
-        stored |= {"out": options.out, "device": options.device, "resume": True}
-        stored = Options(**stored)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"--resume: {saved} was written by another version: {error}") from error
-    for field in fields(Options):
-        asked = getattr(options, field.name)
-        if asked not in (field.default, getattr(stored, field.name)):
-            raise ValueError(
-                f"--resume goes on with the run's own options: --{field.name.replace('_', '-')} "
-                f"was {getattr(stored, field.name)} and cannot become {asked}"
-            )
-    return stored, saved
+def _parse(argv: list[str] | None, defaults: Options) -> Options:
+    return tyro.cli(Options, args=argv, prog="slimkernels pretrain", default=defaults)
 
 
-def _set_up(options: Options, saved: Path | None):
-    """The run at its start, or at the checkpoint `saved`; tokenizer, held-out batches, folder."""
-    # Both refuse bad numbers, before a folder is made.
+def _set_up(options: Options, saved: resume.Saved | None):
+    """The run at its start, or at the checkpoint `saved`; its tokenizer, its held-out batches."""
     _check(options)
-    _config(options, options.vocab_size)
+    _config(options, options.vocab_size)  # refuses bad sizes before the corpus is read
     device = resolve_device(options.device)
     precision = resolve_precision(options.precision, device)
-    folder = saved.parent if saved else start_run(options.out)
-    print(f"Run folder {folder}; device {device}; matrix products in {precision}.")
+    print(f"Device {device}; matrix products in {precision}.")
     data = prepare(
         options.corpus or sample_path(),
-        folder / "tokenizer.json",
+        Tokenizer.load(saved.checkpoint.parent) if saved else None,
         vocab_size=options.vocab_size,
         max_length=options.max_length,
         tokens_per_batch=options.tokens_per_batch,
@@ -142,8 +123,7 @@ def _set_up(options: Options, saved: Path | None):
     )
     heldout = [data.heldout[i] for i in range(min(options.heldout_batches, len(data.heldout)))]
     torch.manual_seed(options.seed)
-    config = _config(options, data.tokenizer.vocab_size)
-    model = BertForPreTraining(config).to(device)
+    model = BertForPreTraining(_config(options, data.tokenizer.vocab_size)).to(device)
     run = Run(
         model=model,
         optimizer=adamw(model, options.lr, weight_decay=options.weight_decay),
@@ -154,25 +134,33 @@ def _set_up(options: Options, saved: Path | None):
         peak_lr=options.lr,
         warmup_steps=options.warmup_steps,
         max_grad_norm=options.max_grad_norm,
-        checkpoints=folder,
+        # The folder comes last: all that can be refused has been.
+        checkpoints=saved.checkpoint.parent if saved else start_run(options.out),
         checkpoint_every=options.checkpoint_every,
     )
-    if saved is None:
-        stored = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items()}
-        before = evaluate(model, heldout, device, precision)
-        run.trainer = {"options": stored, "config": config.to_dict(), "heldout_at_start": before}
-        write_json(folder / "config.json", config.to_dict())
-        save(run)
+    print(f"Run folder {run.checkpoints}.")
+    if saved:
+        resume.go_on(run, saved)
     else:
-        checkpoint.load(saved, model, run.optimizer)
-        run.trainer = checkpoint.read_trainer(saved)
-        run.step = run.trainer.pop("step")
-        print(f"Going on from step {run.step}.")
-    return run, data.tokenizer, heldout, folder
+        _start(run, options, data.tokenizer, heldout)
+    return run, data.tokenizer, heldout
+
+
+def _start(run: Run, options: Options, tokenizer: Tokenizer, heldout: list) -> None:
+    """Write what a new run begins with, its first checkpoint last."""
+    config = run.model.config.to_dict()
+    stored = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items()}
+    before = evaluate(run.model, heldout, run.device, run.precision)
+    run.trainer = {"options": stored, "config": config, "heldout_at_start": before}
+    write_json(run.checkpoints / "config.json", config)
+    tokenizer.save(run.checkpoints)
+    save(run)
 
 
 # The least that each option may be; those of the model's sizes are TransformerConfig's to check.
 AT_LEAST = {
+    "vocab_size": 64,
+    "max_length": 8,
     "steps": 1,
     "warmup_steps": 0,
     "weight_decay": 0.0,

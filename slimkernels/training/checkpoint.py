@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -48,15 +49,20 @@ def save(folder: Path, step: int, model: nn.Module, optimizer, trainer: dict) ->
         raise CheckpointError(
             f"the checkpoint {final} could not be written ({error}); earlier ones are untouched"
         ) from error
-    for old in _folders(folder)[:-KEEP]:
+    for old in folders(folder)[:-KEEP]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
 
 def latest(folder: Path) -> Path | None:
     """The newest complete checkpoint under `folder`; None if there is none."""
-    folders = _folders(folder)
-    return folders[-1] if folders else None
+    return next(reversed(folders(folder)), None)
+
+
+def folders(folder: Path) -> list[Path]:
+    """The complete checkpoints under `folder`, oldest first."""
+    found = [path for path in folder.glob("step-*") if re.fullmatch("step-[0-9]+", path.name)]
+    return sorted(filter(Path.is_dir, found), key=lambda path: int(path.name[5:]))
 
 
 def read_trainer(checkpoint: Path) -> dict:
@@ -64,11 +70,21 @@ def read_trainer(checkpoint: Path) -> dict:
     path = checkpoint / "trainer.json"
     try:
         trainer = json.loads(path.read_text())
-        if not isinstance(trainer, dict) or not isinstance(trainer.get("step"), int):
+        if not isinstance(trainer, dict) or type(trainer.get("step")) is not int:
             raise ValueError("it has no step")
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"the checkpoint {path} cannot be read: {error}") from error
+        raise _unreadable(path, error) from error
     return trainer
+
+
+def check_readable(checkpoint: Path) -> None:
+    """CheckpointError naming a file of tensors that is missing or damaged; reads none of them."""
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        try:
+            with safe_open(checkpoint / name, framework="pt"):
+                pass  # the header is read, and compared with the size of the file
+        except (OSError, SafetensorError) as error:
+            raise _unreadable(checkpoint / name, error) from error
 
 
 def load(checkpoint: Path, model: nn.Module, optimizer=None) -> None:
@@ -89,7 +105,7 @@ def load(checkpoint: Path, model: nn.Module, optimizer=None) -> None:
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 value = tensors[f"{key}.{name}"]
                 state[key] = value if key == "step" else value.to(parameter.device)
-        _set_generators(tensors)
+        _set_generators(tensors, _device(model))
     except (KeyError, RuntimeError) as error:
         raise CheckpointError(f"the checkpoint {path} is not of this model: {error}") from error
 
@@ -130,28 +146,30 @@ def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
     return unique
 
 
-def _folders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("step-*") if path.is_dir())
-
-
 def _named_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
 def _optimizer_tensors(model: nn.Module, optimizer) -> dict[str, Tensor]:
     tensors = {"generator.cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors["generator.cuda"] = torch.cuda.get_rng_state()
+    device = _device(model)
+    if device.type == "cuda":
+        tensors["generator.cuda"] = torch.cuda.get_rng_state(device)
     for name, parameter in _named_parameters(model):
         for key, value in optimizer.state[parameter].items():
             tensors[f"{key}.{name}"] = value
     return tensors
 
 
-def _set_generators(tensors: dict[str, Tensor]) -> None:
+def _set_generators(tensors: dict[str, Tensor], device: torch.device) -> None:
     torch.set_rng_state(tensors["generator.cpu"])
-    if torch.cuda.is_available() and "generator.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["generator.cuda"])
+    if device.type == "cuda" and "generator.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["generator.cuda"], device)
+
+
+def _device(model: nn.Module) -> torch.device:
+    # The run's own: torch's current device need not be the one that it trains on.
+    return next(model.parameters()).device
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -162,4 +180,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"the checkpoint {path} cannot be read: {error}") from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"the checkpoint {path} cannot be read: {error}")

@@ -76,9 +76,10 @@ def train(run: Run, report: Callable[[int, dict], None], *, report_every: int = 
             the device, so the host never waits for it.
 
     A checkpoint is written every run.checkpoint_every steps, on interruption and at the end.
+    Errors  TrainingError once a loss, a gradient or a parameter is not finite; no checkpoint has it
     """
     run.model.train()
-    meter = Meter(run.model.config, run.device)
+    meter = Meter(run.model.config, run.device, run.precision)
     losses: list[Tensor] = []
     with run.interrupt.listen():
         while run.step < run.total_steps and not run.interrupt.asked:
@@ -96,22 +97,37 @@ def train(run: Run, report: Callable[[int, dict], None], *, report_every: int = 
             if run.step % report_every == 0 or run.step == run.total_steps or run.interrupt.asked:
                 mlm, nsp, norm = torch.stack(losses).mean(0).tolist()
                 losses.clear()
-                if not math.isfinite(mlm + nsp):
-                    raise TrainingError(
-                        f"the loss is not finite at step {run.step}; the last checkpoint is "
-                        f"untouched: try a lower learning rate than {run.peak_lr}"
-                    )
+                if not math.isfinite(mlm + nsp + norm):
+                    raise _not_finite(run)
                 measured = {"mlm_loss": mlm, "nsp_loss": nsp, "grad_norm": norm, "lr": lr}
                 report(run.step, measured | meter.report())
             if run.step % run.checkpoint_every == 0 and run.step < run.total_steps:
+                _require_finite(run, losses)
                 save(run)
+    _require_finite(run, losses)
     save(run)
     return run.step == run.total_steps
 
 
 def save(run: Run) -> Path:
-    """Write a checkpoint of the run as it stands."""
-    return checkpoint.save(run.checkpoints, run.step, run.model, run.optimizer, run.trainer)
+    """Write a checkpoint of the run as it stands, with where and how it computes."""
+    where = {"device": str(run.device), "precision": str(run.precision).removeprefix("torch.")}
+    trainer = run.trainer | where
+    return checkpoint.save(run.checkpoints, run.step, run.model, run.optimizer, trainer)
+
+
+def _require_finite(run: Run, losses: list[Tensor]) -> None:
+    """Refuse to go on to a checkpoint that would be of no use; waits for the device once."""
+    tensors = [*losses, *run.model.parameters()]
+    if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
+        raise _not_finite(run)
+
+
+def _not_finite(run: Run) -> TrainingError:
+    return TrainingError(
+        f"the loss or its gradient is not finite at step {run.step} or just before it; the last "
+        f"checkpoint is untouched: try a lower learning rate than {run.peak_lr}"
+    )
 
 
 def ragged_losses(model: BertForPreTraining, batch: Batch) -> PretrainingOutput:
@@ -128,13 +144,18 @@ def ragged_losses(model: BertForPreTraining, batch: Batch) -> PretrainingOutput:
 
 
 def training_step(run: Run, batch: Batch, lr: float, losses=ragged_losses) -> Tensor:
-    """Forward, backward, clip, update. (3,): MLM loss, NSP loss, gradient norm, on the device."""
+    """Forward, backward, clip, update. (3,): MLM loss, NSP loss, gradient norm, on the device.
+
+    Where the norm is not finite there is no update: the parameters stay as they were.
+    """
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     with mixed(run.device, run.precision):
         output = losses(run.model, batch)
     output.loss.backward()
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.max_grad_norm)
+    # What a GradScaler tells the fused optimizer, which then decides on the device: no waiting.
+    run.optimizer.found_inf = norm.isfinite().logical_not().float()
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     return torch.stack([output.mlm_loss.detach(), output.nsp_loss.detach(), norm.detach()]).float()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass, field
 
 import torch
 
-# Dense bfloat16 peaks in TFLOP/s, from the vendors' datasheets (no sparsity). The longest name
-# that the device's own name contains is taken.
+# Dense bfloat16 peaks in TFLOP/s, from the vendors' datasheets (no sparsity), by the device's own
+# name without the words that rarely change its peak. A word unknown may change it: no guess then.
 PEAK_TFLOPS = {
     "A100": 312,
     "A10": 125,
@@ -25,15 +26,18 @@ PEAK_TFLOPS = {
     "H200": 989,
     "B200": 2250,
 }
+_SAME_PEAK = re.compile(r"NVIDIA|Tesla|GeForce|PCIe|SXM\d?|HBM\d\w?|\d+GB", re.IGNORECASE)
 
 
 def peak_tflops(device: torch.device) -> float | None:
     """The device's dense bfloat16 peak; None where it is not known, and on a CPU."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    known = [key for key in PEAK_TFLOPS if key in name]
-    return PEAK_TFLOPS[max(known, key=len)] if known else None
+    words = re.split(r"[\s-]+", torch.cuda.get_device_name(device))
+    name = " ".join(word for word in words if not _SAME_PEAK.fullmatch(word))
+    if "PCIE" in map(str.upper, words) and f"{name} PCIe" in PEAK_TFLOPS:
+        name += " PCIe"
+    return PEAK_TFLOPS.get(name)
 
 
 def training_flops(config, batch) -> float:
@@ -66,6 +70,7 @@ class Meter:
 
     config: object
     device: torch.device
+    precision: torch.dtype
     tokens: int = 0
     padded_tokens: int = 0
     flops: float = 0.0
@@ -85,7 +90,8 @@ class Meter:
         tokens_per_second  real tokens, never padding
         padding_avoided    share of a padded batch that would have been padding
         waiting            share of the time spent waiting for data
-        mfu                model FLOP utilisation; absent where the peak is not known
+        mfu                model FLOP utilisation; absent where the bfloat16 peak is not known, and
+                           in float32
         """
         seconds = max(time.perf_counter() - self.started, 1e-9)
         rates = {
@@ -93,7 +99,7 @@ class Meter:
             "padding_avoided": 1.0 - self.tokens / max(self.padded_tokens, 1),
             "waiting": self.waited / seconds,
         }
-        peak = peak_tflops(self.device)
+        peak = peak_tflops(self.device) if self.precision == torch.bfloat16 else None
         if peak:
             rates["mfu"] = self.flops / seconds / (peak * 1e12)
         self.tokens = self.padded_tokens = 0

@@ -58,24 +58,28 @@ def report_results(
 
     before, after  held-out losses, as training.loop.evaluate returns them
     """
+    # First of all: what follows is for the eye.
+    results = {"heldout_at_start": before, "heldout_at_end": after, "steps": run.step}
+    write_json(folder / "results.json", results)
     fell = before["mlm_loss"] - after["mlm_loss"]
     print(f"Held-out loss after training:  {losses_text(after)}: MLM fell by {fell:.2f} nats.")
     for sentence in MASKED_SENTENCES:
-        words = (f"{word} {share:.0%}" for word, share in predictions(run, tokenizer, sentence))
-        print(f"  {sentence}  ->  {', '.join(words)}")
-    results = {"heldout_at_start": before, "heldout_at_end": after, "steps": run.step}
-    write_json(folder / "results.json", results)
+        print(f"  {sentence}  ->  {guesses(run, tokenizer, sentence)}")
     print(f"Model, tokenizer, log and results are in {folder}.")
     if plot.losses(folder / "log.jsonl", folder / "loss.png"):
         print(f"The loss curve is {folder / 'loss.png'}.")
 
 
-def predictions(run: Run, tokenizer: Tokenizer, sentence: str) -> list[tuple[str, float]]:
+def guesses(run: Run, tokenizer: Tokenizer, sentence: str) -> str:
     """The three likeliest words for the mask in `sentence`, with their probabilities."""
     ids = [tokenizer.cls_id, *tokenizer.encode(sentence), tokenizer.sep_id]
+    longest = run.model.config.max_positions
+    if len(ids) > longest:
+        return f"left out: it has {len(ids)} tokens, and the model takes {longest}"
     run.model.eval()
     input_ids = torch.tensor(ids, device=run.device)
     logits = run.model.predict_masked(input_ids, ids.index(tokenizer.mask_id))
     top = logits.float().softmax(-1).topk(3)
     words = [tokenizer.decode([token]) for token in top.indices.tolist()]
-    return list(zip(words, top.values.tolist(), strict=True))
+    shares = zip(words, top.values.tolist(), strict=True)
+    return ", ".join(f"{word} {share:.0%}" for word, share in shares)

@@ -4,33 +4,38 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
+
+from slimkernels.training import checkpoint
 
 
 def start_run(parent: Path) -> Path:
     """Make and return the next free folder: ``parent/001``, ``parent/002``, ..."""
+    parent.mkdir(parents=True, exist_ok=True)
+    number = max((int(folder.name) for folder in run_folders(parent)), default=0)
     while True:
-        numbers = [int(folder.name) for folder in run_folders(parent)]
-        folder = parent / f"{max(numbers, default=0) + 1:03d}"
+        number += 1
+        folder = parent / f"{number:03d}"
         try:
-            folder.mkdir(parents=True)
+            folder.mkdir()
             return folder
         except FileExistsError:
-            continue  # another run took the number in between
+            continue  # it is a file, or another run took the number in between
 
 
 def newest_run(parent: Path) -> Path | None:
-    """The run of the highest number; None if there is none."""
-    folders = run_folders(parent)
-    return folders[-1] if folders else None
+    """The run of the highest number that has a checkpoint; None if there is none."""
+    runs = reversed(run_folders(parent))
+    return next((folder for folder in runs if checkpoint.latest(folder)), None)
 
 
 def run_folders(parent: Path) -> list[Path]:
     """All runs, oldest first."""
     if not parent.is_dir():
         return []
-    folders = [path for path in parent.iterdir() if path.is_dir() and path.name.isdigit()]
-    return sorted(folders, key=lambda path: int(path.name))
+    folders = [path for path in parent.iterdir() if re.fullmatch("[0-9]+", path.name)]
+    return sorted(filter(Path.is_dir, folders), key=lambda path: int(path.name))
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -45,7 +45,7 @@ def test_the_whole_road(corpus, tmp_path, capsys):
     assert run(corpus, tmp_path) == 0
     said = capsys.readouterr().out
     assert re.search(r"MLM fell by -?\d+\.\d\d nats", said)
-    assert re.search(r'under use_backend\("torch"\) it takes \d+ ms: \d+\.\d\d times faster', said)
+    assert re.search(r"reference in plain PyTorch .* \d+ ms, \d+\.\d\d times as long", said)
     assert said.count("  ->  ") == 4
 
     folder = tmp_path / "001"
@@ -58,6 +58,13 @@ def test_the_whole_road(corpus, tmp_path, capsys):
     config = TransformerConfig.from_dict(json.loads((folder / "config.json").read_text()))
     model = BertForPreTraining(config)
     checkpoint.load_model(folder / "model.safetensors", model)
+
+
+def test_a_sentence_longer_than_the_model_takes_is_left_out(corpus, tmp_path, capsys):
+    assert run(corpus, tmp_path, "--max-length", "8") == 0
+    said = capsys.readouterr().out
+    assert re.search(r"left out: it has \d+ tokens, and the model takes 8", said)
+    assert (tmp_path / "001" / "results.json").exists()
 
 
 def test_a_second_run_leaves_the_first_alone(corpus, tmp_path):
@@ -143,7 +150,9 @@ def test_ctrl_c_leaves_a_checkpoint(corpus, tmp_path):
         (["--max-grad-norm", "inf"], "--max-grad-norm must be positive; got inf"),
         (["--dropout", "1.5"], r"dropout_p must be in \[0, 1\); got 1.5"),
         (["--device", "quantum"], "the device 'quantum' cannot be used"),
-        (["--max-length", "4"], "max_length must be at least 8; got 4"),
+        (["--max-length", "4"], "--max-length must be at least 8; got 4"),
+        (["--vocab-size", "10"], "--vocab-size must be at least 64; got 10"),
+        (["--device", "meta"], "the device 'meta' cannot be used: it must be cpu, cuda or cuda:N"),
         (["--tokens-per-batch", "16"], "tokens_per_batch must be at least the longest example"),
         (["--resume"], "there is no run with a checkpoint under"),
     ],
@@ -154,24 +163,97 @@ def test_bad_input_is_one_sentence(corpus, tmp_path, capsys, arguments, sentence
     assert re.search(sentence, said[-1]) and "Traceback" not in "".join(said)
 
 
-def test_a_bad_number_leaves_no_folder(corpus, tmp_path):
-    assert run(corpus, tmp_path, "--lr", "0") == 1
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--lr", "0"),
+        ("--vocab-size", "10"),
+        ("--max-length", "4"),
+        ("--tokens-per-batch", "16"),
+        ("--corpus", "/nonexistent/text.jsonl"),
+        ("--device", "meta"),
+        ("--seed", str(2**64)),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_what_is_refused_leaves_no_folder(corpus, tmp_path, arguments):
+    assert run(corpus, tmp_path, *arguments) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_resume_passes_over_a_run_without_a_checkpoint(corpus, tmp_path, capsys):
+    assert run(corpus, tmp_path, "--steps", "2") == 0
+    (tmp_path / "002").mkdir()
+    assert main(["--resume", "--out", str(tmp_path)]) == 0
+    assert "Going on from step 2" in capsys.readouterr().out
+    assert not list((tmp_path / "002").iterdir())
 
 
 def test_resume_keeps_the_runs_options(corpus, tmp_path, capsys):
     assert run(corpus, tmp_path, "--steps", "2") == 0
-    assert main(["--resume", "--out", str(tmp_path), "--steps", "9"]) == 1
-    assert "--steps was 2 and cannot become 9" in capsys.readouterr().err
+    for option, typed, sentence in (
+        ("--steps", "9", "--steps was 2 and cannot become 9"),
+        ("--steps", "500", "--steps was 2 and cannot become 500"),  # the default, but typed
+        ("--lr", "0.002", None),  # what it was
+        ("--precision", "float32", None),  # what "auto" was
+        ("--precision", "bfloat16", "--precision was auto and cannot become bfloat16"),
+        ("--corpus", "None", f"--corpus was {corpus} and cannot become None"),
+    ):
+        assert main(["--resume", "--out", str(tmp_path), option, typed]) == (1 if sentence else 0)
+        assert (sentence or "") in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "trainer.json"])
+def test_resume_keeps_device_and_precision(corpus, tmp_path, monkeypatch, capsys):
+    """As on a machine that has got a GPU since, where "auto" would choose it and bfloat16."""
+    auto = [*SMALL, "--corpus", str(corpus), "--out", str(tmp_path), "--steps", "2"]
+    with monkeypatch.context() as without:
+        without.setattr(torch.cuda, "is_available", lambda: False)
+        assert main([*auto, "--device", "auto"]) == 0
+    trainer = checkpoint.read_trainer(checkpoint.latest(tmp_path / "001"))
+    assert (trainer["device"], trainer["precision"]) == ("cpu", "float32")
+    assert trainer["options"]["device"] == trainer["options"]["precision"] == "auto"
+
+    def auto_is_asked(name, device):
+        assert name != "auto"
+        return getattr(torch, name)
+
+    with monkeypatch.context() as since:
+        since.setattr("slimkernels.scripts.pretrain.resolve_precision", auto_is_asked)
+        assert main(["--resume", "--out", str(tmp_path)]) == 0
+    assert "Device cpu; matrix products in torch.float32" in capsys.readouterr().out
+    # Another device is asked for by name, and then "auto" is that device's.
+    assert main(["--resume", "--out", str(tmp_path), "--device", "meta"]) == 1
+    assert "the device 'meta' cannot be used" in capsys.readouterr().err
+
+
+FILES = ["model.safetensors", "optimizer.safetensors", "trainer.json"]
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:20])
+
+
+@pytest.mark.parametrize("name", FILES)
 def test_a_corrupt_checkpoint_is_named(corpus, tmp_path, capsys, name):
+    """When none is left that can be read."""
     assert run(corpus, tmp_path, "--steps", "2") == 0
-    newest = checkpoint.latest(tmp_path / "001") / name
-    newest.write_bytes(newest.read_bytes()[:20])
-    assert main(["--resume", "--out", str(tmp_path), "--device", "cpu"]) == 1
-    assert f"{name} cannot be read" in capsys.readouterr().err
+    for folder in checkpoint.folders(tmp_path / "001"):
+        cut(folder / name)
+    assert main(["--resume", "--out", str(tmp_path)]) == 1
+    assert f"step-00000002/{name} cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_resume_goes_back_to_an_older_checkpoint(corpus, tmp_path, capsys, name):
+    assert run(corpus, tmp_path) == 0
+    expected = weights(tmp_path / "001")
+    cut(tmp_path / "001" / "step-00000006" / name)
+    assert main(["--resume", "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert re.search(rf"step-00000006/{name} cannot be read: .*; going back to step-00000003", said)
+    assert "Going on from step 3" in said
+    resumed = weights(tmp_path / "001")
+    assert all(torch.equal(resumed[name], value) for name, value in expected.items())
 
 
 def test_the_options_are_these():

@@ -1,4 +1,5 @@
 import errno
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -57,6 +58,33 @@ def test_only_the_newest_are_kept(tmp_path):
         checkpoint.save(tmp_path, number, model, optimizer, {})
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-00000500", "step-00005000"]
     assert checkpoint.latest(tmp_path).name == "step-00005000"
+
+
+def test_only_numbered_folders_are_checkpoints(tmp_path):
+    model, optimizer = trained()
+    (tmp_path / "step-00000001-good").mkdir()
+    (tmp_path / "step-00000999").write_text("")
+    for number in (9, 99_999_999, 100_000_000):
+        checkpoint.save(tmp_path, number, model, optimizer, {})
+    names = [path.name for path in checkpoint.folders(tmp_path)]
+    assert names == ["step-99999999", "step-100000000"]
+    assert (tmp_path / "step-00000001-good").is_dir()
+
+
+def test_the_generator_is_that_of_the_runs_device(tmp_path, monkeypatch):
+    """As on a second GPU, which is not torch's current device."""
+    model, optimizer = trained()
+    second = torch.device("cuda:1")
+    states = {second: torch.tensor([7], dtype=torch.uint8)}
+    monkeypatch.setattr(model, "parameters", lambda: iter([SimpleNamespace(device=second)]))
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device="cuda": states[device])
+    monkeypatch.setattr(
+        torch.cuda, "set_rng_state", lambda state, device="cuda": states.update({device: state})
+    )
+    saved = checkpoint.save(tmp_path, 1, model, optimizer, {})
+    states[second] = None
+    checkpoint.load(saved, model, optimizer)
+    assert states.keys() == {second} and states[second].tolist() == [7]
 
 
 def test_no_checkpoint(tmp_path):

@@ -29,7 +29,7 @@ def batch_of(*lengths, masked=NONE):
 
 
 def test_rates_agree_with_a_stopwatch():
-    measured, started = Meter(CONFIG, torch.device("cpu")), time.perf_counter()
+    measured, started = Meter(CONFIG, torch.device("cpu"), torch.bfloat16), time.perf_counter()
     for _ in range(4):
         measured.add(batch_of(30, 10), waited=0.01)
         time.sleep(0.05)
@@ -61,7 +61,26 @@ def test_flops_are_those_of_the_model(num_layers):
 
 @pytest.mark.parametrize(
     "name, peak",
-    [("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA L40S", 362), ("X", None)],
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100-PCIE-80GB", 756),
+        ("NVIDIA H200", 989),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("A100-PCIE-40GB", 312),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA RTX A4000", None),
+        ("NVIDIA A10G", None),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+        ("X", None),
+    ],
 )
 def test_the_peak_of_a_device(monkeypatch, name, peak):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
@@ -71,9 +90,17 @@ def test_the_peak_of_a_device(monkeypatch, name, peak):
 
 def test_mfu(monkeypatch):
     monkeypatch.setattr(meter, "peak_tflops", lambda device: 1e-6)  # a million operations a second
-    measured, started = Meter(CONFIG, torch.device("cpu")), time.perf_counter()
+    measured, started = Meter(CONFIG, torch.device("cpu"), torch.bfloat16), time.perf_counter()
     measured.add(batch_of(8), waited=0.0)
     time.sleep(0.05)
     mfu, seconds = measured.report()["mfu"], time.perf_counter() - started
     flops = training_flops(CONFIG, batch_of(8))
     assert flops / seconds / 1e6 <= mfu <= flops / 0.05 / 1e6
+
+
+def test_no_mfu_in_float32(monkeypatch):
+    """The table holds bfloat16's peaks, which are not float32's."""
+    monkeypatch.setattr(meter, "peak_tflops", lambda device: 1e-6)
+    measured = Meter(CONFIG, torch.device("cpu"), torch.float32)
+    measured.add(batch_of(8), waited=0.0)
+    assert "mfu" not in measured.report()

@@ -1,8 +1,6 @@
-import pytest
 import torch
 
 from slimkernels.training.optim import adamw, learning_rate
-from slimkernels.training.runs import newest_run, run_folders, start_run
 
 
 def test_the_rate_rises_then_falls_in_straight_lines():
@@ -20,20 +18,3 @@ def test_only_matrices_decay():
     decayed, others = adamw(model, 1e-3, weight_decay=0.1).param_groups
     assert decayed["weight_decay"] == 0.1 and [p.dim() for p in decayed["params"]] == [2]
     assert others["weight_decay"] == 0.0 and [p.dim() for p in others["params"]] == [1, 1, 1]
-
-
-def test_runs_are_numbered_and_never_reused(tmp_path):
-    parent = tmp_path / "runs"
-    assert newest_run(parent) is None
-    first, second = start_run(parent), start_run(parent)
-    assert [first.name, second.name] == ["001", "002"]
-    (parent / "notes").mkdir()
-    (parent / "0999").mkdir()
-    assert newest_run(parent).name == "0999" and start_run(parent).name == "1000"
-    assert len(run_folders(parent)) == 4
-
-
-def test_a_file_in_the_way(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="file"):
-        start_run(tmp_path / "file")
