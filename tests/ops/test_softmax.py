@@ -117,7 +117,7 @@ def test_long_rows(backend, kind, dtype, shape):
 
 
 # Blocks of 32 columns: the maximum rises in some, and causality ends before, in and after them.
-@pytest.mark.parametrize("shape", [(70, 65), (2, 40, 129), (64, 64)], ids=str)
+@pytest.mark.parametrize("shape", [(70, 65), (64, 96)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("spread", [1.0, 30.0])
 @pytest.mark.parametrize("cut", ["blocks"], indirect=True)
@@ -132,7 +132,7 @@ def test_triton_blocks(kind, spread, dtype, shape, cut):
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @every_backend_and_cut
 def test_scale(backend, dtype, scale, cut):
-    x = inputs_of((90, 37), dtype, device_of(backend), 5.0)
+    x = inputs_of((50, 37), dtype, device_of(backend), 5.0)
     check(backend, x, {"scale": scale})
     check(backend, x, {"scale": scale, "is_causal": True})
 
@@ -196,7 +196,7 @@ def padding_mask(x):
 @pytest.mark.parametrize("N", [34, 64])
 @every_backend_and_cut
 def test_padding_mask(backend, N, dtype, cut):
-    x = inputs_of((6, 2, 4, N), dtype, device_of(backend))
+    x = inputs_of((6, 1, 4, N), dtype, device_of(backend))
     mask = padding_mask(x)
     check(backend, x, {"mask": mask})
     check(backend, x, {"mask": mask, "is_causal": True})
