@@ -117,12 +117,11 @@ def test_long_rows(backend, kind, dtype, shape):
 
 
 # Blocks of 32 columns: the maximum rises in some, and causality ends before, in and after them.
-@pytest.mark.parametrize("shape", [(70, 65), (2, 40, 129), (64, 64)], ids=str)
+@pytest.mark.parametrize("shape, spread", [((40, 65), 1.0), ((33, 96), 30.0)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("spread", [1.0, 30.0])
 @pytest.mark.parametrize("cut", ["blocks"], indirect=True)
 @every_kind
-def test_triton_blocks(kind, spread, dtype, shape, cut):
+def test_triton_blocks(kind, dtype, shape, spread, cut):
     device = device_of("triton")
     x = inputs_of(shape, dtype, device, 0.0, spread)
     check("triton", x, options_of(kind, shape, device))
@@ -130,15 +129,15 @@ def test_triton_blocks(kind, spread, dtype, shape, cut):
 
 @pytest.mark.parametrize("scale", [-3.0, -0.125, 0.0, 1e-30, 7.3])
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-@every_backend_and_cut
-def test_scale(backend, dtype, scale, cut):
-    x = inputs_of((90, 37), dtype, device_of(backend), 5.0)
+@every_backend
+def test_scale(backend, dtype, scale):
+    x = inputs_of((50, 37), dtype, device_of(backend), 5.0)
     check(backend, x, {"scale": scale})
     check(backend, x, {"scale": scale, "is_causal": True})
 
 
-@every_backend_and_cut
-def test_scale_0_shares_evenly(backend, cut):
+@every_backend
+def test_scale_0_shares_evenly(backend):
     x = inputs_of((6, 40), torch.float32, device_of(backend))
     skip_unsupported("softmax", backend, x, scale=0.0)
     y = sk.softmax(x, scale=0.0, backend=backend)
@@ -166,8 +165,8 @@ FOUR = (2, 3, 5, 34)
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("broadcast", list(itertools.product([True, False], repeat=4)), ids=str)
-@every_backend_and_cut
-def test_mask_broadcasts_over_any_dimensions(backend, broadcast, is_causal, cut):
+@every_backend
+def test_mask_broadcasts_over_any_dimensions(backend, broadcast, is_causal):
     x = inputs_of(FOUR, torch.float32, device_of(backend))
     skip_unsupported("softmax", backend, x)
     sizes = [1 if wide else n for wide, n in zip(broadcast, FOUR, strict=True)]
@@ -196,7 +195,7 @@ def padding_mask(x):
 @pytest.mark.parametrize("N", [34, 64])
 @every_backend_and_cut
 def test_padding_mask(backend, N, dtype, cut):
-    x = inputs_of((6, 2, 4, N), dtype, device_of(backend))
+    x = inputs_of((6, 1, 4, N), dtype, device_of(backend))
     mask = padding_mask(x)
     check(backend, x, {"mask": mask})
     check(backend, x, {"mask": mask, "is_causal": True})
