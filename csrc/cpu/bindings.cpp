@@ -16,9 +16,9 @@ namespace py = pybind11;
 
 namespace slimkernels {
 
-#define SLIM_FOR_EACH_ISA(apply) SLIM_ISA_LIST(apply)
+// SLIM_ISA_LIST(apply), which setup.py defines, is apply(isa) for each, the slowest first.
 #define SLIM_EXTERN(isa) extern const Kernels kernels_##isa;
-SLIM_FOR_EACH_ISA(SLIM_EXTERN)
+SLIM_ISA_LIST(SLIM_EXTERN)
 
 struct InstructionSet {
   const char* name;
@@ -39,10 +39,9 @@ bool cpu_has(const std::string& isa) {
   return isa == "base";
 }
 
-// Slowest first, as setup.py lists them.
 const std::vector<InstructionSet>& instruction_sets() {
 #define SLIM_ENTRY(isa) {#isa, &kernels_##isa, cpu_has(#isa)},
-  static const std::vector<InstructionSet> sets = {SLIM_FOR_EACH_ISA(SLIM_ENTRY)};
+  static const std::vector<InstructionSet> sets = {SLIM_ISA_LIST(SLIM_ENTRY)};
   return sets;
 }
 
