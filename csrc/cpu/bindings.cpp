@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -55,6 +56,14 @@ void set_isa(const std::string& name) {
     }
   throw std::invalid_argument("no kernels for instruction set '" + name + "' on this machine");
 }
+
+struct OutOfMemory : std::bad_alloc {
+  const char* what() const noexcept override {
+    return "slimkernels: not enough memory for a CPU kernel's intermediate results";
+  }
+};
+
+void out_of_memory() { throw OutOfMemory(); }
 
 // Pointers cross the language border as integers (tensor.data_ptr(), 0 for None).
 template <typename T>
