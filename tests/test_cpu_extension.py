@@ -1,4 +1,4 @@
-"""What all CPU kernels share: where memory runs out, and what they keep."""
+"""What all CPU kernels share: where memory runs out, what they keep, how many threads they use."""
 
 from __future__ import annotations
 
@@ -103,3 +103,23 @@ print((pages(1) - before) // MiB)
     done = python(code)
     assert done.returncode == 0, done.stderr[-1500:]
     assert int(done.stdout) < 64
+
+
+@linux_only
+def test_threads_of_the_caller_obey_set_num_threads():
+    code = """
+import os, threading
+torch.set_num_threads(1)
+x = torch.zeros(512, 1024)
+
+def call():
+    before = set(os.listdir("/proc/self/task"))
+    sk.layer_norm(x, 1024)
+    print(len(set(os.listdir("/proc/self/task")) - before))
+
+thread = threading.Thread(target=call)
+thread.start()
+thread.join()
+"""
+    done = python(code)
+    assert done.stdout == "0\n", done.stderr[-1500:]

@@ -3,6 +3,7 @@
 // This file is compiled for the baseline instruction set, since inline functions it shares with
 // the standard library must run on every machine; only what sits behind a Kernels table may use
 // more.
+#include <omp.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -75,11 +76,16 @@ struct Wire<T*> {
   using type = uintptr_t;
 };
 
+// Each takes the number of threads first. OpenMP keeps it per calling thread, where torch sets it
+// only when that thread first runs a parallel op of torch's own.
 template <typename... Args>
 void bind(py::module_& m, const char* name, void (*Kernels::*entry)(Args...)) {
   m.def(
       name,
-      [entry](typename Wire<Args>::type... args) { (active->kernels->*entry)((Args)(args)...); },
+      [entry](int threads, typename Wire<Args>::type... args) {
+        omp_set_num_threads(threads);
+        (active->kernels->*entry)((Args)(args)...);
+      },
       py::call_guard<py::gil_scoped_release>());
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -32,6 +32,11 @@ def unsupported_tensor(x: Tensor) -> str | None:
     if not _RUNS_HERE:
         return f"this machine has none of the instruction sets {_ISAS_BUILT}"
     return None
+
+
+def run(kernel: Callable[..., None], *arguments: int | float) -> None:
+    """Call a kernel on as many threads as torch would use in the calling thread."""
+    kernel(torch.get_num_threads(), *arguments)
 
 
 def pointer(x: Tensor | None) -> int:
@@ -69,5 +74,6 @@ __all__ = [
     "empty_gradient",
     "norm_parameters",
     "pointer",
+    "run",
     "unsupported_tensor",
 ]
