@@ -53,9 +53,9 @@ def norm_parameters(
     weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, int]:
     """weight and bias without gaps, and their dtype's number; of two dtypes both become float32."""
-    given = [p for p in (weight, bias) if p is not None]
-    dtype = given[0].dtype if len({p.dtype for p in given}) == 1 else torch.float32
-    weight, bias = (None if p is None else p.to(dtype).contiguous() for p in (weight, bias))
+    dtypes = {p.dtype for p in (weight, bias) if p is not None}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    weight, bias = (None if p is None else _to(p, dtype).contiguous() for p in (weight, bias))
     return weight, bias, DTYPES[dtype]
 
 
@@ -64,7 +64,12 @@ def as_wanted(
 ) -> Iterator[Tensor]:
     """The gradients of what norm_parameters made, in the dtypes that came."""
     for gradient, parameter in zip(gradients, parameters, strict=True):
-        yield gradient if parameter is None else gradient.to(parameter.dtype)
+        yield gradient if parameter is None else _to(gradient, parameter.dtype)
+
+
+def _to(x: Tensor, dtype: torch.dtype) -> Tensor:
+    # Tensor.to takes microseconds to find that it has nothing to do.
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 __all__ = [
