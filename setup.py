@@ -8,12 +8,13 @@ All metadata is in pyproject.toml.
 import importlib.util
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
+from sysconfig import get_paths
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -32,7 +33,8 @@ CXXFLAGS = (
     "-Wno-uninitialized -Wno-maybe-uninitialized "  # false alarms in GCC 12's own headers
     "-fno-math-errno -fno-trapping-math -ffp-contract=fast"
 )
-ARCHITECTURES = "8.0;9.0a;10.0+PTX"
+NVCCFLAGS = "-std=c++17 -O3 --expt-relaxed-constexpr -Xcompiler=-fPIC,-fvisibility=hidden"
+ARCHITECTURES = ("9.0a", "8.0", "10.0")  # the last that nvcc knows comes as PTX too
 
 
 def nvcc() -> str | None:
@@ -49,14 +51,38 @@ def cuda_home(compiler: str) -> Path:
     return Path(top[0] if top else os.path.join(os.path.dirname(compiler), "..")).resolve()
 
 
-def gencode() -> list[str]:
+def architectures(compiler: str) -> list[str]:
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    if wanted:
+        return wanted
+    done = subprocess.run([compiler, "--list-gpu-arch"], capture_output=True, text=True)
+    known = [a for a in ARCHITECTURES if f"compute_{a.rstrip('a').replace('.', '')}" in done.stdout]
+    return [*known[:-1], f"{known[-1]}+PTX"] if known else list(ARCHITECTURES)
+
+
+def gencode(compiler: str) -> str:
     flags = []
-    for arch in os.environ.get("TORCH_CUDA_ARCH_LIST", ARCHITECTURES).replace(" ", ";").split(";"):
-        number, _, ptx = arch.replace(".", "").partition("+")
-        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-        if ptx:
-            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-    return flags
+    for arch in architectures(compiler):
+        parts = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", arch)
+        if parts is None:
+            raise CompileError(
+                f"TORCH_CUDA_ARCH_LIST has {arch!r}; only numbers such as 8.0, 9.0a and 10.0+PTX, "
+                "separated by semicolons, are understood"
+            )
+        number = parts[1] + parts[2]
+        codes = [f"sm_{number}", f"compute_{number}"] if parts[3] else [f"sm_{number}"]
+        flags += [f"-gencode=arch=compute_{number},code={code}" for code in codes]
+    return " ".join(flags)
+
+
+def in_ninja(path: object) -> str:
+    """A path where build.ninja takes one."""
+    return re.sub(r"([$ :])", r"$\1", str(path))
+
+
+def in_command(*words: object) -> str:
+    """Words of a command line, where build.ninja takes one; ninja quotes $in and $out itself."""
+    return shlex.join(map(str, words)).replace("$", "$$")
 
 
 def pybind11_include(build_dir: Path) -> str:
@@ -77,6 +103,35 @@ def pybind11_include(build_dir: Path) -> str:
     return str(link.parent)
 
 
+def cpu_objects(sources: list[str], cxx: str) -> tuple[list[tuple[str, str, str]], str]:
+    """(object, source, command that compiles it) of each, and what the linker needs besides."""
+    every = " ".join(f"apply({isa})" for isa in ISAS)
+    objects = []
+    for source in sources:
+        if source.endswith("bindings.cpp"):
+            objects.append(("bindings.o", source, f"{cxx} '-DSLIM_ISA_LIST(apply)={every}'"))
+            continue
+        for isa, flags in ISAS.items():
+            command = f"{cxx} -DSLIM_ISA={isa} {flags}"
+            objects.append((f"{Path(source).stem}.{isa}.o", source, command))
+    return objects, ""
+
+
+def cuda_objects(sources: list[str], cxx: str) -> tuple[list[tuple[str, str, str]], str]:
+    compiler = nvcc()
+    home = cuda_home(compiler)
+    libraries = [home / name for name in ("lib64", "lib", "targets/x86_64-linux/lib")]
+    library = [path for path in libraries if (path / "libcudart_static.a").exists()]
+    if not library:
+        raise CompileError(f"the CUDA toolkit in {home} has no libcudart_static.a")
+    commands = {
+        ".cu": f"{in_command(compiler)} {NVCCFLAGS} {gencode(compiler)}",
+        ".cpp": f"{cxx} {in_command(f'-I{home}/include')}",
+    }
+    objects = [(f"{Path(s).name}.o", s, commands[Path(s).suffix]) for s in sources]
+    return objects, f"{in_command(f'-L{library[0]}')} -lcudart_static -ldl -lrt -lpthread"
+
+
 class NinjaBuild(build_ext):
     """One build.ninja an extension: parallel, and rebuilds only what changed."""
 
@@ -94,69 +149,30 @@ class NinjaBuild(build_ext):
 
     def ninja_build(self, ext: Extension) -> None:
         out = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build_dir = Path(self.build_temp).resolve() / ext.name
-        build_dir.mkdir(parents=True, exist_ok=True)
+        folder = Path(self.build_temp).resolve() / ext.name
+        folder.mkdir(parents=True, exist_ok=True)
         out.parent.mkdir(parents=True, exist_ok=True)
-        includes = [f"-I{pybind11_include(build_dir)}", f"-I{sysconfig.get_paths()['include']}"]
         cxx = os.environ.get("CXX", "g++")
+        includes = [f"-I{path}" for path in (pybind11_include(folder), get_paths()["include"])]
+        plan = cuda_objects if ext.name.endswith("_cuda") else cpu_objects
+        objects, libraries = plan(ext.sources, f"{cxx} {CXXFLAGS} {in_command(*includes)}")
         lines = [
-            "rule cxx",
-            f"  command = {cxx} -MMD -MF $out.d {CXXFLAGS} {shlex.join(includes)} $flags "
-            "-c $in -o $out",
+            "rule compile",
+            "  command = $compiler -MD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "rule link",
-            f"  command = {cxx} -shared -fopenmp $in -o $out -Wl,--exclude-libs,ALL $ldflags",
+            f"  command = {cxx} -shared -fopenmp $in -o $out -Wl,--exclude-libs,ALL {libraries}",
         ]
-        plan = self.cuda if ext.name.endswith("_cuda") else self.cpu
-        edges, ldflags = plan(ext, lines)
-        lines += [f"build {build_dir / o}: {rule}\n  flags = {flags}" for o, rule, flags in edges]
-        names = " ".join(str(build_dir / o) for o, _, _ in edges)
-        lines += [f"build {out}: link {names}", f"  ldflags = {ldflags}", f"default {out}", ""]
-        (build_dir / "build.ninja").write_text("\n".join(lines))
+        for name, source, command in objects:
+            lines.append(f"build {in_ninja(folder / name)}: compile {in_ninja(ROOT / source)}")
+            lines.append(f"  compiler = {command}")
+        names = " ".join(in_ninja(folder / name) for name, _, _ in objects)
+        lines.append(f"build {in_ninja(out)}: link {names}\n")
+        (folder / "build.ninja").write_text("\n".join(lines))
+        ninja = [sys.executable, "-m", "ninja"] if importlib.util.find_spec("ninja") else ["ninja"]
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
-        subprocess.check_call([self.ninja(), "-C", str(build_dir), "-j", jobs])
-
-    def cpu(self, ext, lines):
-        every = " ".join(f"apply({isa})" for isa in ISAS)
-        edges = []
-        for source in ext.sources:
-            if source.endswith("bindings.cpp"):
-                flags = f"'-DSLIM_ISA_LIST(apply)={every}'"
-                edges.append(("bindings.o", f"cxx {ROOT / source}", flags))
-                continue
-            for isa, flags in ISAS.items():
-                name = f"{Path(source).stem}.{isa}.o"
-                edges.append((name, f"cxx {ROOT / source}", f"-DSLIM_ISA={isa} {flags}"))
-        return edges, ""
-
-    def cuda(self, ext, lines):
-        compiler = nvcc()
-        home = cuda_home(compiler)
-        flags = "-std=c++17 -O3 --expt-relaxed-constexpr -Xcompiler=-fPIC,-fvisibility=hidden"
-        lines += [
-            "rule nvcc",
-            f"  command = {compiler} -MD -MF $out.d {flags} {shlex.join(gencode())} -c $in -o $out",
-            "  depfile = $out.d",
-            "  deps = gcc",
-        ]
-        edges = []
-        for source in ext.sources:
-            rule = "nvcc" if source.endswith(".cu") else "cxx"
-            edges.append((f"{Path(source).name}.o", f"{rule} {ROOT / source}", f"-I{home}/include"))
-        libraries = [home / name for name in ("lib64", "lib", "targets/x86_64-linux/lib")]
-        library = [path for path in libraries if (path / "libcudart_static.a").exists()]
-        if not library:
-            raise CompileError(f"the CUDA toolkit in {home} has no libcudart_static.a")
-        return edges, f"-L{library[0]} -lcudart_static -ldl -lrt -lpthread"
-
-    @staticmethod
-    def ninja() -> str:
-        if importlib.util.find_spec("ninja"):
-            import ninja
-
-            return os.path.join(ninja.BIN_DIR, "ninja")
-        return "ninja"
+        subprocess.check_call([*ninja, "-C", str(folder), "-j", jobs])
 
 
 def sources(folder: str, *patterns: str) -> list[str]:

@@ -12,6 +12,10 @@ namespace slimkernels {
 // Mirrored by DTYPES in slimkernels/backends/cpu/_common.py, which passes these numbers.
 enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1 };
 
+// Throws what pybind11 makes a MemoryError. Compiled once, like all of the standard library that is
+// used, not once an instruction set.
+[[noreturn]] void out_of_memory();
+
 struct Kernels {
   // layer_norm.cpp: x, y (M, N); weight, bias (N,) in parameter_dtype; mean, rstd (M,)
   void (*layer_norm_forward)(const void* x, const void* weight, const void* bias, void* y,

@@ -51,6 +51,18 @@ def build(copy: Path, *, code: str = "", **environment: str) -> subprocess.Compl
     return subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
 
 
+def toolkit(folder: Path, nvcc: str, runtime: bool = True) -> Path:
+    """A CUDA toolkit whose nvcc is this script."""
+    (folder / "lib64").mkdir(parents=True)
+    (folder / "bin").mkdir()
+    if runtime:
+        (folder / "lib64/libcudart_static.a").touch()
+    compiler = folder / "bin/nvcc"
+    compiler.write_text(nvcc)
+    compiler.chmod(0o755)
+    return compiler
+
+
 def built(copy: Path) -> list[str]:
     return sorted(path.name.split(".")[0] for path in copy.glob("slimkernels/*.so"))
 
@@ -75,19 +87,60 @@ def test_a_compile_error_is_not_fatal_either(copy):
 @pytest.mark.parametrize("runtime", [True, False], ids=["nvcc fails", "no libcudart"])
 def test_a_broken_toolkit_leaves_the_cpu_extension(copy, tmp_path, runtime):
     shorten(copy)
-    (tmp_path / "toolkit/lib64").mkdir(parents=True)
-    if runtime:
-        (tmp_path / "toolkit/lib64/libcudart_static.a").touch()
+    toolkit(tmp_path / "toolkit", "#!/bin/sh\nexit 1\n", runtime)
     (copy / "csrc/cuda/planted.cu").write_text("#error planted")
-    nvcc = tmp_path / "toolkit/bin/nvcc"
-    nvcc.parent.mkdir(parents=True)
-    nvcc.write_text("#!/bin/sh\nexit 1\n")
-    nvcc.chmod(0o755)
     done = build(copy, CUDA_HOME=str(tmp_path / "toolkit"))
     assert done.returncode == 0, done.stderr
     assert "slimkernels: slimkernels._cuda was not built" in done.stderr
     assert ("has no libcudart_static.a" in done.stderr) != runtime
     assert built(copy) == ["_cpu"]
+
+
+def test_a_path_with_a_space_a_colon_and_a_dollar(copy):
+    shorten(copy)
+    odd = copy / "my $HOME: code"
+    odd.mkdir()
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc", "slimkernels"):
+        (copy / name).rename(odd / name)
+    done = build(odd)
+    assert built(odd) == ["_cpu"], done.stderr
+
+
+NVCC = """#!/bin/sh
+case "$1" in
+--list-gpu-arch) printf 'compute_%s\\n' 80 86 90 ;;
+-std=*) echo "$@" >> "$0.log"; exit 1 ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    "wanted, expected",
+    [
+        (None, ["90a,sm_90a", "80,sm_80", "80,compute_80"]),
+        ("", ["90a,sm_90a", "80,sm_80", "80,compute_80"]),
+        ("8.0;9.0a+PTX;", ["80,sm_80", "90a,sm_90a", "90a,compute_90a"]),
+        ("12.0 8.6", ["120,sm_120", "86,sm_86"]),
+        ("8.0;Ampere", "TORCH_CUDA_ARCH_LIST has 'Ampere'; only numbers such as 8.0"),
+        ("native", "TORCH_CUDA_ARCH_LIST has 'native'; only numbers such as 8.0"),
+    ],
+)
+def test_architectures(copy, monkeypatch, wanted, expected):
+    """The default is what nvcc knows of the list, and PTX of the newest for what comes later."""
+    shorten(copy)
+    (copy / "csrc/cuda/planted.cu").touch()
+    compiler = toolkit(copy / "tool kit", NVCC)
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    environment = {} if wanted is None else {"TORCH_CUDA_ARCH_LIST": wanted}
+    done = build(copy, CUDA_HOME=str(copy / "tool kit"), **environment)
+    assert done.returncode == 0, done.stderr
+    assert built(copy) == ["_cpu"]
+    if isinstance(expected, str):
+        assert f"slimkernels._cuda was not built: {expected}" in done.stderr
+        return
+    command = Path(f"{compiler}.log").read_text()
+    flags = re.findall(r"-gencode=arch=compute_(\w+),code=(\w+)", command)
+    assert [",".join(pair) for pair in flags] == expected
 
 
 def test_torchs_own_pybind11_headers_do(copy):

@@ -1,9 +1,8 @@
 // What attention works with: the arithmetic of one row of scores, where sequences lie and which
 // keys a query sees, and scratch memory.
 #pragma once
-#include <cstdlib>
-
 #include "gemm.h"
+#include "memory.h"
 #include "parallel.h"
 #include "random.h"
 
@@ -166,30 +165,41 @@ inline int64_t at(const Strides& strides, int64_t batch, int64_t head, int64_t t
   return strides.batch * batch + strides.head * head + strides.token * token;
 }
 
-// A thread's memory between calls: 256 KiB to a few MiB that malloc would map and fault in again
-// every time, which costs as much as a short sequence's attention.
+// A thread's memory, kept between calls: malloc would map and fault in the 256 KiB to a few MiB of
+// a short sequence every time, which costs as much as its attention. Past kKept, where backward of
+// a long sequence gets, that cost does not show and the memory does: it goes when the call ends.
 class Scratch {
  public:
   Scratch() = default;
   Scratch(const Scratch&) = delete;
   ~Scratch() { std::free(memory_); }
 
-  // Room for `floats`, handed out by take(). What was there before is lost.
-  void reserve(int64_t floats) {
+  // Room for `floats`, handed out by take(); false if there is none. What was there is lost.
+  bool reserve(int64_t floats) {
     used_ = 0;
-    if (floats <= size_) return;
-    std::free(memory_);
-    size_ = floats;
-    memory_ = (float*)std::aligned_alloc(64, size_ * sizeof(float));
+    if (floats <= size_) return true;
+    resize(rounded(floats));
+    return memory_;
   }
   float* take(int64_t floats) {
     float* part = memory_ + used_;
     used_ += rounded(floats);
     return part;
   }
+  void end_call() {
+    if (size_ > kKept) resize(0);
+  }
   static int64_t rounded(int64_t floats) { return (floats + 15) / 16 * 16; }
 
  private:
+  static constexpr int64_t kKept = 2 << 20;  // floats: 8 MiB
+
+  void resize(int64_t floats) {
+    std::free(memory_);
+    memory_ = floats ? (float*)std::aligned_alloc(64, floats * sizeof(float)) : nullptr;
+    size_ = memory_ ? floats : 0;
+  }
+
   float* memory_ = nullptr;
   int64_t size_ = 0, used_ = 0;
 };
@@ -197,6 +207,20 @@ class Scratch {
 inline Scratch& scratch_of_thread() {
   static thread_local Scratch scratch;
   return scratch;
+}
+
+// body(item, scratch) for each item, handed out dynamically; false says that memory ran out.
+template <typename Body>
+void for_items(int64_t items, const Problem& problem, Body body) {
+  bool failed = false;
+#pragma omp parallel num_threads(problem.threads(items)) reduction(|| : failed)
+  {
+    Scratch& scratch = scratch_of_thread();
+#pragma omp for schedule(dynamic, 1) nowait
+    for (int64_t item = 0; item < items; ++item) failed = !body(item, scratch) || failed;
+    scratch.end_call();
+  }
+  if (failed) out_of_memory();
 }
 
 inline void fill(float* x, int64_t begin, int64_t end, float value) {

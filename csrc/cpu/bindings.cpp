@@ -3,9 +3,11 @@
 // This file is compiled for the baseline instruction set, since inline functions it shares with
 // the standard library must run on every machine; only what sits behind a Kernels table may use
 // more.
+#include <omp.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -16,9 +18,9 @@ namespace py = pybind11;
 
 namespace slimkernels {
 
-#define SLIM_FOR_EACH_ISA(apply) SLIM_ISA_LIST(apply)
+// SLIM_ISA_LIST(apply), which setup.py defines, is apply(isa) for each, the slowest first.
 #define SLIM_EXTERN(isa) extern const Kernels kernels_##isa;
-SLIM_FOR_EACH_ISA(SLIM_EXTERN)
+SLIM_ISA_LIST(SLIM_EXTERN)
 
 struct InstructionSet {
   const char* name;
@@ -39,10 +41,9 @@ bool cpu_has(const std::string& isa) {
   return isa == "base";
 }
 
-// Slowest first, as setup.py lists them.
 const std::vector<InstructionSet>& instruction_sets() {
 #define SLIM_ENTRY(isa) {#isa, &kernels_##isa, cpu_has(#isa)},
-  static const std::vector<InstructionSet> sets = {SLIM_FOR_EACH_ISA(SLIM_ENTRY)};
+  static const std::vector<InstructionSet> sets = {SLIM_ISA_LIST(SLIM_ENTRY)};
   return sets;
 }
 
@@ -57,6 +58,14 @@ void set_isa(const std::string& name) {
   throw std::invalid_argument("no kernels for instruction set '" + name + "' on this machine");
 }
 
+struct OutOfMemory : std::bad_alloc {
+  const char* what() const noexcept override {
+    return "slimkernels: not enough memory for a CPU kernel's intermediate results";
+  }
+};
+
+void out_of_memory() { throw OutOfMemory(); }
+
 // Pointers cross the language border as integers (tensor.data_ptr(), 0 for None).
 template <typename T>
 struct Wire {
@@ -67,11 +76,16 @@ struct Wire<T*> {
   using type = uintptr_t;
 };
 
+// Each takes the number of threads first. OpenMP keeps it per calling thread, where torch sets it
+// only when that thread first runs a parallel op of torch's own.
 template <typename... Args>
 void bind(py::module_& m, const char* name, void (*Kernels::*entry)(Args...)) {
   m.def(
       name,
-      [entry](typename Wire<Args>::type... args) { (active->kernels->*entry)((Args)(args)...); },
+      [entry](int threads, typename Wire<Args>::type... args) {
+        omp_set_num_threads(threads);
+        (active->kernels->*entry)((Args)(args)...);
+      },
       py::call_guard<py::gil_scoped_release>());
 }
 

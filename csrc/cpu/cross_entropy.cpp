@@ -9,9 +9,8 @@
 //          one float32 it would be wrong by 5e-4 at 1e4, and so would exp(x - lse). What smoothing
 //          needs, the mean of maximum - x, has terms of one sign only. The losses are added up in
 //          double, first to last.
-#include <cstdlib>
-
 #include "kernels.h"
+#include "memory.h"
 #include "parallel.h"
 #include "vec.h"
 
@@ -89,7 +88,7 @@ template <typename T>
 void forward(const T* x, const int64_t* target, float* losses, float* lse, int64_t M, int64_t V,
              int64_t ignore_index, float label_smoothing) {
   const int64_t segments = (V + kSegment - 1) / kSegment;
-  Partial* partials = (Partial*)std::malloc(M * segments * sizeof(Partial));
+  const Owned<Partial> partials(M * segments);
   for_segments(M, V, [&](int64_t task, int64_t row, int64_t begin, int64_t n) {
     if (target[row] != ignore_index)
       partials[task] = scan(x + row * V + begin, n, label_smoothing > 0.f);
@@ -98,7 +97,7 @@ void forward(const T* x, const int64_t* target, float* losses, float* lse, int64
     losses[row] = lse[row] = lse[M + row] = 0.f;
     const int64_t label = target[row];
     if (label == ignore_index) continue;
-    const Row r = merge(partials + row * segments, V);
+    const Row r = merge(&partials[row * segments], V);
     const bool valid = label >= 0 && label < V;
     lse[row] = r.peak;
     lse[M + row] = valid ? r.log_sum : kNaN;
@@ -111,7 +110,6 @@ void forward(const T* x, const int64_t* target, float* losses, float* lse, int64
                       ? (1.f - label_smoothing) * loss + label_smoothing * (r.log_sum + r.gap)
                       : loss;
   }
-  std::free(partials);
 }
 
 template <typename T>

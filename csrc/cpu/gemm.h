@@ -6,9 +6,8 @@
 //          column and one broadcast a row. B is walked by panels as wide as a tile, so that one
 //          panel serves all rows from L1 or L2.
 // Numerics Each element of A * B is one chain of multiply-adds in the order of the sum, whatever
-// the
-//          tile: a row has the same bits wherever a caller cuts the rows. C is added at the end, so
-//          that a sum over several calls rounds less than one long chain.
+//          the tile: a row has the same bits wherever a caller cuts the rows. C is added at the
+//          end, so that a sum over several calls rounds less than one long chain.
 #pragma once
 #include "vec.h"
 

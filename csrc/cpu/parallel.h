@@ -1,7 +1,7 @@
 // How CPU kernels share their rows among OpenMP threads.
 //
-// torch ships libgomp under its plain name, so this extension and torch share one thread pool and
-// torch.set_num_threads governs both.
+// torch ships libgomp under its plain name, so this extension and torch share one thread pool; each
+// call uses as many of it as torch would (bindings.cpp).
 #pragma once
 #include <omp.h>
 

@@ -2,8 +2,7 @@
 //
 // layer_norm.cpp and add_layer_norm.cpp differ in what they normalise and share how.
 #pragma once
-#include <cstdlib>
-
+#include "memory.h"
 #include "vec.h"
 
 namespace slimkernels::SLIM_ISA {
@@ -76,17 +75,15 @@ class Widened {
       values_ = (const float*)parameter;
       return;
     }
-    owned_ = (float*)std::malloc(N * sizeof(float));
+    owned_.allocate(N);
     const bf16* narrow = (const bf16*)parameter;
-    for_vectors(N, [&](int64_t i, auto n) { store(owned_ + i, load(narrow + i, n), n); });
-    values_ = owned_;
+    for_vectors(N, [&](int64_t i, auto n) { store(&owned_[i], load(narrow + i, n), n); });
+    values_ = owned_.get();
   }
-  Widened(const Widened&) = delete;
-  ~Widened() { std::free(owned_); }
   const float* values() const { return values_; }
 
  private:
-  float* owned_ = nullptr;
+  Owned<float> owned_;
   const float* values_;
 };
 
@@ -94,27 +91,25 @@ class Widened {
 class ChunkSums {
  public:
   ChunkSums(const void* gradient, int64_t chunks, int64_t N) : chunks_(chunks), N_(N) {
-    if (gradient) values_ = (float*)std::calloc(chunks * N, sizeof(float));
+    if (gradient) values_.allocate(chunks * N, true);
   }
-  ChunkSums(const ChunkSums&) = delete;
-  ~ChunkSums() { std::free(values_); }
-  float* values() const { return values_; }
+  float* values() const { return values_.get(); }
 
   // Adds the chunks up, first to last, into the gradient.
   void write(void* gradient, int dtype) const {
-    if (!values_) return;
+    if (!values()) return;
     with_type(dtype, [&](auto zero) {
       for_vectors(N_, [&](int64_t i, auto n) {
         vfloat total = {};
         for (int64_t chunk = 0; chunk < chunks_; ++chunk)
-          total += load(values_ + chunk * N_ + i, n);
+          total += load(values() + chunk * N_ + i, n);
         store((decltype(zero)*)gradient + i, total, n);
       });
     });
   }
 
  private:
-  float* values_ = nullptr;
+  Owned<float> values_;
   int64_t chunks_, N_;
 };
 

@@ -46,16 +46,16 @@ class Forward {
         lse_(lse),
         dropout_(dropout) {}
 
-  void run(const Item& item, int64_t head) {
+  bool run(const Item& item, int64_t head, Scratch& scratch) {
     const Sequence sequence = p_.sequence(item.batch);
     const int64_t begin = item.first_query, width = p_.width();
     const int64_t end = clamp(begin + kQueriesPerItem, begin, sequence.q_count);
     const int64_t keys = p_.visible(end - 1, 0, sequence.k_count);
     const int64_t block = clamp(keys, 1, p_.block_keys()), queries = end - begin;
-    Scratch& scratch = scratch_of_thread();
-    scratch.reserve(2 * Scratch::rounded(queries) + 2 * queries * width + 64 +
-                    block_floats(p_.D, block) + block * width + kForwardRows * score_stride(block) +
-                    64);
+    if (!scratch.reserve(2 * Scratch::rounded(queries) + 2 * queries * width + 64 +
+                         block_floats(p_.D, block) + block * width +
+                         kForwardRows * score_stride(block) + 64))
+      return false;
     Running running = {scratch.take(queries), scratch.take(queries), scratch.take(queries * width)};
     float* q = scratch.take(queries * width);
     float* k = scratch.take(block_floats(p_.D, block));
@@ -88,6 +88,7 @@ class Forward {
       }
     }
     write(sequence, head, begin, queries, running);
+    return true;
   }
 
  private:
@@ -147,16 +148,16 @@ class Backward {
         dvalue_((T*)dvalue),
         dropout_(dropout) {}
 
-  void run(int64_t batch, int64_t key_head) {
+  bool run(int64_t batch, int64_t key_head, Scratch& scratch) {
     const Sequence sequence = p_.sequence(batch);
     const int64_t queries = sequence.q_count, width = p_.width();
     const int64_t keys = queries ? p_.visible(queries - 1, 0, sequence.k_count) : 0;
     const int64_t block = clamp(keys, 1, p_.block_keys()), stride = score_stride(block);
     whole_ = keys <= block;
-    Scratch& scratch = scratch_of_thread();
-    scratch.reserve(Scratch::rounded(queries) + 3 * queries * width + 2 * keys * width +
-                    2 * block_floats(p_.D, block) + block * width + 2 * kBackwardRows * stride +
-                    128);
+    if (!scratch.reserve(Scratch::rounded(queries) + 3 * queries * width + 2 * keys * width +
+                         2 * block_floats(p_.D, block) + block * width +
+                         2 * kBackwardRows * stride + 128))
+      return false;
     delta_ = scratch.take(queries);
     q_ = scratch.take(queries * width);
     dout_ = scratch.take(queries * width);
@@ -186,6 +187,7 @@ class Backward {
     const int64_t offset = at(strides, sequence.batch, key_head, sequence.k_begin);
     write(dk_, keys, 1.f, dkey_ + offset, strides.token, rows);
     write(dv_, keys, kDropout ? dropout_.scale : 1.f, dvalue_ + offset, strides.token, rows);
+    return true;
   }
 
  private:
@@ -295,19 +297,18 @@ void scaled_dot_product_attention_forward(const void* query, const void* key, co
   int64_t tiles = 0;
   for (int64_t b = 0; b < problem.sequences; ++b)
     tiles += (problem.sequence(b).q_count + kQueriesPerItem - 1) / kQueriesPerItem;
-  Item* items = (Item*)std::malloc((tiles + 1) * sizeof(Item));
+  const Owned<Item> items(tiles);
   tiles = 0;
   for (int64_t b = 0; b < problem.sequences; ++b)
     for (int64_t i = 0; i < problem.sequence(b).q_count; i += kQueriesPerItem)
       items[tiles++] = {b, i};
   with_kernel(dtype, seed, [&](auto zero, auto dropped) {
-    const int64_t work = tiles * problem.H;
-#pragma omp parallel for num_threads(problem.threads(work)) schedule(dynamic, 1)
-    for (int64_t n = 0; n < work; ++n)
-      Forward<decltype(zero), decltype(dropped)::value>(problem, query, key, value, y, lse, dropout)
-          .run(items[n / problem.H], n % problem.H);
+    for_items(tiles * problem.H, problem, [&](int64_t n, Scratch& scratch) {
+      Forward<decltype(zero), decltype(dropped)::value> kernel(problem, query, key, value, y, lse,
+                                                               dropout);
+      return kernel.run(items[n / problem.H], n % problem.H, scratch);
+    });
   });
-  std::free(items);
 }
 
 void scaled_dot_product_attention_backward(const void* dy, const void* query, const void* key,
@@ -320,12 +321,11 @@ void scaled_dot_product_attention_backward(const void* dy, const void* query, co
   const Problem problem(sizes, key_lengths, cu_seqlens_q, cu_seqlens_k, scale, is_causal);
   const Dropout dropout(seed, dropout_p, threshold);
   with_kernel(dtype, seed, [&](auto zero, auto dropped) {
-    const int64_t work = problem.sequences * problem.Hkv;
-#pragma omp parallel for num_threads(problem.threads(work)) schedule(dynamic, 1)
-    for (int64_t n = 0; n < work; ++n)
-      Backward<decltype(zero), decltype(dropped)::value>(problem, dy, query, key, value, y, lse,
-                                                         dquery, dkey, dvalue, dropout)
-          .run(n / problem.Hkv, n % problem.Hkv);
+    for_items(problem.sequences * problem.Hkv, problem, [&](int64_t n, Scratch& scratch) {
+      Backward<decltype(zero), decltype(dropped)::value> kernel(problem, dy, query, key, value, y,
+                                                                lse, dquery, dkey, dvalue, dropout);
+      return kernel.run(n / problem.Hkv, n % problem.Hkv, scratch);
+    });
   });
 }
 

@@ -60,6 +60,14 @@ def test_float32_parameters_with_bfloat16_input(backend):
     check(backend, inputs_of((9, 40), torch.bfloat16, 0.0, device, "both", torch.float32))
 
 
+@pytest.mark.parametrize("mean", [0.0, 100.0])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_every_instruction_set(each_isa, dtype, mean):
+    for _ in each_isa():
+        for shape in SHAPES:
+            check("cpu", inputs_of(shape, dtype, mean, "cpu"))
+
+
 @pytest.mark.parametrize("backend", KERNEL_BACKENDS)
 def test_non_contiguous_input_and_gradient(backend):
     x, weight, bias = inputs_of((6, 4, 24), torch.float32, 0.0, device_of(backend))
@@ -97,6 +105,25 @@ def test_same_bits_every_time(backend):
     first, second = run_with_gradients(ours, inputs), run_with_gradients(ours, inputs)
     for name, expected in first.items():
         assert torch.equal(second[name], expected), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_same_bits_for_any_number_of_threads(each_isa, dtype):
+    inputs = inputs_of((700, 75), dtype, 0.0, "cpu")  # enough for three threads
+
+    def ours(x, weight, bias):
+        return sk.layer_norm(x, (75,), weight, bias, backend="cpu")
+
+    threads = torch.get_num_threads()
+    for isa in each_isa():
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(run_with_gradients(ours, inputs))
+        torch.set_num_threads(threads)
+        for name, expected in results[0].items():
+            for other in results[1:]:
+                assert torch.equal(other[name], expected), (isa, name)
 
 
 def test_the_definition_is_torchs():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -34,6 +34,11 @@ def unsupported_tensor(x: Tensor) -> str | None:
     return None
 
 
+def run(kernel: Callable[..., None], *arguments: int | float) -> None:
+    """Call a kernel on as many threads as torch would use in the calling thread."""
+    kernel(torch.get_num_threads(), *arguments)
+
+
 def pointer(x: Tensor | None) -> int:
     """The address of x's first element; 0, that of an empty tensor too, stands for None."""
     return 0 if x is None else x.data_ptr()
@@ -48,9 +53,9 @@ def norm_parameters(
     weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, int]:
     """weight and bias without gaps, and their dtype's number; of two dtypes both become float32."""
-    given = [p for p in (weight, bias) if p is not None]
-    dtype = given[0].dtype if len({p.dtype for p in given}) == 1 else torch.float32
-    weight, bias = (None if p is None else p.to(dtype).contiguous() for p in (weight, bias))
+    dtypes = {p.dtype for p in (weight, bias) if p is not None}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    weight, bias = (None if p is None else _to(p, dtype).contiguous() for p in (weight, bias))
     return weight, bias, DTYPES[dtype]
 
 
@@ -59,7 +64,12 @@ def as_wanted(
 ) -> Iterator[Tensor]:
     """The gradients of what norm_parameters made, in the dtypes that came."""
     for gradient, parameter in zip(gradients, parameters, strict=True):
-        yield gradient if parameter is None else gradient.to(parameter.dtype)
+        yield gradient if parameter is None else _to(gradient, parameter.dtype)
+
+
+def _to(x: Tensor, dtype: torch.dtype) -> Tensor:
+    # Tensor.to takes microseconds to find that it has nothing to do.
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 __all__ = [
@@ -69,5 +79,6 @@ __all__ = [
     "empty_gradient",
     "norm_parameters",
     "pointer",
+    "run",
     "unsupported_tensor",
 ]

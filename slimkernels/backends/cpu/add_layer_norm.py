@@ -10,6 +10,7 @@ from slimkernels.backends.cpu._common import (
     empty_gradient,
     norm_parameters,
     pointer,
+    run,
     unsupported_tensor,
 )
 
@@ -25,7 +26,8 @@ def forward(x, residual, weight, bias, eps, dropout_p, seed):
     y, total = torch.empty_like(x), torch.empty_like(x)
     mean = x.new_empty(x.shape[:-1], dtype=torch.float32)
     rstd = torch.empty_like(mean)
-    _cpu.add_layer_norm_forward(
+    run(
+        _cpu.add_layer_norm_forward,
         *(pointer(t) for t in (x, residual, weight, bias, y, total, mean, rstd, seed)),
         *(x.numel() // N, N, eps, dropout_p, threshold(dropout_p)),
         *(DTYPES[x.dtype], parameter_dtype),
@@ -43,7 +45,8 @@ def backward(dy, dsum, total, weight, bias, mean, rstd, dropout_p, seed):
     dx = total.new_empty(0) if seed is None else torch.empty_like(total)
     dweight, dbias = (empty_gradient(p, total) for p in (weight, bias))
     tensors = dy, dsum, total, weight, mean, rstd, dx, dresidual, dweight, dbias, seed
-    _cpu.add_layer_norm_backward(
+    run(
+        _cpu.add_layer_norm_backward,
         *(pointer(t) for t in tensors),
         *(total.numel() // N, N, dropout_p, threshold(dropout_p)),
         *(DTYPES[total.dtype], parameter_dtype),

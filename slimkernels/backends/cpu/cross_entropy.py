@@ -2,7 +2,7 @@
 
 import torch
 
-from slimkernels.backends.cpu._common import DTYPES, _cpu, pointer, unsupported_tensor
+from slimkernels.backends.cpu._common import DTYPES, _cpu, pointer, run, unsupported_tensor
 
 
 def unsupported(x, target, ignore_index, reduction, label_smoothing):
@@ -16,7 +16,8 @@ def forward(x, target, ignore_index, reduction, label_smoothing):
     total = x.new_empty((), dtype=torch.float32)
     lse = x.new_empty((2, M), dtype=torch.float32)
     count = x.new_empty(1, dtype=torch.float32)
-    _cpu.cross_entropy_forward(
+    run(
+        _cpu.cross_entropy_forward,
         *(pointer(t) for t in (x, target, losses, total, lse, count)),
         *(M, V, ignore_index, label_smoothing, int(reduction == "mean"), DTYPES[x.dtype]),
     )
@@ -29,7 +30,8 @@ def backward(dy, x, target, lse, count, ignore_index, reduction, label_smoothing
     dx = torch.empty_like(x)
     dy = dy.to(torch.float32).contiguous()
     divisor = count if reduction == "mean" else None
-    _cpu.cross_entropy_backward(
+    run(
+        _cpu.cross_entropy_backward,
         *(pointer(dy), int(reduction == "none")),
         *(pointer(t) for t in (x, target, lse, divisor, dx)),
         *(M, V, ignore_index, label_smoothing, DTYPES[x.dtype]),

@@ -9,6 +9,7 @@ from slimkernels.backends.cpu._common import (
     empty_gradient,
     norm_parameters,
     pointer,
+    run,
     unsupported_tensor,
 )
 
@@ -24,7 +25,8 @@ def forward(x, weight, bias, eps):
     y = torch.empty_like(x)
     mean = x.new_empty(x.shape[:-1], dtype=torch.float32)
     rstd = torch.empty_like(mean)
-    _cpu.layer_norm_forward(
+    run(
+        _cpu.layer_norm_forward,
         *(pointer(t) for t in (x, weight, bias, y, mean, rstd)),
         *(x.numel() // N, N, eps, DTYPES[x.dtype], parameter_dtype),
     )
@@ -38,7 +40,8 @@ def backward(dy, x, weight, bias, mean, rstd):
     N = x.shape[-1]
     dx = torch.empty_like(x)
     dweight, dbias = (empty_gradient(p, x) for p in (weight, bias))
-    _cpu.layer_norm_backward(
+    run(
+        _cpu.layer_norm_backward,
         *(pointer(t) for t in (dy, x, weight, mean, rstd, dx, dweight, dbias)),
         *(x.numel() // N, N, DTYPES[x.dtype], parameter_dtype),
     )

@@ -5,7 +5,7 @@ from array import array
 import torch
 
 from slimkernels.backends._dropout import threshold
-from slimkernels.backends.cpu._common import DTYPES, _cpu, pointer, unsupported_tensor
+from slimkernels.backends.cpu._common import DTYPES, _cpu, pointer, run, unsupported_tensor
 
 
 def unsupported(
@@ -24,7 +24,8 @@ def forward(
     y = torch.empty_like(query, memory_format=torch.contiguous_format)
     rows = (query.shape[1], query.shape[0]) if ragged else query.shape[:-1]
     lse = query.new_empty(rows, dtype=torch.float32)
-    _cpu.scaled_dot_product_attention_forward(
+    run(
+        _cpu.scaled_dot_product_attention_forward,
         *(pointer(t) for t in (query, key, value, y, lse, *integers, seed)),
         *(sizes.buffer_info()[0], scale, is_causal, dropout_p),
         *(threshold(dropout_p), DTYPES[query.dtype]),
@@ -54,7 +55,8 @@ def backward(
         torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)
     ]
     saved = dy, query, key, value, output.contiguous(), lse.contiguous()
-    _cpu.scaled_dot_product_attention_backward(
+    run(
+        _cpu.scaled_dot_product_attention_backward,
         *(pointer(t) for t in (*saved, *gradients, *integers, seed)),
         *(sizes.buffer_info()[0], scale, is_causal, dropout_p),
         *(threshold(dropout_p), DTYPES[query.dtype]),
