@@ -17,6 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
+from slimkernels.backends._attention import with_whole_rows
+from slimkernels.backends._dropout import threshold
 from slimkernels.backends.triton._attention import (
     Lengths,
     Rows,
@@ -66,7 +68,7 @@ def unsupported(
 def forward(
     query, key, value, dropout_p, is_causal, scale, key_lengths, cu_seqlens_q, cu_seqlens_k, seed
 ):
-    query, key, value = (_with_whole_rows(t) for t in (query, key, value))
+    query, key, value = (with_whole_rows(t) for t in (query, key, value))
     if scale < 0:  # the largest score is scale times the largest product only if scale > 0
         query, scale = -query, -scale
     y = torch.empty_like(query, memory_format=torch.contiguous_format)
@@ -101,7 +103,7 @@ def backward(
     cu_seqlens_k,
     seed,
 ):
-    dy, query, key, value = (_with_whole_rows(t) for t in (dy, query, key, value))
+    dy, query, key, value = (with_whole_rows(t) for t in (dy, query, key, value))
     output, lse = output.contiguous(), lse.contiguous()
     dq, dk, dv = (
         torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)
@@ -147,11 +149,6 @@ def backward(
     return dq, dk, dv
 
 
-def _with_whole_rows(x):
-    """x itself unless the elements of a head lie apart: the kernels take all other strides."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 def _sizes(query, key):
     """H, Tq, Tk, and how many query heads read one key head."""
     tokens, heads = (0, 1) if query.dim() == 3 else (2, 1)
@@ -164,8 +161,8 @@ def _lengths(*integers):
 
 
 def _dropout(dropout_p):
-    """What kept bits reach (slimkernels/ops/_dropout.py has the definition), and the factor."""
-    return min(int(dropout_p * 2**32), 2**32 - 1), 1 / (1 - dropout_p)
+    """threshold and factor of a kernel."""
+    return threshold(dropout_p), 1 / (1 - dropout_p)
 
 
 def _launch(direction, D, dtype):
