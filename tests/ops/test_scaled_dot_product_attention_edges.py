@@ -1,0 +1,131 @@
+"""Attention's edges: what must not reach a query, what is not finite, what is refused."""
+
+import pytest
+import torch
+from attention_cases import NAME, check, dense_case, functions_of, ragged_case
+from op_cases import KERNEL_BACKENDS, device_of, skip_unsupported
+
+import slimkernels as sk
+from slimkernels.testing import run_with_gradients
+
+
+def test_heads_too_wide_for_triton():
+    x = torch.zeros(1, 1, 4, 300, device=device_of("triton"))
+    with pytest.raises(sk.BackendError, match="a head may be at most 256 wide and has 300"):
+        sk.scaled_dot_product_attention(x, x, x, backend="triton")
+
+
+@pytest.mark.parametrize("mean", [10.0, -30.0])
+@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
+def test_large_scores(backend, mean):
+    # Scores from hundreds below zero to hundreds above: exp overflows without the maximum.
+    inputs, options = dense_case("cross", torch.float32, device_of(backend))
+    q, k, v = inputs
+    check(backend, (q + mean, k * 3, v), options)
+
+
+@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
+def test_sequences_never_see_each_other(backend):
+    inputs, options = ragged_case("several", torch.float32, device_of(backend))
+    skip_unsupported(NAME, backend, *inputs, **options)
+    ours, _, _ = functions_of(backend, inputs, {**options, "dropout_p": 0.2})
+    dy = torch.randn(inputs[0].shape, device=inputs[0].device)
+    before = run_with_gradients(ours, inputs, (dy,))
+    second = slice(3, 20)
+    changed = tuple(t.clone() for t in (*inputs, dy))
+    for tensor in changed:
+        tensor[second] = tensor[second] * -50 + 1
+    after = run_with_gradients(ours, changed[:3], changed[3:])
+    for name, expected in before.items():
+        for others in (slice(0, 3), slice(20, None)):
+            assert torch.equal(after[name][others], expected[others]), name
+        assert not torch.equal(after[name][second], expected[second]), name
+
+
+@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
+def test_keys_past_their_length_change_nothing(backend):
+    inputs, options = dense_case("lengths", torch.float32, device_of(backend))
+    skip_unsupported(NAME, backend, *inputs, **options)
+    ours, _, _ = functions_of(backend, inputs, options)
+    before = run_with_gradients(ours, inputs)
+    q, k, v = (t.clone() for t in inputs)
+    for b, length in enumerate(options["key_lengths"].tolist()):
+        k[b, :, length:] = 1e4
+        v[b, :, length:] = -1e4
+    after = run_with_gradients(ours, (q, k, v))
+    for name, expected in before.items():
+        assert torch.equal(after[name], expected), name
+    assert (before["output 0"][2] == 0).all() and (before["gradient 0"][2] == 0).all()
+    assert (before["gradient 2"][1, :, 5:] == 0).all()
+
+
+@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
+def test_not_finite_values_stay_in_their_row(backend):
+    (q, k, v), _ = dense_case("odd", torch.float32, device_of(backend))
+    skip_unsupported(NAME, backend, q, k, v)
+    q = q.clone()
+    q[0, 0, 3, 5] = float("nan")
+    y = sk.scaled_dot_product_attention(q, k, v, backend=backend)
+    assert y[0, 0, 3].isnan().all() and y.isnan().sum() == y.shape[-1]
+
+
+Q, K = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 7, 8)
+TOKENS = torch.randn(6, 2, 8)
+
+
+def ints(*values, dtype=torch.int32):
+    return torch.tensor(values, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    "inputs, options, sentence",
+    [
+        (([1.0], K, K), {}, "query must be a tensor; got list"),
+        ((Q.int(), K, K), {}, "query must be float32, float16, .*; got torch.int32"),
+        ((Q[0], K, K), {}, r"query must be \(B, H, T, D\); got \(4, 5, 8\)"),
+        ((Q, K.half(), K), {}, "key must have query's dtype torch.float32; got torch.float16"),
+        ((Q, K, K.to("meta")), {}, "value must have query's device cpu; got meta"),
+        ((Q, K[:1], K[:1]), {}, r"key must have query's batch and width \(2, 4, 5, 8\); got"),
+        ((Q, K[..., :4], K), {}, r"key must have query's batch and width .*; got \(2, 2, 7, 4\)"),
+        ((Q, K, K[:, :, :3]), {}, r"value must have key's shape \(2, 2, 7, 8\); got \(2, 2, 3, 8"),
+        ((Q[:, :3], K, K), {}, "query's heads must be a multiple of key's 2; got 3"),
+        ((Q[..., :0], K[..., :0], K[..., :0]), {}, r"query \(2, 4, 5, 0\) has no elements"),
+        ((Q, K, K), {"dropout_p": 1.0}, r"dropout_p must be in \[0, 1\); got 1.0"),
+        ((Q, K, K), {"key_lengths": [3, 3]}, "key_lengths must be a tensor; got list"),
+        ((Q, K, K), {"key_lengths": ints(3, 3).long()}, "key_lengths must be int32; got torch.int"),
+        ((Q, K, K), {"key_lengths": ints(3)}, r"key_lengths must have shape \(2,\), one a .*\(1,"),
+        ((Q, K, K), {"key_lengths": ints(3, 8)}, "key_lengths must be from 0 to the 7 keys; .* 8"),
+        ((Q, K, K), {"key_lengths": ints(-1, 7)}, "key_lengths must be from 0 .*; got -1 to 7"),
+        ((Q, K, K), {"cu_seqlens": ints(0, 2)}, r"query must be \(T, H, D\), as cu_seqlens asks"),
+        ((TOKENS,) * 3, {"cu_seqlens": [0, 6]}, "cu_seqlens must be a tensor; got int"),
+        ((TOKENS,) * 3, {"cu_seqlens": (ints(0, 6),) * 3}, "cu_seqlens must be a tensor or a pair"),
+        ((TOKENS,) * 3, {"cu_seqlens": ints(0, 6).long()}, "cu_seqlens must be int32; got torch"),
+        ((TOKENS,) * 3, {"cu_seqlens": ints(0, 6)[None]}, r"cu_seqlens must have .*; got \(1, 2\)"),
+        ((TOKENS,) * 3, {"cu_seqlens": ints()}, r"cu_seqlens must have shape .*; got \(0,\)"),
+        (
+            (TOKENS,) * 3,
+            {"cu_seqlens": ints(0, 5)},
+            "cu_seqlens of query must go .*got 0 to 5",
+        ),
+        ((TOKENS,) * 3, {"cu_seqlens": ints(1, 6)}, "cu_seqlens of query must go .*; got 1 to 6"),
+        (
+            (TOKENS,) * 3,
+            {"cu_seqlens": ints(0, 4, 3, 6)},
+            "cu_seqlens of query must not fall",
+        ),
+        (
+            (TOKENS,) * 3,
+            {"cu_seqlens": (ints(0, 6), ints(0, 3, 6))},
+            "cu_seqlens of query and key must have one length; got 2 and 3",
+        ),
+        (
+            (TOKENS,) * 3,
+            {"cu_seqlens": ints(0, 6), "key_lengths": ints(6)},
+            "key_lengths must be None with cu_seqlens",
+        ),
+    ],
+)
+@pytest.mark.parametrize("backend", [None, *KERNEL_BACKENDS, "torch"])
+def test_bad_input_is_one_sentence(backend, inputs, options, sentence):
+    with pytest.raises(ValueError, match=f"^{NAME}: {sentence}"):
+        sk.scaled_dot_product_attention(*inputs, **options, backend=backend)
