@@ -69,6 +69,36 @@ def test_not_finite_values_stay_in_their_row(backend):
     assert y[0, 0, 3].isnan().all() and y.isnan().sum() == y.shape[-1]
 
 
+# For 400 tokens: falling, negative, past the end, and as large as an int32 gets.
+BAD_BOUNDARIES = [
+    [0, 700, 100, 400],
+    [0, 1100, 0, 400],
+    [0, 300, 100, 400],
+    [-500, 100, -7, 400],
+    [0, -(2**31), 2**31 - 1, 400],
+    [2**31 - 1, 0, -(2**31), -1],
+    [900, 900],
+    [400],
+]
+
+
+@pytest.mark.parametrize(
+    "dtype, is_causal", [(torch.float32, True), (torch.bfloat16, False)], ids=str
+)
+@pytest.mark.parametrize("boundaries", BAD_BOUNDARIES, ids=str)
+def test_bad_boundaries_touch_no_other_memory(boundaries, dtype, is_causal):
+    # As on a GPU, where nobody reads the boundaries first. The interpreter checks each address.
+    module = sk.dispatch.OPS[NAME].modules["triton"]
+    device = device_of("triton")
+    q, k, v, dy = torch.randn(4, 400, 1, 8, device=device).to(dtype).unbind()
+    bad, good = (ints(*values).to(device) for values in (boundaries, [0, 100, 300, 400]))
+    good = good[: len(bad)]
+    for cu_q, cu_k in ((bad, bad), (bad, good), (good, bad)):
+        options = 0.0, is_causal, 0.3, None, cu_q, cu_k, None
+        y, lse = module.forward(q, k, v, *options)
+        module.backward(dy, q, k, v, y, lse, *options)
+
+
 Q, K = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 7, 8)
 TOKENS = torch.randn(6, 2, 8)
 
