@@ -38,16 +38,22 @@ def scaled_dot_product_attention_reference(
     visible, rows, cols = _pairs(q, k, is_causal, key_lengths, cu_seqlens_q, cu_seqlens_k)
     # Autocast would compute the products in its own dtype, whatever that of their operands.
     with torch.autocast(query.device.type, enabled=False):
-        scores = q @ k.transpose(-1, -2) * scale
-        # The lowest number rather than -inf: softmax of a row that sees no key stays finite, and
-        # the second masking makes it, and its gradient, zero.
-        p = scores.masked_fill(~visible, torch.finfo(wide).min).softmax(-1)
-        p = p.masked_fill(~visible, 0.0)
+        scores = (q @ k.transpose(-1, -2) * scale).masked_fill(~visible, -torch.inf)
+        # Softmax of nothing but -inf would be NaN. The result, and its gradient, are zero.
+        nothing = _sees_nothing(scores)
+        p = scores.masked_fill_(nothing, 0.0).softmax(-1).masked_fill(~visible, 0.0)
         if seed is not None:
             p = torch.where(keep_mask(seed, rows, cols, dropout_p), p / (1 - dropout_p), 0.0)
-        y = p @ v
+        y = (p @ v).masked_fill(nothing, 0.0)
     y = y if cu_seqlens_q is None else y.transpose(0, 1).contiguous()
     return y.to(query.dtype)
+
+
+def _sees_nothing(scores):
+    """Which rows are nothing but -inf, (..., Tq, 1)."""
+    if scores.shape[-1] == 0:  # amax of no numbers is an error
+        return scores.new_ones(*scores.shape[:-1], 1, dtype=torch.bool)
+    return scores.detach().amax(-1, keepdim=True) == -torch.inf
 
 
 def _pairs(q, k, is_causal, key_lengths, cu_seqlens_q, cu_seqlens_k):
@@ -104,7 +110,8 @@ def scaled_dot_product_attention(
                  keys where they differ. Starts with 0, ends with T, never falls: checked on the
                  CPU in eager mode only, since on a GPU the check would wait for the device.
     Returns      query's shape and dtype, contiguous; computed in float32 (float64 for float64).
-                 A query that sees no key gives zero, as in torch 2.13, and zero gradients.
+                 A query that sees no key, or only scores of -inf, gives zero, as in torch 2.13,
+                 and zero gradients.
     Saves        query, key, value, output and lse, one float32 a query and head: O(T) memory
     Errors       ValueError naming the argument whose shape, dtype, device or value is wrong
     """

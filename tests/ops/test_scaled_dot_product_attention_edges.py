@@ -69,6 +69,46 @@ def test_not_finite_values_stay_in_their_row(backend):
     assert y[0, 0, 3].isnan().all() and y.isnan().sum() == y.shape[-1]
 
 
+def overflowing_case(backend, keys, dtype=torch.float32, **options):
+    """Scores of -1e60, which is -inf in float32, for the keys before `keys` of 600."""
+    device = device_of(backend)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, T, 16, device=device) for T in (40, 600, 600))
+    q[..., 0], k[..., 0] = 1e30, 0.0
+    k[:, :, :keys, 0] = -1e30
+    return tuple(t.to(dtype) for t in (q, k, v)), options
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("keys", [1, 550])  # past a block of the CPU kernel, and tiles of Triton's
+@pytest.mark.parametrize("backend", [*KERNEL_BACKENDS, "torch"])
+def test_scores_of_minus_infinity(backend, keys, dtype):
+    check(backend, *overflowing_case(backend, keys, dtype))
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("key_lengths", [None, 590])
+@pytest.mark.parametrize("backend", [*KERNEL_BACKENDS, "torch"])
+def test_nothing_but_minus_infinity_is_no_key(backend, key_lengths, is_causal):
+    options = {"is_causal": is_causal}
+    if key_lengths is not None:
+        options["key_lengths"] = ints(key_lengths).to(device_of(backend))
+    inputs, options = overflowing_case(backend, 600, **options)
+    q, k, v = inputs
+    q[:, 0, 5:] = 0.0  # these see all keys alike, the others none
+    skip_unsupported(NAME, backend, *inputs, **options)
+    ours, _, _ = functions_of(backend, inputs, options)
+    results = run_with_gradients(ours, inputs)
+    for name, result in results.items():
+        assert result.isfinite().all(), name
+    for name in ("output 0", "gradient 0"):
+        assert (results[name][:, 0, :5] == 0).all() and (results[name][:, 1] == 0).all(), name
+    assert (results["gradient 2"][:, 1] == 0).all()
+    seen = torch.arange(6, 41) if is_causal else torch.tensor([key_lengths or 600] * 35)
+    means = v[0, 0].double().cumsum(0)[seen - 1] / seen[:, None].to(v.device)
+    torch.testing.assert_close(results["output 0"][0, 0, 5:], means.float())
+
+
 # For 400 tokens: falling, negative, past the end, and as large as an int32 gets.
 BAD_BOUNDARIES = [
     [0, 700, 100, 400],

@@ -185,6 +185,15 @@ def scale_early(queries, scale):
 
 
 @triton.jit
+def shift_of(peak):
+    """What to subtract from scores whose maximum, or lse, is `peak`.
+
+    0 where they are all -inf: exp(-inf - 0) is 0, and exp(-inf + inf) would be NaN.
+    """
+    return tl.where(peak == -float("inf"), 0.0, peak)
+
+
+@triton.jit
 def exp_of(scores, late, shift, dtype: tl.constexpr):
     """exp(scores * late - shift), where `late` is scale_early's."""
     if dtype == tl.float32:

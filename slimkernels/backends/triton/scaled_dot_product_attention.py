@@ -30,6 +30,7 @@ from slimkernels.backends.triton._attention import (
     rows_of,
     scale_early,
     sees,
+    shift_of,
     store_tile,
     tiles_of,
 )
@@ -219,11 +220,11 @@ def _forward_kernel(
         scores = tl.dot(queries, keys.T, input_precision="ieee")  # (BLOCK_M, BLOCK_N)
         if start >= whole:
             scores = tl.where(sees(i, j, seen, IS_CAUSAL), scores, -float("inf"))
-        # Every query sees key 0, which is in the first tile: from there on peak is not -inf.
-        raised = tl.maximum(peak, tl.max(scores, axis=1) * late)
-        p = exp_of(scores, late, raised[:, None], queries.dtype)
-        shrink = tl.exp(peak - raised)
-        peak = raised
+        before = peak
+        peak = tl.maximum(peak, tl.max(scores, axis=1) * late)
+        shift = shift_of(peak)
+        p = exp_of(scores, late, shift[:, None], queries.dtype)
+        shrink = tl.exp(before - shift)
         total = total * shrink + tl.sum(p, axis=1)
         if seed_ptr is not None:
             keep = keep_mask(key0[:, None], key1[:, None], j[None, :], threshold)
@@ -232,7 +233,7 @@ def _forward_kernel(
         sums = sums * shrink[:, None]
         sums = tl.dot(p.to(values.dtype), values, sums, input_precision="ieee")
 
-    total = tl.where(seen > 0, total, 1.0)  # no key: y is 0 and lse -inf
+    total = tl.where(total == 0.0, 1.0, total)  # no key, or only scores of -inf: y 0 and lse -inf
     sums *= (factor / total)[:, None]
     store_tile(sums, y, batch, head, q_begin + first, present, D)
     lse = peak + tl.log(total)
