@@ -139,7 +139,7 @@ def test_expanded_gradient_and_scattered_elements(backend):
         assert torch.equal(actual, expected[name]), name
 
 
-@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
+@pytest.mark.parametrize("backend", [*KERNEL_BACKENDS, "torch"])
 def test_one_tensor_for_all_three_and_one_graph_for_all_lengths(backend):
     graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
 

@@ -8,6 +8,8 @@ from op_cases import KERNEL_BACKENDS, device_of, skip_unsupported
 import slimkernels as sk
 from slimkernels.testing import run_with_gradients
 
+ALL_BACKENDS = [*KERNEL_BACKENDS, "torch"]
+
 
 def test_heads_too_wide_for_triton():
     x = torch.zeros(1, 1, 4, 300, device=device_of("triton"))
@@ -24,39 +26,48 @@ def test_large_scores(backend, mean):
     check(backend, (q + mean, k * 3, v), options)
 
 
-@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
-def test_sequences_never_see_each_other(backend):
-    inputs, options = ragged_case("several", torch.float32, device_of(backend))
+@pytest.mark.parametrize("other", [1e4, float("inf"), float("nan")])
+@pytest.mark.parametrize("options", [{}, {"is_causal": True, "dropout_p": 0.2}], ids=str)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
+def test_sequences_never_see_each_other(backend, options, other):
+    inputs, cu_seqlens = ragged_case("several", torch.float32, device_of(backend))
+    options = {**options, **cu_seqlens}
     skip_unsupported(NAME, backend, *inputs, **options)
-    ours, _, _ = functions_of(backend, inputs, {**options, "dropout_p": 0.2})
-    dy = torch.randn(inputs[0].shape, device=inputs[0].device)
-    before = run_with_gradients(ours, inputs, (dy,))
+    ours, _, _ = functions_of(backend, inputs, options)
+    tensors = *inputs, torch.randn(inputs[0].shape, device=inputs[0].device)
+    before = run_with_gradients(ours, tensors[:3], tensors[3:])
     second = slice(3, 20)
-    changed = tuple(t.clone() for t in (*inputs, dy))
-    for tensor in changed:
-        tensor[second] = tensor[second] * -50 + 1
-    after = run_with_gradients(ours, changed[:3], changed[3:])
-    for name, expected in before.items():
-        for others in (slice(0, 3), slice(20, None)):
-            assert torch.equal(after[name][others], expected[others]), name
-        assert not torch.equal(after[name][second], expected[second]), name
+    for which in ([0], [1], [2], [3], [0, 1, 2, 3]):
+        changed = [t.clone() for t in tensors]
+        for i in which:
+            changed[i][second] = other
+        after = run_with_gradients(ours, tuple(changed[:3]), tuple(changed[3:]))
+        for name, expected in before.items():
+            for others in (slice(0, 3), slice(20, None)):
+                assert torch.equal(after[name][others], expected[others]), (which, name)
+        assert not torch.equal(after["gradient 1"][second], before["gradient 1"][second]), which
 
 
-@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
-def test_keys_past_their_length_change_nothing(backend):
-    inputs, options = dense_case("lengths", torch.float32, device_of(backend))
+@pytest.mark.parametrize("other", [1e4, float("inf"), float("nan")])
+@pytest.mark.parametrize("case", ["lengths", "lengths causal"])
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
+def test_keys_past_their_length_change_nothing(backend, case, other):
+    inputs, options = dense_case(case, torch.float32, device_of(backend))
     skip_unsupported(NAME, backend, *inputs, **options)
     ours, _, _ = functions_of(backend, inputs, options)
     before = run_with_gradients(ours, inputs)
     q, k, v = (t.clone() for t in inputs)
     for b, length in enumerate(options["key_lengths"].tolist()):
-        k[b, :, length:] = 1e4
-        v[b, :, length:] = -1e4
+        k[b, :, length:] = other
+        v[b, :, length:] = -other
     after = run_with_gradients(ours, (q, k, v))
     for name, expected in before.items():
         assert torch.equal(after[name], expected), name
-    assert (before["output 0"][2] == 0).all() and (before["gradient 0"][2] == 0).all()
-    assert (before["gradient 2"][1, :, 5:] == 0).all()
+    for b, length in enumerate(options["key_lengths"].tolist()):
+        for name in ("gradient 1", "gradient 2"):
+            assert (before[name][b, :, length:] == 0).all(), name
+        if length == 0:
+            assert (before["output 0"][b] == 0).all() and (before["gradient 0"][b] == 0).all()
 
 
 @pytest.mark.parametrize("backend", KERNEL_BACKENDS)
@@ -81,14 +92,14 @@ def overflowing_case(backend, keys, dtype=torch.float32, **options):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("keys", [1, 550])  # past a block of the CPU kernel, and tiles of Triton's
-@pytest.mark.parametrize("backend", [*KERNEL_BACKENDS, "torch"])
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_scores_of_minus_infinity(backend, keys, dtype):
     check(backend, *overflowing_case(backend, keys, dtype))
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("key_lengths", [None, 590])
-@pytest.mark.parametrize("backend", [*KERNEL_BACKENDS, "torch"])
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_nothing_but_minus_infinity_is_no_key(backend, key_lengths, is_causal):
     options = {"is_causal": is_causal}
     if key_lengths is not None:
@@ -195,7 +206,7 @@ def ints(*values, dtype=torch.int32):
         ),
     ],
 )
-@pytest.mark.parametrize("backend", [None, *KERNEL_BACKENDS, "torch"])
+@pytest.mark.parametrize("backend", [None, *ALL_BACKENDS])
 def test_bad_input_is_one_sentence(backend, inputs, options, sentence):
     with pytest.raises(ValueError, match=f"^{NAME}: {sentence}"):
         sk.scaled_dot_product_attention(*inputs, **options, backend=backend)
