@@ -28,6 +28,8 @@ inline void softmax_row(float* s, int64_t n, float& peak, float& total, float* y
                         const Dropout& dropout, const RowBits& bits, int64_t first_key) {
   const float before = peak, here = peak_of(s, n);
   peak = here > before ? here : before;
+  // While all scores are -inf, they add exp(-inf - 0) = 0, not exp(-inf + inf) = NaN.
+  const float shift = peak == -kInfinity ? 0.f : peak;
   if (before != peak && before != -kInfinity) {
     const float shrink = exp_of_nonpositive(broadcast(before - peak))[0];
     total *= shrink;
@@ -35,7 +37,7 @@ inline void softmax_row(float* s, int64_t n, float& peak, float& total, float* y
   }
   vfloat sums[2] = {};
   const auto exponential = [&](int64_t j, vfloat& sum) {
-    const vfloat p = exp_of_nonpositive(load(s + j, Full{}) - peak);
+    const vfloat p = exp_of_nonpositive(load(s + j, Full{}) - shift);
     sum += p;
     if constexpr (kDropout)
       store(s + j, bits.at(first_key + j) >= dropout.threshold ? p : vfloat{}, Full{});

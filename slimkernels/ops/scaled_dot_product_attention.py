@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from slimkernels.dispatch import Op, kernel_op, needs_gradient
 from slimkernels.ops._checks import check_dropout, check_tensor
 from slimkernels.ops._dropout import draw_seed, keep_mask
+from slimkernels.ops._ragged import Scores, Weighted, sequence_of
 
 
 def scaled_dot_product_attention_reference(
@@ -36,18 +37,37 @@ def scaled_dot_product_attention_reference(
     group = q.shape[-3] // k.shape[-3]
     k, v = (t.repeat_interleave(group, dim=-3) for t in (k, v))
     visible, rows, cols = _pairs(q, k, is_causal, key_lengths, cu_seqlens_q, cu_seqlens_k)
+    # What no query sees must change nothing, NaN included: 0 * NaN would be NaN.
+    unseen = ~visible.any(-2).unsqueeze(-1)
+    k, v = k.masked_fill(unseen, 0.0), v.masked_fill(unseen, 0.0)
+    score, weigh = _products(cu_seqlens_q, cu_seqlens_k, q, k)
     # Autocast would compute the products in its own dtype, whatever that of their operands.
     with torch.autocast(query.device.type, enabled=False):
-        scores = q @ k.transpose(-1, -2) * scale
-        # The lowest number rather than -inf: softmax of a row that sees no key stays finite, and
-        # the second masking makes it, and its gradient, zero.
-        p = scores.masked_fill(~visible, torch.finfo(wide).min).softmax(-1)
-        p = p.masked_fill(~visible, 0.0)
+        scores = (score(q, k) * scale).masked_fill(~visible, -torch.inf)
+        # Softmax of nothing but -inf would be NaN. The result, and its gradient, are zero.
+        nothing = _sees_nothing(scores)
+        p = scores.masked_fill_(nothing, 0.0).softmax(-1).masked_fill(~visible, 0.0)
         if seed is not None:
             p = torch.where(keep_mask(seed, rows, cols, dropout_p), p / (1 - dropout_p), 0.0)
-        y = p @ v
+        y = weigh(p, v).masked_fill(nothing, 0.0)
     y = y if cu_seqlens_q is None else y.transpose(0, 1).contiguous()
     return y.to(query.dtype)
+
+
+def _products(cu_seqlens_q, cu_seqlens_k, q, k):
+    """q @ k^T and p @ v, as functions."""
+    if cu_seqlens_q is None:
+        return lambda q, k: q @ k.mT, torch.matmul
+    of_q, of_k = sequence_of(cu_seqlens_q, q.shape[-2]), sequence_of(cu_seqlens_k, k.shape[-2])
+    of = of_q, of_k, cu_seqlens_q.shape[0] - 1
+    return lambda q, k: Scores.apply(q, k, *of), lambda p, v: Weighted.apply(p, v, *of)
+
+
+def _sees_nothing(scores):
+    """Which rows are nothing but -inf, (..., Tq, 1)."""
+    if scores.shape[-1] == 0:  # amax of no numbers is an error
+        return scores.new_ones(*scores.shape[:-1], 1, dtype=torch.bool)
+    return scores.detach().amax(-1, keepdim=True) == -torch.inf
 
 
 def _pairs(q, k, is_causal, key_lengths, cu_seqlens_q, cu_seqlens_k):
@@ -60,13 +80,9 @@ def _pairs(q, k, is_causal, key_lengths, cu_seqlens_q, cu_seqlens_k):
         batch = torch.arange(q.shape[0], device=q.device)[:, None, None, None]
         rows = (batch * H + heads) * Tq + i[:, None]
     else:
-        # A token belongs to the last sequence that starts at or before it: empty ones are passed.
         rows = i[:, None] * H + heads
-        of_i, of_j = (
-            torch.searchsorted(cu, t.int(), right=True) - 1
-            for cu, t in ((cu_seqlens_q, i), (cu_seqlens_k, j))
-        )
-        i, j = i - cu_seqlens_q[of_i], j - cu_seqlens_k[of_j]  # within the sequence
+        of_i, of_j = sequence_of(cu_seqlens_q, Tq), sequence_of(cu_seqlens_k, Tk)
+        i, j = i - cu_seqlens_q[of_i - 1], j - cu_seqlens_k[of_j - 1]  # within the sequence
         visible = of_i[:, None] == of_j
     if is_causal:
         visible = visible & (j <= i[:, None])
@@ -104,8 +120,15 @@ def scaled_dot_product_attention(
                  keys where they differ. Starts with 0, ends with T, never falls: checked on the
                  CPU in eager mode only, since on a GPU the check would wait for the device.
     Returns      query's shape and dtype, contiguous; computed in float32 (float64 for float64).
-                 A query that sees no key gives zero, as in torch 2.13, and zero gradients.
+                 A query that sees no key, or only scores of -inf, gives zero, as in torch 2.13,
+                 and zero gradients.
     Saves        query, key, value, output and lse, one float32 a query and head: O(T) memory
+    Caution      Nothing in another sequence or past key_lengths is ever seen, NaN included. But NaN
+                 or infinity in a key or value that only is_causal hides may reach the queries
+                 before it, as in torch.
+                 The backend "torch" stores all scores, with cu_seqlens those between sequences too:
+                 O(H * Tq * Tk) memory. It is what runs float64, float16 on a CPU, heads wider than
+                 256 on a GPU, and all else where Triton (GPU) or the extension (CPU) is missing.
     Errors       ValueError naming the argument whose shape, dtype, device or value is wrong
     """
     args = _arguments(

@@ -4,6 +4,7 @@ from array import array
 
 import torch
 
+from slimkernels.backends._attention import with_whole_rows
 from slimkernels.backends._dropout import threshold
 from slimkernels.backends.cpu._common import DTYPES, _cpu, pointer, run, unsupported_tensor
 
@@ -17,7 +18,7 @@ def unsupported(
 def forward(
     query, key, value, dropout_p, is_causal, scale, key_lengths, cu_seqlens_q, cu_seqlens_k, seed
 ):
-    query, key, value = (_with_whole_rows(t) for t in (query, key, value))
+    query, key, value = (with_whole_rows(t) for t in (query, key, value))
     integers = _whole(key_lengths, cu_seqlens_q, cu_seqlens_k)
     sizes = _sizes(query, key, value, query, cu_seqlens_q)
     ragged = cu_seqlens_q is not None
@@ -48,7 +49,7 @@ def backward(
     cu_seqlens_k,
     seed,
 ):
-    dy, query, key, value = (_with_whole_rows(t) for t in (dy, query, key, value))
+    dy, query, key, value = (with_whole_rows(t) for t in (dy, query, key, value))
     integers = _whole(key_lengths, cu_seqlens_q, cu_seqlens_k)
     sizes = _sizes(query, key, value, dy, cu_seqlens_q)
     gradients = [
@@ -62,11 +63,6 @@ def backward(
         *(threshold(dropout_p), DTYPES[query.dtype]),
     )
     return tuple(gradients)
-
-
-def _with_whole_rows(x):
-    """x itself unless the elements of a head lie apart: the kernel takes all other strides."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _whole(*integers):

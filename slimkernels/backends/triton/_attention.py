@@ -55,12 +55,17 @@ def tiles_of(x, cu_seqlens, BLOCK):
     """
     if cu_seqlens is None:
         return x.shape[0] * triton.cdiv(x.shape[2], BLOCK)
-    return x.shape[0] // BLOCK + cu_seqlens.shape[0] - 1
+    sequences = cu_seqlens.shape[0] - 1
+    return x.shape[0] // BLOCK + sequences if sequences else 0
 
 
 @triton.jit
 def locate(tile, T, cu_ptr, BLOCK: tl.constexpr):
-    """The sequence that a tile of tiles_of() is in, and the tile's first token there."""
+    """The sequence that a tile of tiles_of() is in, and the tile's first token there.
+
+    On a GPU nobody has checked the boundaries. Whatever they are, memory stays safe: here the
+    sequence exists and the token is not negative, and extent() keeps begin and count within T.
+    """
     if cu_ptr is None:
         per_sequence = tl.cdiv(T, BLOCK)
         sequence = tile // per_sequence
@@ -74,9 +79,9 @@ def locate(tile, T, cu_ptr, BLOCK: tl.constexpr):
             b = start + tl.arange(0, 128)
             starts = tl.load(cu_ptr + b, mask=b < B, other=0) // BLOCK + b
             sequence += tl.sum(((b < B) & (starts <= tile)).to(tl.int32), axis=0)
-        # On a GPU nobody has checked the boundaries; whatever they are, memory stays safe.
         sequence = tl.maximum(sequence, 0)
-        first = tl.maximum(tile - sequence - tl.load(cu_ptr + sequence) // BLOCK, 0) * BLOCK
+        first = (tile - sequence - tl.load(cu_ptr + sequence) // BLOCK) * BLOCK
+        first = tl.where(first < 0, T, first)  # past any sequence's end: the program returns
     return sequence, first
 
 
@@ -177,6 +182,15 @@ def scale_early(queries, scale):
         early = queries
         late = scale
     return early, late
+
+
+@triton.jit
+def shift_of(peak):
+    """What to subtract from scores whose maximum, or lse, is `peak`.
+
+    0 where they are all -inf: exp(-inf - 0) is 0, and exp(-inf + inf) would be NaN.
+    """
+    return tl.where(peak == -float("inf"), 0.0, peak)
 
 
 @triton.jit

@@ -17,6 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
+from slimkernels.backends._attention import with_whole_rows
+from slimkernels.backends._dropout import threshold
 from slimkernels.backends.triton._attention import (
     Lengths,
     Rows,
@@ -28,6 +30,7 @@ from slimkernels.backends.triton._attention import (
     rows_of,
     scale_early,
     sees,
+    shift_of,
     store_tile,
     tiles_of,
 )
@@ -66,7 +69,7 @@ def unsupported(
 def forward(
     query, key, value, dropout_p, is_causal, scale, key_lengths, cu_seqlens_q, cu_seqlens_k, seed
 ):
-    query, key, value = (_with_whole_rows(t) for t in (query, key, value))
+    query, key, value = (with_whole_rows(t) for t in (query, key, value))
     if scale < 0:  # the largest score is scale times the largest product only if scale > 0
         query, scale = -query, -scale
     y = torch.empty_like(query, memory_format=torch.contiguous_format)
@@ -101,7 +104,7 @@ def backward(
     cu_seqlens_k,
     seed,
 ):
-    dy, query, key, value = (_with_whole_rows(t) for t in (dy, query, key, value))
+    dy, query, key, value = (with_whole_rows(t) for t in (dy, query, key, value))
     output, lse = output.contiguous(), lse.contiguous()
     dq, dk, dv = (
         torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)
@@ -147,11 +150,6 @@ def backward(
     return dq, dk, dv
 
 
-def _with_whole_rows(x):
-    """x itself unless the elements of a head lie apart: the kernels take all other strides."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 def _sizes(query, key):
     """H, Tq, Tk, and how many query heads read one key head."""
     tokens, heads = (0, 1) if query.dim() == 3 else (2, 1)
@@ -164,8 +162,8 @@ def _lengths(*integers):
 
 
 def _dropout(dropout_p):
-    """What kept bits reach (slimkernels/ops/_dropout.py has the definition), and the factor."""
-    return min(int(dropout_p * 2**32), 2**32 - 1), 1 / (1 - dropout_p)
+    """threshold and factor of a kernel."""
+    return threshold(dropout_p), 1 / (1 - dropout_p)
 
 
 def _launch(direction, D, dtype):
@@ -222,11 +220,11 @@ def _forward_kernel(
         scores = tl.dot(queries, keys.T, input_precision="ieee")  # (BLOCK_M, BLOCK_N)
         if start >= whole:
             scores = tl.where(sees(i, j, seen, IS_CAUSAL), scores, -float("inf"))
-        # Every query sees key 0, which is in the first tile: from there on peak is not -inf.
-        raised = tl.maximum(peak, tl.max(scores, axis=1) * late)
-        p = exp_of(scores, late, raised[:, None], queries.dtype)
-        shrink = tl.exp(peak - raised)
-        peak = raised
+        before = peak
+        peak = tl.maximum(peak, tl.max(scores, axis=1) * late)
+        shift = shift_of(peak)
+        p = exp_of(scores, late, shift[:, None], queries.dtype)
+        shrink = tl.exp(before - shift)
         total = total * shrink + tl.sum(p, axis=1)
         if seed_ptr is not None:
             keep = keep_mask(key0[:, None], key1[:, None], j[None, :], threshold)
@@ -235,7 +233,7 @@ def _forward_kernel(
         sums = sums * shrink[:, None]
         sums = tl.dot(p.to(values.dtype), values, sums, input_precision="ieee")
 
-    total = tl.where(seen > 0, total, 1.0)  # no key: y is 0 and lse -inf
+    total = tl.where(total == 0.0, 1.0, total)  # no key, or only scores of -inf: y 0 and lse -inf
     sums *= (factor / total)[:, None]
     store_tile(sums, y, batch, head, q_begin + first, present, D)
     lse = peak + tl.log(total)
