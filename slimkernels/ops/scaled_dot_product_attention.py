@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from slimkernels.dispatch import Op, kernel_op, needs_gradient
-from slimkernels.ops._checks import check_dropout, check_tensor
+from slimkernels.dispatch import Op, distinct, kernel_op, needs_gradient
+from slimkernels.ops._checks import check_dropout, check_number, check_tensor
 from slimkernels.ops._dropout import draw_seed, keep_mask
 from slimkernels.ops._ragged import Scores, Weighted, sequence_of
 
@@ -144,7 +144,7 @@ def scaled_dot_product_attention(
     if chosen == "torch":
         return scaled_dot_product_attention_reference(*args, seed)
     if needs_gradient(query, key, value):
-        return _Attention.apply(*_distinct(args), seed, chosen)
+        return _Attention.apply(*distinct(*args), seed, chosen)
     return scaled_dot_product_attention_forward(*args, seed, chosen)[0]
 
 
@@ -172,6 +172,8 @@ def _arguments(
     elif key_lengths is not None:
         _check_integers("key_lengths", key_lengths, query, query.shape[0])
         _check_key_lengths(key_lengths, key.shape[2])
+    if scale is not None:
+        check_number(_NAME, "scale", scale)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     return query, key, value, float(dropout_p), bool(is_causal), scale, key_lengths, cu_q, cu_k
 
@@ -266,15 +268,6 @@ def _check_key_lengths(key_lengths, Tk):
 
 # Order: triton before cuda until a table of GPU measurements says otherwise.
 SCALED_DOT_PRODUCT_ATTENTION = Op(_NAME, order=("triton", "cuda", "cpu"), arguments=_arguments)
-
-
-def _distinct(args):
-    """`args` with a view in place of a tensor that came before: self-attention and cu_seqlens may
-    give one tensor twice, and torch.compile cannot trace a Function that is given it so."""
-    return [
-        t.view_as(t) if isinstance(t, Tensor) and any(t is s for s in args[:i]) else t
-        for i, t in enumerate(args)
-    ]
 
 
 class _Attention(torch.autograd.Function):
