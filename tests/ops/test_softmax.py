@@ -1,85 +1,21 @@
-import itertools
-
 import pytest
 import torch
-from op_cases import DTYPES, KERNEL_BACKENDS, device_of, maybe_compiled, skip_unsupported
-
-import slimkernels as sk
-from slimkernels.backends._mask import mask_rows
-from slimkernels.ops.softmax import SOFTMAX, softmax_reference
-from slimkernels.testing import assert_op_matches, run_with_gradients
-
-SHAPES = [(1, 1), (3, 7), (9, 1), (2, 3, 5, 33), (4, 70, 65), (2, 5, 769), (0, 8)]
-KINDS = {
-    "plain": {},
-    "scale": {"scale": 0.25},
-    "mask": {"mask": True},
-    "causal": {"is_causal": True},
-    "mask+causal": {"scale": -0.5, "mask": True, "is_causal": True},
-}
-every_backend = pytest.mark.parametrize("backend", KERNEL_BACKENDS)
-every_kind = pytest.mark.parametrize("kind", KINDS)
-# Triton's rows in registers, and in short blocks: the loop that long rows take.
-every_backend_and_cut = pytest.mark.parametrize(
-    "backend, cut",
-    [*((backend, "whole") for backend in KERNEL_BACKENDS), ("triton", "blocks")],
-    indirect=["cut"],
+from op_cases import DTYPES, KERNEL_BACKENDS, device_of, skip_unsupported
+from softmax_cases import (
+    check,
+    eager_softmax,
+    every_backend,
+    every_backend_and_cut,
+    every_kind,
+    inputs_of,
+    options_of,
 )
 
+import slimkernels as sk
+from slimkernels.ops.softmax import softmax_reference
+from slimkernels.testing import run_with_gradients
 
-def inputs_of(shape, dtype, device, mean=0.0, spread=1.0):
-    torch.manual_seed(0)
-    x = torch.randn(shape, device=device)
-    # Ties: without them each row of extreme scores has one winner, and next to no gradient.
-    x = x.round() if spread > 100 else x
-    return x.mul(spread).add(mean).to(dtype)
-
-
-def options_of(kind, shape, device):
-    """The keywords of a kind; its mask hides all of some rows."""
-    options = dict(KINDS[kind])
-    if "mask" in options:
-        torch.manual_seed(1)
-        options["mask"] = torch.rand(shape, device=device) < 0.7
-        options["mask"][..., -1:, :] &= shape[-1] % 2 == 0
-    return options
-
-
-def eager_softmax(x, dim=-1, *, scale=1.0, mask=None, is_causal=False):
-    """What a user of plain PyTorch writes."""
-    x = x if scale == 1.0 else x * scale
-    if is_causal:
-        causal = torch.ones(x.shape[-2:], dtype=torch.bool, device=x.device).tril()
-        mask = causal if mask is None else mask & causal
-    if mask is None:
-        return torch.softmax(x, dim)
-    mask = mask.expand(x.shape)
-    y = torch.softmax(x.masked_fill(~mask, -float("inf")), dim)
-    return y.masked_fill(~mask.any(dim, keepdim=True), 0.0)
-
-
-def check(backend, x, options, compiled=False):
-    skip_unsupported("softmax", backend, x, **options)
-
-    def ours(x):
-        return sk.softmax(x, **options, backend=backend)
-
-    def eager(x):
-        return eager_softmax(x, **options)
-
-    def reference(x):
-        return sk.softmax(x, **options, backend="torch")
-
-    assert_op_matches(maybe_compiled(ours, compiled), eager, reference, (x,))
-
-
-@pytest.fixture
-def cut(request, monkeypatch):
-    kernels = SOFTMAX.modules["triton"]
-    if request.param == "blocks" and not isinstance(kernels, str):
-        monkeypatch.setattr(kernels, "MAX_TILE", 4)
-        monkeypatch.setattr(kernels, "BLOCK", 32)
-    return request.param
+SHAPES = [(1, 1), (3, 7), (9, 1), (2, 3, 5, 33), (4, 70, 65), (2, 5, 769), (0, 8)]
 
 
 @pytest.mark.parametrize("mean, spread", [(0.0, 1.0), (100.0, 1.0), (0.0, 3e3)])
@@ -155,128 +91,6 @@ def test_causal_counts_from_the_top_left(backend, masked, Tq, Tk, cut):
     check(backend, x, options)
     y = sk.softmax(x, **options, backend=backend)
     assert not y.triu(1).any()
-
-
-# Masks: every way to broadcast, the same bits as the mask written out
-
-
-FOUR = (2, 3, 5, 34)
-
-
-@pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("broadcast", list(itertools.product([True, False], repeat=4)), ids=str)
-@every_backend
-def test_mask_broadcasts_over_any_dimensions(backend, broadcast, is_causal):
-    x = inputs_of(FOUR, torch.float32, device_of(backend))
-    skip_unsupported("softmax", backend, x)
-    sizes = [1 if wide else n for wide, n in zip(broadcast, FOUR, strict=True)]
-    mask = torch.rand(sizes, device=x.device) < 0.6
-    mask.view(-1)[::3] = False
-    mask.view(-1)[1::3] = True
-    for given in (mask, mask.squeeze(0)):
-        results = [
-            run_with_gradients(
-                lambda x, m=m: sk.softmax(x, mask=m, is_causal=is_causal, backend=backend), (x,)
-            )
-            for m in (given, given.expand(FOUR).contiguous())
-        ]
-        for name, expected in results[1].items():
-            assert torch.equal(results[0][name], expected), name
-    check(backend, x, {"mask": mask, "is_causal": is_causal})
-
-
-def padding_mask(x):
-    """Rows that see a prefix: all, one, none, and some of the columns."""
-    lengths = torch.tensor([x.shape[-1], 1, 0, 9, 16, 17], device=x.device)
-    return torch.arange(x.shape[-1], device=x.device) < lengths[: x.shape[0]].view(-1, 1, 1, 1)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("N", [34, 64])
-@every_backend_and_cut
-def test_padding_mask(backend, N, dtype, cut):
-    x = inputs_of((6, 1, 4, N), dtype, device_of(backend))
-    mask = padding_mask(x)
-    check(backend, x, {"mask": mask})
-    check(backend, x, {"mask": mask, "is_causal": True})
-    # Nothing at the end of a row, and something in its middle.
-    check(backend, x, {"mask": mask.flip(-1)})
-    check(backend, x, {"mask": mask.roll(3, -1)})
-
-
-@pytest.mark.parametrize("dim", [-4, -3, -2, -1, 0, 1, 2, 3])
-@pytest.mark.parametrize("sizes", [FOUR, (3, 1, 34), (2, 1, 5, 1), (1,)], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-@every_backend
-def test_any_dimension(backend, dtype, sizes, dim):
-    x = inputs_of(FOUR, dtype, device_of(backend))
-    check(backend, x, {"dim": dim})
-    check(backend, x, {"dim": dim, "scale": 3.0, "mask": torch.rand(sizes, device=x.device) < 0.6})
-
-
-@pytest.mark.parametrize("dim", [0, -1])
-@every_backend
-def test_one_dimension(backend, dim):
-    x = inputs_of((19,), torch.float32, device_of(backend))
-    check(backend, x, {"dim": dim})
-    check(backend, x, {"dim": dim, "mask": torch.arange(19, device=x.device) % 3 > 0})
-
-
-def mask_of(sizes, strides=None):
-    flat = torch.rand(10_000, generator=torch.Generator().manual_seed(0)) < 0.5
-    return flat.as_strided(sizes, strides or torch.empty(sizes).stride())
-
-
-# The shape of input, a mask, and how many bytes are copied before a kernel reads it.
-LAYOUTS = {
-    "dense": (FOUR, mask_of(FOUR), 0),
-    "over heads": (FOUR, mask_of((2, 1, 5, 34)), 0),
-    "per head": (FOUR, mask_of((1, 3, 1, 34)), 0),
-    "padding": (FOUR, mask_of((2, 1, 1, 34)), 0),
-    "whole rows": (FOUR, mask_of((2, 3, 5, 1)), 0),
-    "a slice of each row": (FOUR, mask_of(FOUR, (700, 200, 40, 1)), 0),
-    "queries in steps": (FOUR, mask_of((1, 1, 5, 34), (0, 0, 90, 1)), 0),
-    "one": (FOUR, mask_of((1, 1, 1, 1)), 0),
-    "two alternations": ((2, 3, 2, 3, 34), mask_of((1, 3, 2, 1, 34)), 0),
-    "three alternations": ((2, 3, 2, 3, 34), mask_of((2, 1, 2, 1, 34)), 2 * 3 * 2 * 3 * 34),
-    "other columns first": (FOUR, mask_of(FOUR, (1, 2, 6, 30)), 2 * 3 * 5 * 34),
-    "every second column": (FOUR, mask_of((2, 1, 1, 34), (68, 68, 68, 2)), 2 * 34),
-    "heads before batches": (FOUR, mask_of((2, 3, 1, 34), (34, 68, 1, 1)), 0),
-    "heads before batches, in steps": (FOUR, mask_of((2, 3, 5, 34), (34, 80, 250, 1)), 0),
-    "four runs": ((2, 3, 2, 3, 34), mask_of((2, 3, 2, 3, 34), (40, 80, 250, 600, 1)), 36 * 34),
-    "one column": ((2, 3, 5, 1), mask_of((2, 3, 5, 1), (90, 30, 5, 7)), 0),
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_rows_of_a_mask(layout):
-    shape, mask, copied = LAYOUTS[layout]
-    mask = mask.expand(shape)
-    rows = mask_rows(mask)
-    row, col = torch.arange(mask.numel() // shape[-1]), torch.arange(shape[-1])
-    block = row // rows.inner
-    starts = block // rows.middle * rows.stride_outer
-    starts += block % rows.middle * rows.stride_middle + row % rows.inner * rows.stride_inner
-    at = starts[:, None] + col * rows.stride_col
-    memory = rows.mask.as_strided((int(at.max()) + 1,), (1,))
-    assert torch.equal(memory[at], mask.reshape(-1, shape[-1]))
-    assert rows.stride_col in (0, 1)
-    storage = rows.mask.untyped_storage()
-    shared = storage.data_ptr() == mask.untyped_storage().data_ptr()
-    assert copied == (0 if shared else storage.nbytes())
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@every_backend_and_cut
-def test_mask_of_any_layout(backend, layout, cut):
-    shape, mask, _ = LAYOUTS[layout]
-    device = device_of(backend)
-    x = inputs_of(shape, torch.float32, device)
-    strided = torch.empty_strided(mask.shape, mask.stride(), dtype=torch.bool, device=device)
-    strided.copy_(mask)
-    skip_unsupported("softmax", backend, x, mask=strided)
-    y = sk.softmax(x, mask=strided, backend=backend)
-    assert torch.equal(y, sk.softmax(x, mask=mask.to(device).contiguous(), backend=backend))
 
 
 # Rows that see nothing, NaN and infinity
@@ -486,7 +300,8 @@ X, MASK = torch.randn(4, 8), torch.ones(4, 8, dtype=torch.bool)
         (dict(input=[1.0]), "input must be a tensor; got list"),
         (dict(input=X.int()), "input must be float32, float16, bfloat16 or float64; got torch.int"),
         (dict(dim=2), r"dim must be in \[-2, 2\) for input \(4, 8\); got 2"),
-        (dict(input=X[0, 0]), r"dim must be in \[0, 0\) for input \(\); got -1"),
+        (dict(input=X[0, 0]), r"input must have a dimension; got shape \(\)"),
+        (dict(dim=0.5), "dim must be an integer; got 0.5"),
         (dict(scale=float("nan")), "scale must be finite; got nan"),
         (dict(scale=-float("inf")), "scale must be finite; got -inf"),
         (dict(mask=[True]), "mask must be a tensor; got list"),
