@@ -13,6 +13,9 @@ import triton.language as tl
 from slimkernels.backends.triton._common import row_keys
 
 LOG2E = tl.constexpr(1.4426950408889634)
+# Where a query's maximum starts, and stays if all its scores are -inf: exp(-inf - LOWEST) is 0, and
+# exp(-inf + inf) would be NaN. About the lowest float32 whose product with LOG2E is one, too.
+LOWEST = tl.constexpr(-2.3e38)
 
 
 class Rows(NamedTuple):
@@ -81,7 +84,7 @@ def locate(tile, T, cu_ptr, BLOCK: tl.constexpr):
             sequence += tl.sum(((b < B) & (starts <= tile)).to(tl.int32), axis=0)
         sequence = tl.maximum(sequence, 0)
         first = (tile - sequence - tl.load(cu_ptr + sequence) // BLOCK) * BLOCK
-        first = tl.where(first < 0, T, first)  # past any sequence's end: the program returns
+        first = tl.maximum(first, 0)  # after the product, which may overflow
     return sequence, first
 
 
@@ -182,15 +185,6 @@ def scale_early(queries, scale):
         early = queries
         late = scale
     return early, late
-
-
-@triton.jit
-def shift_of(peak):
-    """What to subtract from scores whose maximum, or lse, is `peak`.
-
-    0 where they are all -inf: exp(-inf - 0) is 0, and exp(-inf + inf) would be NaN.
-    """
-    return tl.where(peak == -float("inf"), 0.0, peak)
 
 
 @triton.jit

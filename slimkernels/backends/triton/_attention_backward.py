@@ -29,7 +29,6 @@ from slimkernels.backends.triton._attention import (
     query_tile,
     scale_early,
     sees,
-    shift_of,
     store_tile,
 )
 from slimkernels.backends.triton._common import keep_mask
@@ -85,7 +84,7 @@ def _row_sums_kernel(
     present = i < q_count
     tokens = q_begin + i
     at = (batch * H + head) * Tq + tokens
-    shift = shift_of(tl.load(statistics.lse + at, mask=present, other=0.0))
+    lse = tl.load(statistics.lse + at, mask=present, other=0.0)
     queries = load_tile(q, batch, head, q_begin + first, present, D, BLOCK_M, BLOCK_D)
     queries, late = scale_early(queries, scale)
     dys = load_tile(dy, batch, head, q_begin + first, present, D, BLOCK_M, BLOCK_D)
@@ -101,7 +100,7 @@ def _row_sums_kernel(
         keys = load_tile(k, batch, head // group, k_begin + start, j < seen, D, BLOCK_N, BLOCK_D)
         values = load_tile(v, batch, head // group, k_begin + start, j < seen, D, BLOCK_N, BLOCK_D)
         scores = tl.dot(queries, keys.T, input_precision="ieee")  # (BLOCK_M, BLOCK_N)
-        p = exp_of(scores, late, shift[:, None], values.dtype)
+        p = exp_of(scores, late, lse[:, None], values.dtype)
         if start >= whole:
             p = tl.where(sees(i, j, seen, IS_CAUSAL), p, 0.0)
         dp = tl.dot(dys, values.T, input_precision="ieee")
@@ -149,7 +148,7 @@ def _dq_kernel(
     present = i < q_count
     tokens = q_begin + i
     at = (batch * H + head) * Tq + tokens
-    shift = shift_of(tl.load(statistics.lse + at, mask=present, other=0.0))
+    lse = tl.load(statistics.lse + at, mask=present, other=0.0)
     delta = tl.load(statistics.delta + at, mask=present, other=0.0)
     queries = load_tile(q, batch, head, q_begin + first, present, D, BLOCK_M, BLOCK_D)
     queries, late = scale_early(queries, scale)
@@ -162,7 +161,7 @@ def _dq_kernel(
         keys = load_tile(k, batch, head // group, k_begin + start, j < seen, D, BLOCK_N, BLOCK_D)
         values = load_tile(v, batch, head // group, k_begin + start, j < seen, D, BLOCK_N, BLOCK_D)
         scores = tl.dot(queries, keys.T, input_precision="ieee")  # (BLOCK_M, BLOCK_N)
-        p = exp_of(scores, late, shift[:, None], values.dtype)
+        p = exp_of(scores, late, lse[:, None], values.dtype)
         if start >= whole:
             p = tl.where(sees(i, j, seen, IS_CAUSAL), p, 0.0)
         dp = tl.dot(dys, values.T, input_precision="ieee")
@@ -226,14 +225,14 @@ def _dkdv_kernel(
             present = i < q_count
             tokens = q_begin + i
             at = (batch * H + head) * Tq + tokens
-            shift = shift_of(tl.load(statistics.lse + at, mask=present, other=0.0))
+            lse = tl.load(statistics.lse + at, mask=present, other=0.0)
             delta = tl.load(statistics.delta + at, mask=present, other=0.0)
             queries = load_tile(q, batch, head, q_begin + start, present, D, BLOCK_M, BLOCK_D)
             queries, late = scale_early(queries, scale)
             dys = load_tile(dy, batch, head, q_begin + start, present, D, BLOCK_M, BLOCK_D)
             # Transposed, as dkeys and dvalues need P and dS: (BLOCK_N, BLOCK_M).
             scores = tl.dot(keys, queries.T, input_precision="ieee")
-            p = exp_of(scores, late, shift[None, :], values.dtype)
+            p = exp_of(scores, late, lse[None, :], values.dtype)
             if statistics.total is not None:
                 total = tl.load(statistics.total + at, mask=present, other=1.0)
                 p = tl.div_rn(p, total[None, :])

@@ -20,6 +20,7 @@ import triton.language as tl
 from slimkernels.backends._attention import with_whole_rows
 from slimkernels.backends._dropout import threshold
 from slimkernels.backends.triton._attention import (
+    LOWEST,
     Lengths,
     Rows,
     Statistics,
@@ -30,7 +31,6 @@ from slimkernels.backends.triton._attention import (
     rows_of,
     scale_early,
     sees,
-    shift_of,
     store_tile,
     tiles_of,
 )
@@ -211,7 +211,7 @@ def _forward_kernel(
     if seed_ptr is not None:
         key0, key1 = dropout_keys(seed_ptr, batch, head, tokens, H, Tq, lengths.cu_q is not None)
 
-    peak = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    peak = tl.full((BLOCK_M,), LOWEST, tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     sums = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for start in range(0, seen, BLOCK_N):
@@ -220,11 +220,10 @@ def _forward_kernel(
         scores = tl.dot(queries, keys.T, input_precision="ieee")  # (BLOCK_M, BLOCK_N)
         if start >= whole:
             scores = tl.where(sees(i, j, seen, IS_CAUSAL), scores, -float("inf"))
-        before = peak
-        peak = tl.maximum(peak, tl.max(scores, axis=1) * late)
-        shift = shift_of(peak)
-        p = exp_of(scores, late, shift[:, None], queries.dtype)
-        shrink = tl.exp(before - shift)
+        raised = tl.maximum(peak, tl.max(scores, axis=1) * late)
+        p = exp_of(scores, late, raised[:, None], queries.dtype)
+        shrink = tl.exp(peak - raised)
+        peak = raised
         total = total * shrink + tl.sum(p, axis=1)
         if seed_ptr is not None:
             keep = keep_mask(key0[:, None], key1[:, None], j[None, :], threshold)
@@ -233,7 +232,7 @@ def _forward_kernel(
         sums = sums * shrink[:, None]
         sums = tl.dot(p.to(values.dtype), values, sums, input_precision="ieee")
 
-    total = tl.where(total == 0.0, 1.0, total)  # no key, or only scores of -inf: y 0 and lse -inf
+    total = tl.where(total == 0.0, 1.0, total)  # no key, or only scores of -inf: y is 0
     sums *= (factor / total)[:, None]
     store_tile(sums, y, batch, head, q_begin + first, present, D)
     lse = peak + tl.log(total)
