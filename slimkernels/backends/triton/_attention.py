@@ -188,6 +188,12 @@ def scale_early(queries, scale):
 
 
 @triton.jit
+def load_lse(statistics, at, present):
+    """lse; LOWEST for a query that sees nothing, whose P are then 0."""
+    return tl.maximum(tl.load(statistics.lse + at, mask=present, other=0.0), LOWEST)
+
+
+@triton.jit
 def exp_of(scores, late, shift, dtype: tl.constexpr):
     """exp(scores * late - shift), where `late` is scale_early's."""
     if dtype == tl.float32:

@@ -24,6 +24,7 @@ from slimkernels.backends.triton._attention import (
     exp_of,
     extent,
     key_extent,
+    load_lse,
     load_tile,
     locate,
     query_tile,
@@ -84,7 +85,7 @@ def _row_sums_kernel(
     present = i < q_count
     tokens = q_begin + i
     at = (batch * H + head) * Tq + tokens
-    lse = tl.load(statistics.lse + at, mask=present, other=0.0)
+    lse = load_lse(statistics, at, present)
     queries = load_tile(q, batch, head, q_begin + first, present, D, BLOCK_M, BLOCK_D)
     queries, late = scale_early(queries, scale)
     dys = load_tile(dy, batch, head, q_begin + first, present, D, BLOCK_M, BLOCK_D)
@@ -148,7 +149,7 @@ def _dq_kernel(
     present = i < q_count
     tokens = q_begin + i
     at = (batch * H + head) * Tq + tokens
-    lse = tl.load(statistics.lse + at, mask=present, other=0.0)
+    lse = load_lse(statistics, at, present)
     delta = tl.load(statistics.delta + at, mask=present, other=0.0)
     queries = load_tile(q, batch, head, q_begin + first, present, D, BLOCK_M, BLOCK_D)
     queries, late = scale_early(queries, scale)
@@ -225,7 +226,7 @@ def _dkdv_kernel(
             present = i < q_count
             tokens = q_begin + i
             at = (batch * H + head) * Tq + tokens
-            lse = tl.load(statistics.lse + at, mask=present, other=0.0)
+            lse = load_lse(statistics, at, present)
             delta = tl.load(statistics.delta + at, mask=present, other=0.0)
             queries = load_tile(q, batch, head, q_begin + start, present, D, BLOCK_M, BLOCK_D)
             queries, late = scale_early(queries, scale)

@@ -235,7 +235,7 @@ def _forward_kernel(
     total = tl.where(total == 0.0, 1.0, total)  # no key, or only scores of -inf: y is 0
     sums *= (factor / total)[:, None]
     store_tile(sums, y, batch, head, q_begin + first, present, D)
-    lse = peak + tl.log(total)
+    lse = tl.where(peak == LOWEST, -float("inf"), peak + tl.log(total))
     tl.store(lse_ptr + (batch * H + head) * Tq + tokens, lse, mask=present)
 
 
