@@ -116,14 +116,6 @@ def test_a_command_gets_its_arguments_and_gives_its_status(monkeypatch):
     assert seen == [["--steps", "3"]]
 
 
-def test_a_missing_package_is_one_sentence(monkeypatch, capsys):
-    monkeypatch.delitem(sys.modules, "slimkernels.scripts.pretrain", raising=False)
-    monkeypatch.setitem(sys.modules, "tqdm", None)
-    assert command.main(["pretrain"]) == 1
-    sentence = 'slimkernels pretrain needs tqdm: pip install "slimkernels[train]"\n'
-    assert capsys.readouterr().err == sentence
-
-
 def test_every_command_exists():
     for module, summary in command.COMMANDS.values():
         assert (ROOT / f"{module.replace('.', '/')}.py").is_file() and summary
