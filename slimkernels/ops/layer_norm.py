@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -46,10 +47,20 @@ def layer_norm(
     x, weight, bias, _ = args = _arguments(input, normalized_shape, weight, bias, eps)
     chosen = LAYER_NORM.select(*args, backend=backend)
     if chosen == "torch":
-        return layer_norm_reference(*args).view(input.shape)
+        return _by_torch(*args).view(input.shape)
     if needs_gradient(x, weight, bias):
         return _LayerNorm.apply(*distinct(*args), chosen).view(input.shape)
     return layer_norm_forward(*args, chosen)[0].view(input.shape)
+
+
+def _by_torch(x, weight, bias, eps):
+    """The definition in torch's one fused kernel where it is as exact, and takes the dtypes."""
+    if x.dtype == torch.float64 or any(
+        p is not None and p.dtype != x.dtype for p in (weight, bias)
+    ):
+        return layer_norm_reference(x, weight, bias, eps)
+    with torch.autocast(x.device.type, enabled=False):  # which would return float32
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
 def _arguments(input, normalized_shape, weight=None, bias=None, eps=1e-5):

@@ -5,7 +5,7 @@ from op_cases import DTYPES, KERNEL_BACKENDS, device_of, maybe_compiled, skip_un
 
 import slimkernels as sk
 from slimkernels.ops.layer_norm import layer_norm_reference
-from slimkernels.testing import assert_op_matches, run_with_gradients
+from slimkernels.testing import assert_no_worse, assert_op_matches, run_with_gradients
 
 SHAPES = [(1, 1), (3, 7), (2, 5, 64), (4, 3, 769), (130, 33), (0, 8)]
 
@@ -124,6 +124,30 @@ def test_same_bits_for_any_number_of_threads(each_isa, dtype):
         for name, expected in results[0].items():
             for other in results[1:]:
                 assert torch.equal(other[name], expected), (isa, name)
+
+
+def test_small_float32_is_left_to_aten(monkeypatch):
+    cpu = pytest.importorskip("slimkernels.backends.cpu.layer_norm")
+    monkeypatch.setattr(cpu, "MIN_FLOAT32", 100)
+    x = torch.randn(9, 11)
+    assert torch.equal(sk.layer_norm(x, 11), F.layer_norm(x, (11,)))
+    with pytest.raises(sk.BackendError, match="faster below 100 elements and input has 99"):
+        sk.layer_norm(x, 11, backend="cpu")
+    for run in (x.bfloat16(), torch.randn(10, 11)):
+        assert sk.explain(sk.layer_norm, run, 11).startswith("layer_norm runs on cpu")
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("parameter_dtype", [torch.float32, None], ids=str)
+def test_the_torch_backend_is_the_definition(dtype, parameter_dtype):
+    inputs = inputs_of((9, 40), dtype, 100.0, "cpu", "both", parameter_dtype)
+    if dtype == torch.float64 and parameter_dtype:
+        inputs = inputs[0], *(p.double() for p in inputs[1:])
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = sk.layer_norm(inputs[0], (40,), *inputs[1:], backend="torch")
+    wide = (t.double() for t in inputs)
+    eager = layer_norm_reference(*inputs, 1e-5)
+    assert_no_worse(actual, eager, layer_norm_reference(*wide, 1e-5))
 
 
 def test_the_definition_is_torchs():

@@ -13,8 +13,17 @@ from slimkernels.backends.cpu._common import (
     unsupported_tensor,
 )
 
+# Elements below which ATen's float32 norm is the faster. Its time over ours, forward and backward,
+# an Intel Xeon with AMX, two threads: 0.63 at 1024x384, 0.68 at 1024x768, 0.82 at 4096x768, 1.06 at
+# 4096x4096 (in bfloat16 1.08, 1.33, 1.77, 1.65).
+MIN_FLOAT32 = 1 << 23
+
 
 def unsupported(x, weight, bias, eps):
+    if x.dtype == torch.float32 and x.numel() < MIN_FLOAT32:
+        return (
+            f"ATen's float32 norm is faster below {MIN_FLOAT32} elements and input has {x.numel()}"
+        )
     return unsupported_tensor(x)
 
 
