@@ -27,12 +27,12 @@ def poison_uninitialised_memory():
 
 @pytest.fixture(autouse=True)
 def run_kernels_where_eager_is_faster(monkeypatch):
-    """The layer_norm kernel must be right at the small sizes that it leaves to ATen, too."""
-    from slimkernels.ops.layer_norm import LAYER_NORM
+    """The CPU's norms must be right at the small sizes that they leave to ATen, too."""
+    from slimkernels.dispatch import OPS
 
-    module = LAYER_NORM.modules["cpu"]
-    if not isinstance(module, str):
-        monkeypatch.setattr(module, "MIN_FLOAT32", 0)
+    for op in ("layer_norm", "add_layer_norm"):
+        if op in OPS and not isinstance(OPS[op].modules["cpu"], str):
+            monkeypatch.setattr(OPS[op].modules["cpu"], "MIN_FLOAT32", 0)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from slimkernels.dispatch import Op, distinct, kernel_op, needs_gradient
 from slimkernels.ops._checks import check_alike, check_dropout, check_number, normalized_rows
 from slimkernels.ops._dropout import draw_seed, keep_mask
-from slimkernels.ops.layer_norm import gradient_of, layer_norm_reference
+from slimkernels.ops.layer_norm import gradient_of, layer_norm_by_torch, layer_norm_reference
 
 
 def add_layer_norm_reference(
@@ -65,7 +65,10 @@ def add_layer_norm(
     args = _arguments(input, residual, normalized_shape, weight, bias, eps, dropout_p=dropout_p)
     chosen = ADD_LAYER_NORM.select(*args, backend=backend)
     seed = draw_seed(input.device) if dropout_p > 0 else None
-    if chosen == "torch":
+    if chosen == "torch" and seed is None:
+        total = args[0] + args[1]
+        y = layer_norm_by_torch(total, *args[2:5])
+    elif chosen == "torch":
         y, total = add_layer_norm_reference(*args, seed)
     elif needs_gradient(*args[:4]):
         y, total = _AddLayerNorm.apply(*distinct(*args), seed, chosen)

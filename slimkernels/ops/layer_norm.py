@@ -47,18 +47,22 @@ def layer_norm(
     x, weight, bias, _ = args = _arguments(input, normalized_shape, weight, bias, eps)
     chosen = LAYER_NORM.select(*args, backend=backend)
     if chosen == "torch":
-        return _by_torch(*args).view(input.shape)
+        return layer_norm_by_torch(*args).view(input.shape)
     if needs_gradient(x, weight, bias):
         return _LayerNorm.apply(*distinct(*args), chosen).view(input.shape)
     return layer_norm_forward(*args, chosen)[0].view(input.shape)
 
 
-def _by_torch(x, weight, bias, eps):
-    """The definition in torch's one fused kernel where it is as exact, and takes the dtypes."""
+def layer_norm_by_torch(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """The definition in torch's one fused kernel, where it is as exact and takes the dtypes."""
     if x.dtype == torch.float64 or any(
         p is not None and p.dtype != x.dtype for p in (weight, bias)
     ):
         return layer_norm_reference(x, weight, bias, eps)
+    if not torch.is_autocast_enabled(x.device.type):  # leaving it costs more than a small norm
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
     with torch.autocast(x.device.type, enabled=False):  # which would return float32
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 

@@ -307,3 +307,15 @@ X, W = torch.randn(4, 8), torch.ones(8)
 def test_bad_input_is_one_sentence(backend, args, options, sentence):
     with pytest.raises(ValueError, match=f"^{NAME}: {sentence}"):
         sk.add_layer_norm(*args, **options, backend=backend)
+
+
+def test_small_float32_without_dropout_is_left_to_aten(monkeypatch):
+    cpu = pytest.importorskip("slimkernels.backends.cpu.add_layer_norm")
+    monkeypatch.setattr(cpu, "MIN_FLOAT32", 100)
+    x, residual = torch.randn(2, 9, 11)
+    y, total = sk.add_layer_norm(x, residual, 11)
+    assert torch.equal(total, residual + x) and torch.equal(y, F.layer_norm(total, (11,)))
+    with pytest.raises(sk.BackendError, match="faster below 100 elements .* input has 99"):
+        sk.add_layer_norm(x, residual, 11, backend="cpu")
+    text = sk.explain(sk.add_layer_norm, x, residual, 11, dropout_p=0.1)
+    assert text.startswith("add_layer_norm runs on cpu")

@@ -14,9 +14,20 @@ from slimkernels.backends.cpu._common import (
     unsupported_tensor,
 )
 
+# Elements below which torch's addition and ATen's float32 norm are the faster where nothing is
+# dropped out. Their time over ours, forward and backward, an Intel Xeon with AMX, two threads: 0.86
+# at 1024x384, 1.00 at 1024x768.
+MIN_FLOAT32 = 1 << 19
+
 
 def unsupported(x, residual, weight, bias, eps, dropout_p):
-    return unsupported_tensor(x)
+    reason = unsupported_tensor(x)
+    if reason is None and dropout_p == 0 and x.dtype == torch.float32 and x.numel() < MIN_FLOAT32:
+        return (
+            f"ATen's float32 norm is faster below {MIN_FLOAT32} elements without dropout, "
+            f"and input has {x.numel()}"
+        )
+    return reason
 
 
 def forward(x, residual, weight, bias, eps, dropout_p, seed):
