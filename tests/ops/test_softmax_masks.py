@@ -93,6 +93,11 @@ LAYOUTS = {
     "heads before batches": (FOUR, mask_of((2, 3, 1, 34), (34, 68, 1, 1)), 0),
     "heads before batches, in steps": (FOUR, mask_of((2, 3, 5, 34), (34, 80, 250, 1)), 0),
     "four runs": ((2, 3, 2, 3, 34), mask_of((2, 3, 2, 3, 34), (40, 80, 250, 600, 1)), 36 * 34),
+    "dimensions of one between": (
+        (2, 1, 3, 1, 5, 34),
+        mask_of((2, 1, 3, 1, 5, 34), (510, 7, 170, 9, 34, 1)),
+        0,
+    ),
     "one column": ((2, 3, 5, 1), mask_of((2, 3, 5, 1), (90, 30, 5, 7)), 0),
 }
 
