@@ -21,7 +21,8 @@ import slimkernels as sk
 from slimkernels.ops.cross_entropy import cross_entropy_forward
 
 MiB = 2**20
-sk.use_backend("cpu").__enter__()
+forced = sk.use_backend("cpu")
+forced.__enter__()
 torch.set_num_threads(2)
 bfloat16 = torch.bfloat16
 
@@ -80,7 +81,8 @@ def python(code: str) -> subprocess.CompletedProcess:
     root = str(Path(sk.__file__).parent.parent)
     environment = {**os.environ, "PYTHONPATH": root}
     command = [sys.executable, "-c", START + code]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+    # Elsewhere: in the checkout Python would find the source folder before the installed package.
+    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=os.sep)
 
 
 @linux_only
@@ -110,7 +112,7 @@ def test_threads_of_the_caller_obey_set_num_threads():
     code = """
 import os, threading
 torch.set_num_threads(1)
-x = torch.zeros(512, 1024)
+x = torch.zeros(512, 1024, dtype=bfloat16)
 
 def call():
     before = set(os.listdir("/proc/self/task"))
