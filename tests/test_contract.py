@@ -201,6 +201,16 @@ def test_a_wrong_number_gets_the_same_sentence_from_every_backend(op, parameter)
     assert messages.pop().startswith(f"{op}: {parameter} must be ")
 
 
+@pytest.mark.parametrize("op", sorted(set(OPS) - {"linear"}))
+def test_meta_tensors_give_shapes(op):
+    args, kwargs = sample_inputs[op](torch.device("cpu"), torch.float32)
+    args = tuple(a.to("meta") if isinstance(a, Tensor) else a for a in args)
+    kwargs = {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+    kwargs.pop("dropout_p", None)  # no generator on meta
+    result = getattr(slimkernels, op)(*args, **kwargs)
+    assert all(t.is_meta for t in (result if isinstance(result, tuple) else (result,)))
+
+
 @every_op
 def test_an_unknown_backend_is_one_sentence(op):
     args, kwargs = sample_inputs[op](torch.device("cpu"), torch.float32)

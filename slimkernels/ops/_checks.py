@@ -122,3 +122,8 @@ def check_dropout(op: str, dropout_p: float) -> None:
     check_number(op, "dropout_p", dropout_p)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"{op}: dropout_p must be in [0, 1); got {dropout_p}")
+
+
+def autocast_device(x: Tensor) -> str:
+    """The device type whose autocast x's products would follow; meta tensors have none."""
+    return "cpu" if x.device.type == "meta" else x.device.type

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from slimkernels.dispatch import Op, kernel_op, needs_gradient
-from slimkernels.ops._checks import check_integer, check_number, check_tensor
+from slimkernels.ops._checks import autocast_device, check_integer, check_number, check_tensor
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -75,7 +75,7 @@ def cross_entropy(
 def _by_torch(x, target, ignore_index, reduction, label_smoothing):
     """The definition in torch's fused kernels, which is what eager code would call."""
     x = x.masked_fill((target == ignore_index).unsqueeze(1), 0.0)  # torch makes NaN of 0 * NaN
-    with torch.autocast(x.device.type, enabled=False):  # which would return float32
+    with torch.autocast(autocast_device(x), enabled=False):  # which would return float32
         return F.cross_entropy(
             x,
             target,

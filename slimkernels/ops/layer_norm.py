@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from slimkernels.dispatch import Op, distinct, kernel_op, needs_gradient
-from slimkernels.ops._checks import check_number, normalized_rows
+from slimkernels.ops._checks import autocast_device, check_number, normalized_rows
 
 
 def layer_norm_reference(
@@ -61,9 +61,9 @@ def layer_norm_by_torch(
         p is not None and p.dtype != x.dtype for p in (weight, bias)
     ):
         return layer_norm_reference(x, weight, bias, eps)
-    if not torch.is_autocast_enabled(x.device.type):  # leaving it costs more than a small norm
+    if not torch.is_autocast_enabled(autocast_device(x)):  # leaving it costs more than a small norm
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
-    with torch.autocast(x.device.type, enabled=False):  # which would return float32
+    with torch.autocast(autocast_device(x), enabled=False):  # which would return float32
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from slimkernels.dispatch import Op, distinct, kernel_op, needs_gradient
-from slimkernels.ops._checks import check_dropout, check_number, check_tensor
+from slimkernels.ops._checks import autocast_device, check_dropout, check_number, check_tensor
 from slimkernels.ops._dropout import draw_seed, keep_mask
 from slimkernels.ops._ragged import Scores, Weighted, sequence_of
 
@@ -42,7 +42,7 @@ def scaled_dot_product_attention_reference(
     k, v = k.masked_fill(unseen, 0.0), v.masked_fill(unseen, 0.0)
     score, weigh = _products(cu_seqlens_q, cu_seqlens_k, q, k)
     # Autocast would compute the products in its own dtype, whatever that of their operands.
-    with torch.autocast(query.device.type, enabled=False):
+    with torch.autocast(autocast_device(query), enabled=False):
         scores = (score(q, k) * scale).masked_fill(~visible, -torch.inf)
         # Softmax of nothing but -inf would be NaN. The result, and its gradient, are zero.
         nothing = _sees_nothing(scores)
