@@ -42,15 +42,17 @@ class BackendError(RuntimeError):
     """The backend that was asked for cannot run this call."""
 
 
-def _known(name: str | None) -> str | None:
+def _known(name: str | None, where: str = "") -> str | None:
     if name is not None and name not in BACKENDS:
-        raise ValueError(f"unknown backend {name!r}; the backends are {', '.join(BACKENDS)}")
+        raise ValueError(f"unknown backend {name!r}{where}; the backends are {', '.join(BACKENDS)}")
     return name
 
 
 # A plain global: torch.compile guards on it, and checkpointing's recomputation, which may
 # run on an autograd thread, sees it. A ContextVar gives neither.
-_forced: str | None = _known(os.environ.get("SLIMKERNELS_BACKEND") or None)
+# The variable's name is looked at when an op is called: an import that fails would take
+# slimkernels.info along.
+_forced: str | None = os.environ.get("SLIMKERNELS_BACKEND") or None
 
 
 @contextlib.contextmanager
@@ -113,7 +115,7 @@ class Op:
 
     def select(self, *args, backend: str | None = None) -> str:
         """The backend that will run this call. Pure: no imports, logs, warnings or env reads."""
-        wanted = _known(backend) or _forced
+        wanted = _known(backend) or _known(_forced, " in SLIMKERNELS_BACKEND")
         if wanted is None:
             for candidate in self.order:
                 if self._refusal(candidate, *args) is None:

@@ -35,7 +35,10 @@ def info() -> str:
     sections = {
         "Versions": _versions(),
         "Devices": _devices(),
-        "Backends": [f"{name:<8}{sentence}" for name, (_, sentence) in states.items()],
+        "Backends": [
+            *(f"{name:<8}{sentence}" for name, (_, sentence) in states.items()),
+            *([f"forced  {dispatch._forced}"] if dispatch._forced else []),
+        ],
         "Extras": _extras(),
         "Ops (yes: runs here; no: see its backend above; -: no such kernel)": _ops(states),
     }

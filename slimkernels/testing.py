@@ -29,6 +29,8 @@ def assert_no_worse(
     same = torch.where(finite, actual.isfinite(), actual.isfinite() == eager.isfinite())
     assert same.all(), f"{what}: {int((~same).sum())} values are finite where they must not, or not"
     assert (actual.isnan() == eager.isnan()).all(), f"{what}: NaN where eager has none, or not"
+    infinite = actual.isinf() & eager.isinf()
+    assert torch.equal(actual[infinite], eager[infinite]), f"{what}: infinity of the other sign"
     if not finite.any():
         return
     actual, eager, truth = actual[finite], eager[finite], truth[finite]

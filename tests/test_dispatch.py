@@ -148,8 +148,10 @@ def test_environment_variable_with_an_unknown_name():
     done = run_python(ASK, SLIMKERNELS_BACKEND="tpu")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith(
-        "ValueError: unknown backend 'tpu'; the backends"
+        "ValueError: unknown backend 'tpu' in SLIMKERNELS_BACKEND; the backends"
     )
+    told = run_python("import slimkernels; print(slimkernels.info())", SLIMKERNELS_BACKEND="tpu")
+    assert told.returncode == 0 and "  forced  tpu\n" in told.stdout
 
 
 def test_environment_variable_that_cannot_be_obeyed():

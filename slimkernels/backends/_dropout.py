@@ -1,4 +1,4 @@
-"""What every backend passes to its kernels for dropout; ops/_dropout.py has the definition."""
+"""What dropout's definition, ops/_dropout.py, and every backend's kernels compare bits with."""
 
 
 def threshold(dropout_p: float) -> int:

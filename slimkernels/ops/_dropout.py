@@ -16,6 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from slimkernels.backends._dropout import threshold
+
 _WORD = 0xFFFFFFFF
 
 
@@ -29,11 +31,6 @@ def keep_mask(seed: Tensor, rows: Tensor, cols: Tensor, dropout_p: float) -> Ten
     """Which elements survive: bool, the broadcast shape of `rows` and `cols` (int64)."""
     # Flipping the highest bit turns the order of unsigned words into that of signed ones.
     return (_bits(seed, rows, cols) ^ -(2**31)) >= threshold(dropout_p) - 2**31
-
-
-def threshold(dropout_p: float) -> int:
-    """An element is dropped if its 32 bits, as an unsigned number, lie below this."""
-    return min(int(dropout_p * 2**32), _WORD)
 
 
 def _bits(seed: Tensor, rows: Tensor, cols: Tensor) -> Tensor:

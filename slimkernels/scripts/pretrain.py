@@ -35,7 +35,8 @@ class Options:
     """Pretrain a BERT with masked-language-model and next-sentence losses."""
 
     corpus: Path | None = None
-    """jsonl (.gz, .xz, .zst), text, or a folder of them; by default the sample in the package"""
+    """jsonl with a "text" a line (.gz, .xz, .zst), text files of one document each, or a folder of
+    either; at least four documents; by default the sample in the package"""
     out: Path = Path("runs/pretrain")
     """where numbered run folders go"""
     resume: bool = False

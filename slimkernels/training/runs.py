@@ -11,8 +11,15 @@ from slimkernels.training import checkpoint
 
 
 def start_run(parent: Path) -> Path:
-    """Make and return the next free folder: ``parent/001``, ``parent/002``, ..."""
-    parent.mkdir(parents=True, exist_ok=True)
+    """Make and return the next free folder: ``parent/001``, ``parent/002``, ...
+
+    Errors  ValueError in one sentence if `parent` is no folder and cannot be made one
+    """
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror.lower()
+        raise ValueError(f"--out {parent} cannot be a folder for runs: {reason}") from error
     number = max((int(folder.name) for folder in run_folders(parent)), default=0)
     while True:
         number += 1

@@ -26,16 +26,18 @@ def test_the_newest_run_is_one_with_a_checkpoint(tmp_path):
     assert newest_run(tmp_path) == second
 
 
-def test_a_file_in_the_way(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="file"):
-        start_run(tmp_path / "file")
-
-
 def test_a_link_to_nowhere_is_refused(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(OSError, match="link"):
+    sentence = "^--out .*link cannot be a folder for runs: file exists$"
+    with pytest.raises(ValueError, match=sentence):
         start_run(tmp_path / "link")
+
+
+def test_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    for parent in (tmp_path / "file", tmp_path / "file" / "runs"):
+        with pytest.raises(ValueError, match="^--out .* cannot be a folder for runs: "):
+            start_run(parent)
 
 
 def test_a_number_that_is_taken_by_a_file_is_passed_over(tmp_path):

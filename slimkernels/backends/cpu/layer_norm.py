@@ -20,11 +20,12 @@ MIN_FLOAT32 = 1 << 23
 
 
 def unsupported(x, weight, bias, eps):
-    if x.dtype == torch.float32 and x.numel() < MIN_FLOAT32:
+    reason = unsupported_tensor(x)
+    if reason is None and x.dtype == torch.float32 and x.numel() < MIN_FLOAT32:
         return (
             f"ATen's float32 norm is faster below {MIN_FLOAT32} elements and input has {x.numel()}"
         )
-    return unsupported_tensor(x)
+    return reason
 
 
 def forward(x, weight, bias, eps):

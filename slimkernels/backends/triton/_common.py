@@ -62,7 +62,7 @@ def row_keys(seed_ptr, rows):
 def keep_mask(key0, key1, cols, threshold):
     """Which elements survive dropout; keys of rows and columns in shapes that broadcast.
 
-    threshold is a run-time uint32 (ops/_dropout.threshold): one compiled kernel serves every rate.
+    threshold is a run-time uint32 (backends/_dropout.py): one compiled kernel serves every rate.
     """
     x = cols.to(tl.uint32) * 0x9E3779B9 + key0
     x = (x ^ (x >> 16)) * 0x7FEB352D
