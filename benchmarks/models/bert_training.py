@@ -3,7 +3,8 @@
 Forward with MLM and NSP losses, backward and fused AdamW, dropout 0.1, of one model in several
 hands: the same weights, batch, masked positions and allocator, by turns in one process. Ratios are
 over Hugging Face's BertForPreTraining with sdpa. Peak memory is that of a process of its own.
-Results go to benchmarks/results/<device>/bert_training.csv.
+Results go to benchmarks/results/<device>/bert_training.csv. --default-allocator measures what a
+program has that sets nothing, into bert_training_default_allocator.csv.
 """
 
 from __future__ import annotations
@@ -43,15 +44,15 @@ def main(argv: list[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    kept = allocator.keep_freed_memory() if options.device == "cpu" else "CUDA's caching allocator"
+    memory = _allocator(options)
     folder = "runs/benchmarks" if options.quick else "benchmarks/results"
     out = options.out or Path(folder) / provenance.device_slug(device)
-    path = out / "bert_training.csv"
+    path = out / f"bert_training{'_default_allocator' * options.default_allocator}.csv"
     shapes = QUICK if options.quick else SHAPES[device.type]
     shapes = shapes + (FULL[device.type] if options.full else [])
     header = provenance.provenance(device) | {
         "transformers": provenance.version_of("transformers"),
-        "allocator": kept,
+        "allocator": memory,
         "protocol": "a step is forward (MLM + NSP), backward, fused AdamW; dropout 0.1; providers "
         "take turns; ratio = median over the turns of hf_sdpa's time over the provider's; "
         "bfloat16 is autocast over float32 weights; tokens are real ones, padding not counted",
@@ -82,6 +83,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=10.0, help="of timing a shape and dtype")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--compile", choices=("first", "all", "none"), default="first")
+    parser.add_argument(
+        "--default-allocator",
+        action="store_true",
+        help="time glibc's malloc as it comes, page faults included, into a file of its own",
+    )
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(argv)
@@ -89,6 +95,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here")
     return options
+
+
+def _allocator(options) -> str:
+    """Set it up; the sentence for the header."""
+    if options.device == "cuda":
+        return "CUDA's caching allocator"
+    if options.default_allocator:
+        return "the C library's default, for all providers alike; peak memory under mallopt"
+    return allocator.keep_freed_memory()
 
 
 def _names(options, device: torch.device, first: bool) -> list[str]:
