@@ -3,6 +3,12 @@
 from slimkernels import nn
 from slimkernels.dispatch import BackendError, explain, use_backend
 from slimkernels.info import info
+from slimkernels.ops._attention_variant import (
+    AttentionVariant,
+    RelativeBias,
+    ScoreFunction,
+    t5_relative_bias,
+)
 from slimkernels.ops.add_layer_norm import add_layer_norm
 from slimkernels.ops.cross_entropy import cross_entropy
 from slimkernels.ops.gelu import gelu
@@ -14,7 +20,10 @@ from slimkernels.ops.softmax import softmax
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttentionVariant",
     "BackendError",
+    "RelativeBias",
+    "ScoreFunction",
     "add_layer_norm",
     "cross_entropy",
     "explain",
@@ -25,5 +34,6 @@ __all__ = [
     "nn",
     "scaled_dot_product_attention",
     "softmax",
+    "t5_relative_bias",
     "use_backend",
 ]

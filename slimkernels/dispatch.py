@@ -223,5 +223,6 @@ def _may_skip_dispatcher(args: tuple) -> bool:
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    tensors = [a for a in args if isinstance(a, torch.Tensor)]
+    flat = [a for arg in args for a in (arg if isinstance(arg, list) else (arg,))]
+    tensors = [a for a in flat if isinstance(a, torch.Tensor)]
     return all(type(t) in _PLAIN and not t.is_neg() for t in tensors)

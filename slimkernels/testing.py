@@ -113,7 +113,7 @@ def _scaled_dot_product_attention_sample(
     query = torch.randn(2, 4, 9, 16, device=device).to(dtype)
     key, value = torch.randn(2, 2, 2, 13, 16, device=device).to(dtype).unbind()
     key_lengths = torch.tensor([13, 5], dtype=torch.int32, device=device)
-    return (query, key, value), {"dropout_p": 0.1, "key_lengths": key_lengths}
+    return (query, key, value), {"dropout_p": 0.1, "key_lengths": key_lengths, "enable_gqa": True}
 
 
 def _softmax_sample(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:

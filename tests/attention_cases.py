@@ -4,11 +4,10 @@ import torch
 from op_cases import maybe_compiled, skip_unsupported, with_seed
 
 import slimkernels as sk
-from slimkernels.ops._dropout import draw_seed, keep_mask
-from slimkernels.ops.scaled_dot_product_attention import _pairs
-from slimkernels.ops.scaled_dot_product_attention import (
+from slimkernels.ops._attention_reference import (
     scaled_dot_product_attention_reference as attention_reference,
 )
+from slimkernels.ops._dropout import draw_seed
 from slimkernels.testing import assert_op_matches
 
 NAME = "scaled_dot_product_attention"
@@ -80,35 +79,34 @@ def strided(rows_q, rows_k, D, dtype, device, swap=False):
     return tuple(t.transpose(1, 2) for t in (q, k, v)) if swap else (q, k, v)
 
 
+def with_groups(inputs, options):
+    """`options` with enable_gqa where the heads ask for it."""
+    heads = 1 if "cu_seqlens" in options else -3
+    return {"enable_gqa": inputs[0].shape[heads] != inputs[1].shape[heads], **options}
+
+
+def call_of(inputs, options):
+    """What a backend is given, dropout's seed included."""
+    *_, call = sk.dispatch.OPS[NAME].arguments(*inputs, **with_groups(inputs, options))
+    return call._replace(seed=draw_seed(inputs[0].device)) if call.dropout_p else call
+
+
 def functions_of(backend, inputs, options, compiled=False):
     """The op, eager attention in the inputs' dtype, and the definition, from the same seed."""
-    *_, dropout_p, is_causal, scale, key_lengths, cu_q, cu_k = sk.dispatch.OPS[NAME].arguments(
-        *inputs, **options
-    )
-    lengths = key_lengths, cu_q, cu_k
+    options = with_groups(inputs, options)
 
     def ours(q, k, v):
         return sk.scaled_dot_product_attention(q, k, v, **options, backend=backend)
 
     def eager(q, k, v):
-        ragged = cu_q is not None
-        q, k, v = (t.transpose(0, 1) if ragged else t for t in (q, k, v))
-        k, v = (t.repeat_interleave(q.shape[-3] // k.shape[-3], -3) for t in (k, v))
-        visible, rows, cols = _pairs(q, k, is_causal, *lengths)
-        scores = (q @ k.transpose(-1, -2) * scale).masked_fill(~visible, torch.finfo(q.dtype).min)
-        p = scores.softmax(-1).masked_fill(~visible, 0.0)
-        if dropout_p:
-            p = p * keep_mask(draw_seed(q.device), rows, cols, dropout_p) / (1 - dropout_p)
-        y = p @ v
-        return y.transpose(0, 1) if ragged else y
+        return attention_reference(q, k, v, call_of((q, k, v), options), dtype=q.dtype)[0]
 
     def reference(q, k, v):
-        seed = draw_seed(q.device) if dropout_p else None
-        return attention_reference(q, k, v, dropout_p, is_causal, scale, *lengths, seed)
+        return attention_reference(q, k, v, call_of((q, k, v), options))[0]
 
     return with_seed(maybe_compiled(ours, compiled)), with_seed(eager), with_seed(reference)
 
 
 def check(backend, inputs, options, compiled=False):
-    skip_unsupported(NAME, backend, *inputs, **options)
+    skip_unsupported(NAME, backend, *inputs, **with_groups(inputs, options))
     assert_op_matches(*functions_of(backend, inputs, options, compiled), inputs)

@@ -13,6 +13,7 @@ from attention_cases import (
     functions_of,
     ragged_case,
     strided,
+    with_groups,
 )
 from op_cases import DTYPES, KERNEL_BACKENDS, device_of, skip_unsupported
 
@@ -127,7 +128,7 @@ def test_padded_and_ragged_agree(backend):
 @pytest.mark.parametrize("backend", KERNEL_BACKENDS)
 def test_expanded_gradient_and_scattered_elements(backend):
     inputs, options = dense_case("dropout", torch.float32, device_of(backend))
-    skip_unsupported(NAME, backend, *inputs, **options)
+    skip_unsupported(NAME, backend, *inputs, **with_groups(inputs, options))
     ours, _, _ = functions_of(backend, inputs, options)
     dy = torch.randn(1, 1, 1, 1, device=inputs[0].device).expand(inputs[0].shape)
     scattered = tuple(t.mT.contiguous().mT for t in inputs)
@@ -164,7 +165,7 @@ def test_one_tensor_for_all_three_and_one_graph_for_all_lengths(backend):
 @pytest.mark.parametrize("backend", KERNEL_BACKENDS)
 def test_same_bits_every_time(backend):
     inputs, options = ragged_case("dropout cross", torch.float32, device_of(backend))
-    skip_unsupported(NAME, backend, *inputs, **options)
+    skip_unsupported(NAME, backend, *inputs, **with_groups(inputs, options))
     ours, _, _ = functions_of(backend, inputs, options)
     first, second = run_with_gradients(ours, inputs), run_with_gradients(ours, inputs)
     for name, expected in first.items():
@@ -189,8 +190,8 @@ def test_autocast_does_not_touch_the_definition(dtype):
 @pytest.mark.parametrize("scale", [None, 0.3])
 def test_the_definition_is_torchs(is_causal, scale):
     q, k, v = (t.double() for t in strided((2, 9, 4), (2, 13, 2), 6, torch.float64, "cpu", True))
-    ours = sk.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale)
     options = {"is_causal": is_causal, "scale": scale, "enable_gqa": True}
+    ours = sk.scaled_dot_product_attention(q, k, v, **options)
     assert (ours - F.scaled_dot_product_attention(q, k, v, **options)).abs().max() < 1e-14
 
 
@@ -205,7 +206,7 @@ def test_the_definition_of_lengths_is_torchs_mask():
 
 def test_the_definition_of_ragged_is_torch_on_each_sequence():
     (q, k, v), options = ragged_case("cross", torch.float64, "cpu")
-    ours = sk.scaled_dot_product_attention(q, k, v, **options, is_causal=True)
+    ours = sk.scaled_dot_product_attention(q, k, v, **options, is_causal=True, enable_gqa=True)
     lengths = [cu.diff().tolist() for cu in options["cu_seqlens"]]
     parts = zip(
         *(t.split(n) for t, n in zip((q, k, v), (lengths[0], *lengths[1:] * 2), strict=True)),

@@ -2,14 +2,19 @@
 
 import pytest
 import torch
-from attention_cases import NAME, check, dense_case, functions_of, ragged_case
+from attention_cases import (
+    NAME,
+    call_of,
+    check,
+    dense_case,
+    functions_of,
+    ragged_case,
+    with_groups,
+)
 from op_cases import DTYPES, KERNEL_BACKENDS, device_of, skip_unsupported
 
 import slimkernels as sk
-from slimkernels.ops.scaled_dot_product_attention import (
-    _pairs,
-    scaled_dot_product_attention_forward,
-)
+from slimkernels.ops._attention_reference import scaled_dot_product_attention_reference
 from slimkernels.testing import assert_no_worse, run_with_gradients
 
 ALL_BACKENDS = [*KERNEL_BACKENDS, "torch"]
@@ -21,18 +26,15 @@ def test_lse_is_saved_in_float32(backend, dtype):
     device = device_of(backend)
     ragged = ragged_case("cross, one side empty", dtype, device)
     for inputs, options in (dense_case("lengths", dtype, device), ragged):
+        options = with_groups(inputs, options)
         skip_unsupported(NAME, backend, *inputs, **options)
-        arguments = sk.dispatch.OPS[NAME].arguments(*inputs, **options)
-        q, k, _, _, is_causal, scale, *lengths = arguments
-        _, lse = scaled_dot_product_attention_forward(*arguments, None, backend)
-
-        def expected(wide, q=q, k=k, options=(is_causal, *lengths), scale=scale):
-            q, k = (t.to(wide).transpose(0, 1) if t.dim() == 3 else t.to(wide) for t in (q, k))
-            k = k.repeat_interleave(q.shape[-3] // k.shape[-3], -3)
-            visible, _, _ = _pairs(q, k, *options)
-            return (q @ k.mT * scale).masked_fill(~visible, -torch.inf).logsumexp(-1)
-
-        assert_no_worse(lse, expected(torch.float32), expected(torch.float64), what="lse")
+        _, lse = sk.scaled_dot_product_attention(
+            *inputs, **options, return_lse=True, backend=backend
+        )
+        call, wide = call_of(inputs, options), (t.double() for t in inputs)
+        _, eager = scaled_dot_product_attention_reference(*inputs, call)
+        _, truth = scaled_dot_product_attention_reference(*wide, call)
+        assert_no_worse(lse, eager, truth, what="lse")
 
 
 def test_heads_too_wide_for_triton():
@@ -56,7 +58,7 @@ def test_large_scores(backend, mean):
 def test_sequences_never_see_each_other(backend, options, other):
     inputs, cu_seqlens = ragged_case("several", torch.float32, device_of(backend))
     options = {**options, **cu_seqlens}
-    skip_unsupported(NAME, backend, *inputs, **options)
+    skip_unsupported(NAME, backend, *inputs, **with_groups(inputs, options))
     ours, _, _ = functions_of(backend, inputs, options)
     tensors = *inputs, torch.randn(inputs[0].shape, device=inputs[0].device)
     before = run_with_gradients(ours, tensors[:3], tensors[3:])
@@ -77,7 +79,7 @@ def test_sequences_never_see_each_other(backend, options, other):
 @pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_keys_past_their_length_change_nothing(backend, case, other):
     inputs, options = dense_case(case, torch.float32, device_of(backend))
-    skip_unsupported(NAME, backend, *inputs, **options)
+    skip_unsupported(NAME, backend, *inputs, **with_groups(inputs, options))
     ours, _, _ = functions_of(backend, inputs, options)
     before = run_with_gradients(ours, inputs)
     q, k, v = (t.clone() for t in inputs)
@@ -131,7 +133,7 @@ def test_nothing_but_minus_infinity_is_no_key(backend, key_lengths, is_causal):
     inputs, options = overflowing_case(backend, 600, **options)
     q, k, v = inputs
     q[:, 0, 5:] = 0.0  # these see all keys alike, the others none
-    skip_unsupported(NAME, backend, *inputs, **options)
+    skip_unsupported(NAME, backend, *inputs, **with_groups(inputs, options))
     ours, _, _ = functions_of(backend, inputs, options)
     results = run_with_gradients(ours, inputs)
     for name, result in results.items():
@@ -169,9 +171,11 @@ def test_bad_boundaries_touch_no_other_memory(boundaries, dtype, is_causal):
     bad, good = (ints(*values).to(device) for values in (boundaries, [0, 100, 300, 400]))
     good = good[: len(bad)]
     for cu_q, cu_k in ((bad, bad), (bad, good), (good, bad)):
-        options = 0.0, is_causal, 0.3, None, cu_q, cu_k, None
-        y, lse = module.forward(q, k, v, *options)
-        module.backward(dy, q, k, v, y, lse, *options)
+        whole = ints(0, 400).to(device)
+        call = call_of((q, k, v), {"cu_seqlens": whole, "is_causal": is_causal})
+        call = call._replace(cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
+        y, lse = module.forward(q, k, v, call)
+        module.backward(dy, None, q, k, v, y, lse, call, (False,) * 3)
 
 
 Q, K = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 7, 8)
@@ -192,7 +196,11 @@ def ints(*values, dtype=torch.int32):
         ((Q, K, K.to("meta")), {}, "value must have query's device cpu; got meta"),
         ((Q, K[:1], K[:1]), {}, r"key must have query's batch and width \(2, 4, 5, 8\); got"),
         ((Q, K[..., :4], K), {}, r"key must have query's batch and width .*; got \(2, 2, 7, 4\)"),
-        ((Q, K, K[:, :, :3]), {}, r"value must have key's shape \(2, 2, 7, 8\); got \(2, 2, 3, 8"),
+        (
+            (Q, K, K[:, :, :3]),
+            {},
+            r"value must have key's shape \(2, 2, 7, 8\) but for the",
+        ),
         ((Q[:, :3], K, K), {}, "query's heads must be a multiple of key's 2; got 3"),
         ((Q[..., :0], K[..., :0], K[..., :0]), {}, r"query \(2, 4, 5, 0\) has no elements"),
         ((Q, K, K), {"dropout_p": 1.0}, r"dropout_p must be in \[0, 1\); got 1.0"),
@@ -202,7 +210,7 @@ def ints(*values, dtype=torch.int32):
         ((Q, K, K), {"key_lengths": ints(3, 8)}, "key_lengths must be from 0 to the 7 keys; .* 8"),
         ((Q, K, K), {"key_lengths": ints(-1, 7)}, "key_lengths must be from 0 .*; got -1 to 7"),
         ((Q, K, K), {"cu_seqlens": ints(0, 2)}, r"query must be \(T, H, D\), as cu_seqlens asks"),
-        ((TOKENS,) * 3, {"cu_seqlens": [0, 6]}, "cu_seqlens must be a tensor; got int"),
+        ((TOKENS,) * 3, {"cu_seqlens": [0, 6]}, "cu_seqlens must be a tensor; got list"),
         ((TOKENS,) * 3, {"cu_seqlens": (ints(0, 6),) * 3}, "cu_seqlens must be a tensor or a pair"),
         ((TOKENS,) * 3, {"cu_seqlens": ints(0, 6).long()}, "cu_seqlens must be int32; got torch"),
         ((TOKENS,) * 3, {"cu_seqlens": ints(0, 6)[None]}, r"cu_seqlens must have .*; got \(1, 2\)"),
@@ -232,5 +240,6 @@ def ints(*values, dtype=torch.int32):
 )
 @pytest.mark.parametrize("backend", [None, *ALL_BACKENDS])
 def test_bad_input_is_one_sentence(backend, inputs, options, sentence):
+    options = {"enable_gqa": True, **options}
     with pytest.raises(ValueError, match=f"^{NAME}: {sentence}"):
         sk.scaled_dot_product_attention(*inputs, **options, backend=backend)

@@ -9,15 +9,23 @@ from slimkernels.backends._dropout import threshold
 from slimkernels.backends.cpu._common import DTYPES, _cpu, pointer, run, unsupported_tensor
 
 
-def unsupported(
-    query, key, value, dropout_p, is_causal, scale, key_lengths, cu_seqlens_q, cu_seqlens_k
-):
-    return unsupported_tensor(query)
+def unsupported(query, key, value, call):
+    return unsupported_tensor(query) or _feature(query, value, call)
 
 
-def forward(
-    query, key, value, dropout_p, is_causal, scale, key_lengths, cu_seqlens_q, cu_seqlens_k, seed
-):
+def _feature(query, value, call):
+    if call.is_modified or call.mask is not None or call.sinks is not None or call.function:
+        return "it has plain scores only"
+    if call.left >= 0 or call.right > 0 or call.causal_offset or call.causal_offsets is not None:
+        return "it has no window"
+    if value.shape[-1] != query.shape[-1]:
+        return "value must be as wide as query"
+    return None
+
+
+def forward(query, key, value, call):
+    key_lengths, _, cu_seqlens_q, cu_seqlens_k, seed = call[6:11]
+    scale, dropout_p, is_causal = call.scale, call.dropout_p, call.right == 0
     query, key, value = (with_whole_rows(t) for t in (query, key, value))
     integers = _whole(key_lengths, cu_seqlens_q, cu_seqlens_k)
     sizes = _sizes(query, key, value, query, cu_seqlens_q)
@@ -34,21 +42,11 @@ def forward(
     return y, lse
 
 
-def backward(
-    dy,
-    query,
-    key,
-    value,
-    output,
-    lse,
-    dropout_p,
-    is_causal,
-    scale,
-    key_lengths,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    seed,
-):
+def backward(dy, dlse, query, key, value, output, lse, call, wanted):
+    if dlse is not None:
+        raise NotImplementedError("scaled_dot_product_attention: lse has no gradient here yet")
+    key_lengths, _, cu_seqlens_q, cu_seqlens_k, seed = call[6:11]
+    scale, dropout_p, is_causal = call.scale, call.dropout_p, call.right == 0
     dy, query, key, value = (with_whole_rows(t) for t in (dy, query, key, value))
     integers = _whole(key_lengths, cu_seqlens_q, cu_seqlens_k)
     sizes = _sizes(query, key, value, dy, cu_seqlens_q)
@@ -62,7 +60,7 @@ def backward(
         *(sizes.buffer_info()[0], scale, is_causal, dropout_p),
         *(threshold(dropout_p), DTYPES[query.dtype]),
     )
-    return tuple(gradients)
+    return *gradients, None, None, None
 
 
 def _whole(*integers):

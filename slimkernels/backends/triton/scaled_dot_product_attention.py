@@ -58,17 +58,21 @@ _FLOAT = {
 }
 
 
-def unsupported(
-    query, key, value, dropout_p, is_causal, scale, key_lengths, cu_seqlens_q, cu_seqlens_k
-):
+def unsupported(query, key, value, call):
+    if call.is_modified or call.mask is not None or call.sinks is not None or call.function:
+        return "it has plain scores only"
+    if call.left >= 0 or call.right > 0 or call.causal_offset or call.causal_offsets is not None:
+        return "it has no window"
+    if value.shape[-1] != query.shape[-1]:
+        return "value must be as wide as query"
     if query.shape[-1] > MAX_WIDTH:
         return f"a head may be at most {MAX_WIDTH} wide and has {query.shape[-1]}"
     return unsupported_tensor(query)
 
 
-def forward(
-    query, key, value, dropout_p, is_causal, scale, key_lengths, cu_seqlens_q, cu_seqlens_k, seed
-):
+def forward(query, key, value, call):
+    key_lengths, _, cu_seqlens_q, cu_seqlens_k, seed = call[6:11]
+    scale, dropout_p, is_causal = call.scale, call.dropout_p, call.right == 0
     query, key, value = (with_whole_rows(t) for t in (query, key, value))
     if scale < 0:  # the largest score is scale times the largest product only if scale > 0
         query, scale = -query, -scale
@@ -89,21 +93,11 @@ def forward(
     return y, lse
 
 
-def backward(
-    dy,
-    query,
-    key,
-    value,
-    output,
-    lse,
-    dropout_p,
-    is_causal,
-    scale,
-    key_lengths,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    seed,
-):
+def backward(dy, dlse, query, key, value, output, lse, call, wanted):
+    if dlse is not None:
+        raise NotImplementedError("scaled_dot_product_attention: lse has no gradient here yet")
+    key_lengths, _, cu_seqlens_q, cu_seqlens_k, seed = call[6:11]
+    scale, dropout_p, is_causal = call.scale, call.dropout_p, call.right == 0
     dy, query, key, value = (with_whole_rows(t) for t in (dy, query, key, value))
     output, lse = output.contiguous(), lse.contiguous()
     dq, dk, dv = (
@@ -147,7 +141,7 @@ def backward(
             IS_CAUSAL=is_causal,
             **launch,
         )
-    return dq, dk, dv
+    return dq, dk, dv, None, None, None
 
 
 def _sizes(query, key):

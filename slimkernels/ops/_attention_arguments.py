@@ -1,0 +1,338 @@
+"""From the arguments of attention to a checked Call, or one sentence that says what is wrong."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from slimkernels.ops._attention_variant import (
+    AttentionVariant,
+    Call,
+    RelativeBias,
+    ScoreFunction,
+)
+from slimkernels.ops._checks import (
+    FLOATING,
+    check_dropout,
+    check_integer,
+    check_number,
+    check_tensor,
+)
+
+NAME = "scaled_dot_product_attention"
+
+
+def call_of(
+    query,
+    key,
+    value,
+    attn_mask=None,
+    dropout_p=0.0,
+    is_causal=False,
+    *,
+    scale=None,
+    enable_gqa=False,
+    key_lengths=None,
+    cu_seqlens=None,
+    variant=None,
+    return_lse=False,
+) -> tuple[Tensor, Tensor, Tensor, Call]:
+    """What the op, the definition and every backend take, without dropout's seed."""
+    variant = AttentionVariant() if variant is None else variant
+    if not isinstance(variant, AttentionVariant):
+        _refuse("variant", "an AttentionVariant", type(variant).__name__)
+    ragged = cu_seqlens is not None
+    _check_tensors(query, key, value, ragged, enable_gqa)
+    check_dropout(NAME, dropout_p)
+    cu_q = cu_k = None
+    if ragged:
+        if key_lengths is not None:
+            raise ValueError(
+                f"{NAME}: key_lengths must be None with cu_seqlens, which has the lengths"
+            )
+        cu_q, cu_k = _boundaries(cu_seqlens, query, key)
+        B, H, Tq, Tk = cu_q.shape[0] - 1, query.shape[1], None, None
+    else:
+        (B, H, Tq, _), Tk = query.shape, key.shape[2]
+        if key_lengths is not None:
+            _check_integers("key_lengths", key_lengths, query, B)
+            _check_key_lengths(key_lengths, Tk)
+    if scale is not None:
+        check_number(NAME, "scale", scale)
+    sizes = B, H, Tq, Tk
+    mask, bias = _mask_and_bias(attn_mask, variant.bias, query, sizes)
+    left, right = _window(variant.window, is_causal)
+    offset, offsets = _offset(variant.causal_offset, query, B)
+    table, buckets = _relative_bias(variant.relative_bias, query, H)
+    function, function_tensors = _function(variant, query)
+    call = Call(
+        bias=bias,
+        sinks=_sinks(variant.sinks, query, H),
+        table=table,
+        buckets=buckets,
+        mask=mask,
+        alibi_slopes=_slopes(variant.alibi_slopes, query, B, H),
+        key_lengths=key_lengths,
+        causal_offsets=offsets,
+        cu_seqlens_q=cu_q,
+        cu_seqlens_k=cu_k,
+        seed=None,
+        scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
+        softcap=_softcap(variant.softcap),
+        dropout_p=float(dropout_p),
+        left=left,
+        right=right,
+        causal_offset=offset,
+        tf32=_tf32(variant.float32_precision),
+        batch_invariant=bool(variant.batch_invariant),
+        function=function,
+        function_tensors=function_tensors,
+    )
+    return query, key, value, call
+
+
+def _refuse(name, expected, got):
+    raise ValueError(f"{NAME}: {name} must be {expected}; got {got}")
+
+
+def _check_tensors(query, key, value, ragged, enable_gqa):
+    layout = "(T, H, D), as cu_seqlens asks" if ragged else "(B, H, T, D)"
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        check_tensor(NAME, name, tensor)
+        if tensor.dim() != (3 if ragged else 4):
+            _refuse(name, layout, tuple(tensor.shape))
+        for what in ("dtype", "device"):
+            expected, actual = getattr(query, what), getattr(tensor, what)
+            if expected != actual:
+                raise ValueError(
+                    f"{NAME}: {name} must have query's {what} {expected}; got {actual}"
+                )
+    shape, heads = tuple(query.shape), -2 if ragged else -3
+    if query.shape[-1] == 0:
+        raise ValueError(f"{NAME}: query {shape} has no elements in a head")
+    if key.shape[-1] != query.shape[-1] or (not ragged and key.shape[0] != query.shape[0]):
+        what = "width" if ragged else "batch and width"
+        raise ValueError(f"{NAME}: key must have query's {what} {shape}; got {tuple(key.shape)}")
+    if value.shape[:-1] != key.shape[:-1]:
+        raise ValueError(
+            f"{NAME}: value must have key's shape {tuple(key.shape)} but for the width; "
+            f"got {tuple(value.shape)}"
+        )
+    if value.shape[-1] == 0:
+        raise ValueError(f"{NAME}: value {tuple(value.shape)} has no elements in a head")
+    H, Hkv = query.shape[heads], key.shape[heads]
+    if Hkv == 0 or H % Hkv:
+        raise ValueError(f"{NAME}: query's heads must be a multiple of key's {Hkv}; got {H}")
+    if Hkv != H and not enable_gqa:
+        raise ValueError(
+            f"{NAME}: enable_gqa must be True for {H} heads of query on {Hkv} of key; got False"
+        )
+
+
+def _check_integers(name, value, query, size):
+    if not isinstance(value, Tensor):
+        _refuse(name, "a tensor", type(value).__name__)
+    if value.dtype != torch.int32:
+        _refuse(name, "int32", value.dtype)
+    _check_device(name, value, query)
+    if value.dim() != 1 or (size is not None and value.shape[0] != size):
+        expected = "(sequences + 1,)" if size is None else f"({size},), one a sequence"
+        raise ValueError(f"{NAME}: {name} must have shape {expected}; got {tuple(value.shape)}")
+
+
+def _check_device(name, value, query):
+    if value.device != query.device:
+        _refuse(name, f"on {query.device} like query", value.device)
+
+
+def _check_parameter(name, value, query):
+    """A floating tensor on query's device, in query's dtype or float32."""
+    if not isinstance(value, Tensor):
+        _refuse(name, "a tensor", type(value).__name__)
+    if value.dtype not in (query.dtype, torch.float32):
+        _refuse(name, f"{query.dtype} like query, or float32", value.dtype)
+    _check_device(name, value, query)
+
+
+def _readable(values: Tensor) -> bool:
+    """Whether the host may look at the values: not on a GPU, not while torch.compile traces."""
+    return values.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _boundaries(cu_seqlens, query, key):
+    """cu_seqlens of the queries and of the keys, checked."""
+    pair = cu_seqlens if isinstance(cu_seqlens, tuple) else (cu_seqlens, cu_seqlens)
+    if len(pair) != 2:
+        raise ValueError(f"{NAME}: cu_seqlens must be a tensor or a pair; got {len(pair)} of them")
+    _check_boundaries(pair[0], "query", query)
+    _check_boundaries(pair[1], "key", key)
+    if pair[0].shape != pair[1].shape:
+        raise ValueError(
+            f"{NAME}: cu_seqlens of query and key must have one length; got "
+            f"{pair[0].shape[0]} and {pair[1].shape[0]}"
+        )
+    return pair
+
+
+def _check_boundaries(cu_seqlens, of, tensor):
+    _check_integers("cu_seqlens", cu_seqlens, tensor, None)
+    if cu_seqlens.shape[0] == 0:
+        raise ValueError(f"{NAME}: cu_seqlens must have shape (sequences + 1,); got (0,)")
+    if not _readable(cu_seqlens):
+        return
+    values, T = cu_seqlens.tolist(), tensor.shape[0]
+    if values[0] != 0 or values[-1] != T:
+        raise ValueError(
+            f"{NAME}: cu_seqlens of {of} must go from 0 to its {T} tokens; "
+            f"got {values[0]} to {values[-1]}"
+        )
+    if any(a > b for a, b in zip(values, values[1:], strict=False)):
+        raise ValueError(f"{NAME}: cu_seqlens of {of} must not fall; got {values}")
+
+
+def _check_key_lengths(key_lengths, Tk):
+    if not _readable(key_lengths) or key_lengths.numel() == 0:
+        return
+    low, high = (int(value) for value in key_lengths.aminmax())
+    if low < 0 or high > Tk:
+        raise ValueError(
+            f"{NAME}: key_lengths must be from 0 to the {Tk} keys; got {low} to {high}"
+        )
+
+
+def _mask_and_bias(attn_mask, bias, query, sizes):
+    if attn_mask is not None:
+        if not isinstance(attn_mask, Tensor):
+            _refuse("attn_mask", "a tensor", type(attn_mask).__name__)
+        if attn_mask.dtype != torch.bool and attn_mask.dtype not in FLOATING:
+            _refuse("attn_mask", "bool, True where a key is seen, or floating", attn_mask.dtype)
+        if attn_mask.dtype != torch.bool:
+            if bias is not None:
+                raise ValueError(
+                    f"{NAME}: bias must be None with a floating attn_mask, which is one"
+                )
+            return None, _four("attn_mask", attn_mask, query, sizes)
+        attn_mask = _four("attn_mask", attn_mask, query, sizes)
+    return attn_mask, None if bias is None else _four("bias", bias, query, sizes)
+
+
+def _four(name, x, query, sizes):
+    """x with all four dimensions, each as large as the scores' or one."""
+    if not isinstance(x, Tensor) or x.dtype != torch.bool:
+        _check_parameter(name, x, query)
+    _check_device(name, x, query)
+    if x.dim() > 4:
+        _refuse(name, "(B, H, Tq, Tk) or broadcast to it", tuple(x.shape))
+    shape = tuple(x.shape)
+    x = x.reshape((1,) * (4 - x.dim()) + shape)
+    if any(s != 1 and n is not None and s != n for s, n in zip(x.shape, sizes, strict=True)):
+        wanted = ", ".join("any" if n is None else str(n) for n in sizes)
+        raise ValueError(
+            f"{NAME}: {name} must broadcast to (B, H, Tq, Tk) = ({wanted}); got {shape}"
+        )
+    return x
+
+
+def _window(window, is_causal):
+    left, right = -1, -1
+    if window is not None:
+        if not isinstance(window, tuple | list) or len(window) != 2:
+            _refuse("window", "(left, right)", repr(window))
+        for side in window:
+            if side is not None:
+                check_integer(NAME, "window", side)
+                if side < 0:
+                    _refuse("window", "(left, right), each None or 0 and more", repr(window))
+        left, right = (-1 if side is None else side for side in window)
+    return left, 0 if is_causal else right
+
+
+def _offset(offset, query, B):
+    if isinstance(offset, Tensor):
+        _check_integers("causal_offset", offset, query, B)
+        return 0, offset
+    check_integer(NAME, "causal_offset", offset)
+    if not -(2**30) < offset < 2**30:
+        _refuse("causal_offset", "below 2^30 in size", offset)
+    return offset, None
+
+
+def _sinks(sinks, query, H):
+    if sinks is None:
+        return None
+    _check_parameter("sinks", sinks, query)
+    if tuple(sinks.shape) != (H,):
+        _refuse("sinks", f"({H},), one a head", tuple(sinks.shape))
+    return sinks
+
+
+def _slopes(slopes, query, B, H):
+    if slopes is None:
+        return None
+    if not isinstance(slopes, Tensor):
+        _refuse("alibi_slopes", "a tensor", type(slopes).__name__)
+    if slopes.dtype != torch.float32:
+        _refuse("alibi_slopes", "float32", slopes.dtype)
+    _check_device("alibi_slopes", slopes, query)
+    if tuple(slopes.shape) not in ((H,), (B, H)):
+        _refuse("alibi_slopes", f"({H},) or ({B}, {H})", tuple(slopes.shape))
+    if slopes.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{NAME}: alibi_slopes must not require a gradient, for which there is bias"
+        )
+    return slopes.reshape(-1, H) if H else slopes.reshape(1, 0)
+
+
+def _softcap(softcap):
+    if softcap is None:
+        return 0.0
+    check_number(NAME, "softcap", softcap)
+    if softcap <= 0:
+        _refuse("softcap", "above 0, or None", softcap)
+    return float(softcap)
+
+
+def _relative_bias(relative, query, H):
+    if relative is None:
+        return None, None
+    if not isinstance(relative, RelativeBias):
+        _refuse("relative_bias", "a RelativeBias", type(relative).__name__)
+    table, buckets = relative
+    _check_parameter("relative_bias.table", table, query)
+    if table.dim() != 2 or table.shape[1] != H or table.shape[0] == 0:
+        _refuse("relative_bias.table", f"(buckets, {H})", tuple(table.shape))
+    _check_integers("relative_bias.buckets", buckets, query, None)
+    if buckets.shape[0] % 2 == 0:
+        _refuse("relative_bias.buckets", "(2 * m + 1,)", tuple(buckets.shape))
+    if _readable(buckets):
+        low, high = (int(value) for value in buckets.aminmax())
+        if low < 0 or high >= table.shape[0]:
+            _refuse(
+                "relative_bias.buckets",
+                f"rows of the {table.shape[0]} of the table",
+                f"{low} to {high}",
+            )
+    return table, buckets
+
+
+def _function(variant, query):
+    function, tensors = variant.score, tuple(variant.score_tensors)
+    if function is None:
+        if tensors:
+            raise ValueError(f"{NAME}: score_tensors must be empty without score")
+        return None, ()
+    if not isinstance(function, ScoreFunction):
+        _refuse("score", "a ScoreFunction", type(function).__name__)
+    for tensor in tensors:
+        if not isinstance(tensor, Tensor):
+            _refuse("score_tensors", "tensors", type(tensor).__name__)
+        _check_device("score_tensors", tensor, query)
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{NAME}: score_tensors must not require a gradient: they get none")
+    return function, tensors
+
+
+def _tf32(precision):
+    if precision not in ("ieee", "tf32"):
+        _refuse("float32_precision", "'ieee' or 'tf32'", repr(precision))
+    return precision == "tf32"
