@@ -12,11 +12,6 @@ import triton.language as tl
 
 from slimkernels.backends.triton._common import row_keys
 
-LOG2E = tl.constexpr(1.4426950408889634)
-# Where a query's maximum starts, and stays if all its scores are -inf: exp(-inf - LOWEST) is 0, and
-# exp(-inf + inf) would be NaN. About the lowest float32 whose product with LOG2E is one, too.
-LOWEST = tl.constexpr(-2.3e38)
-
 
 class Rows(NamedTuple):
     """An operand whose rows are the D elements of one token and head, and its strides."""
@@ -27,25 +22,44 @@ class Rows(NamedTuple):
     token: Any
 
 
+class Operands(NamedTuple):
+    """What a kernel reads, as Rows."""
+
+    q: Any
+    k: Any
+    v: Any
+    dy: Any = None
+    y: Any = None
+
+
 class Lengths(NamedTuple):
-    """Pointers, or None: (B,) how many keys a dense sequence has; (B + 1,) ragged boundaries."""
+    """Pointers, or None: (B,) how many keys a dense sequence has; (B + 1,) ragged boundaries; (B,)
+    what is added to the positions of a sequence's queries."""
 
     keys: Any
     cu_q: Any
     cu_k: Any
+    offsets: Any
+
+
+class Dropout(NamedTuple):
+    """A pointer to the seed, or None, and what survivors are multiplied by."""
+
+    seed: Any
+    factor: Any
 
 
 class Statistics(NamedTuple):
-    """Pointers to one float32 a query and head; `total` is None where P is taken to sum to 1."""
+    """Pointers to one float32 a query and head; `total` is None where P is taken to sum to 1.
+
+    dtable  (tiles, H, 2^n) float32: each tile's share of a relative bias's gradient; or None
+    """
 
     lse: Any
     delta: Any
     total: Any
-
-
-def rows_of(x):
-    """x (B, H, T, D), or (T, H, D) if ragged; the elements of a row must be neighbours."""
-    return Rows(x, *x.stride()[:3]) if x.dim() == 4 else Rows(x, 0, x.stride(1), x.stride(0))
+    dlse: Any
+    dtable: Any
 
 
 def tiles_of(x, cu_seqlens, BLOCK):
@@ -115,26 +129,85 @@ def key_extent(sequence, Tk, lengths):
 
 @triton.jit
 def query_tile(
-    Tq, Tk, lengths, IS_CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    Tq,
+    Tk,
+    left,
+    right,
+    offset,
+    lengths,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     """What a program that owns BLOCK_M queries must know.
 
-    batch, q_begin, k_begin  where its sequence starts
-    first, q_count           the first of its queries within the sequence, and where that ends
-    whole, seen              keys before `whole`, a multiple of BLOCK_N, are seen by every query of
-                             the tile; those from `seen` on by none
+    Returns where: its sequence, batch row, first query and key, and the offset of its positions;
+    of the keys (begin, end, whole_begin, whole_end, seen): those outside of begin (a multiple of
+    BLOCK_N) and end are seen by no query of the tile, those inside of whole_begin and whole_end by
+    every one, as far as length and band decide, and `seen` is the end of the visible ones;
+    the tile's first query, and where its sequence's end.
     """
     tile = tl.program_id(0)
-    if IS_CAUSAL:  # the last tiles see most keys: they start first
+    if HAS_RIGHT:  # the last tiles see most keys: they start first
         tile = tl.num_programs(0) - 1 - tile
     sequence, first = locate(tile, Tq, lengths.cu_q, BLOCK_M)
     batch, q_begin, q_count = extent(sequence, Tq, lengths.cu_q)
     k_begin, _, seen = key_extent(sequence, Tk, lengths)
-    whole = seen
-    if IS_CAUSAL:
-        whole = tl.minimum(first + 1, seen)
-        seen = tl.minimum(first + BLOCK_M, seen)
-    return batch, q_begin, k_begin, first, q_count, whole // BLOCK_N * BLOCK_N, seen
+    if lengths.offsets is not None:
+        offset = tl.load(lengths.offsets + sequence)
+    begin = 0
+    whole_begin = 0
+    end = seen
+    whole_end = seen
+    if HAS_RIGHT:
+        last = first + (offset + right)  # the first query's last key
+        whole_end = tl.minimum(last + 1, seen)
+        end = tl.minimum(last + BLOCK_M, seen)
+    if HAS_LEFT:
+        begin = tl.maximum(first + (offset - left), 0) // BLOCK_N * BLOCK_N  # the first's first
+        whole_begin = first + (offset - left) + (BLOCK_M - 1)
+    where = (sequence, batch, q_begin, k_begin, offset)
+    return where, (begin, end, whole_begin, whole_end, seen), first, q_count
+
+
+@triton.jit
+def key_tile(
+    Tq,
+    Tk,
+    left,
+    right,
+    offset,
+    lengths,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """What a program that owns BLOCK_N keys must know, as query_tile() for those of queries.
+
+    Returns where; of the queries that see the tile (begin, end, whole_begin, whole_end); the
+    tile's first key, where its sequence's keys and queries end, and how many keys are visible.
+    """
+    sequence, first = locate(tl.program_id(0), Tk, lengths.cu_k, BLOCK_N)
+    batch, q_begin, q_count = extent(sequence, Tq, lengths.cu_q)
+    k_begin, k_count, seen = key_extent(sequence, Tk, lengths)
+    if lengths.offsets is not None:
+        offset = tl.load(lengths.offsets + sequence)
+    begin = 0
+    whole_begin = 0
+    end = tl.where(first < seen, q_count, 0)
+    whole_end = end
+    if HAS_RIGHT:
+        earliest = first - (offset + right)  # the first query that sees the first key
+        begin = tl.maximum(earliest, 0) // BLOCK_M * BLOCK_M
+        whole_begin = earliest + (BLOCK_N - 1)
+    if HAS_LEFT:
+        latest = first - (offset - left)  # the last query that sees the first key
+        end = tl.minimum(latest + BLOCK_N, end)
+        whole_end = latest + 1
+    where = (sequence, batch, q_begin, k_begin, offset)
+    return where, (begin, end, whole_begin, whole_end), first, k_count, q_count, seen
 
 
 @triton.jit
@@ -162,49 +235,7 @@ def store_tile(tile, x, batch, head, token, present, D: tl.constexpr):
 
 
 @triton.jit
-def sees(i, j, seen, IS_CAUSAL: tl.constexpr):
-    """Which queries i see which keys j, (BLOCK_M, BLOCK_N): the mask of tiles from `whole` on."""
-    visible = (j < seen)[None, :]
-    if IS_CAUSAL:
-        visible = visible & (j[None, :] <= i[:, None])
-    return visible
-
-
-@triton.jit
-def scale_early(queries, scale):
-    """float32 queries times scale, whose scores then lack nothing: (queries, 1).
-
-    Scores that are float32 numbers themselves cancel exactly against their maximum and lse; a
-    scale applied to them would leave its rounding error. 16-bit queries it would round, so they
-    stay: (queries, scale).
-    """
-    if queries.dtype == tl.float32:
-        early = queries * scale
-        late = 1.0
-    else:
-        early = queries
-        late = scale
-    return early, late
-
-
-@triton.jit
-def load_lse(statistics, at, present):
-    """lse; LOWEST for a query that sees nothing, whose P are then 0."""
-    return tl.maximum(tl.load(statistics.lse + at, mask=present, other=0.0), LOWEST)
-
-
-@triton.jit
-def exp_of(scores, late, shift, dtype: tl.constexpr):
-    """exp(scores * late - shift), where `late` is scale_early's."""
-    if dtype == tl.float32:
-        p = tl.exp(scores - shift)
-    else:  # one FMA and one exp2
-        p = tl.exp2(tl.fma(scores, late * LOG2E, -shift * LOG2E))
-    return p
-
-
-@triton.jit
-def dropout_keys(seed_ptr, batch, head, tokens, H, Tq, RAGGED: tl.constexpr):
-    """row_keys of queries, numbered as in ops/scaled_dot_product_attention.py, _pairs."""
-    rows = tokens * H + head if RAGGED else (batch * H + head) * Tq + tokens
-    return row_keys(seed_ptr, rows)
+def dropout_keys(dropout, batch, head, tokens, H, Tq, lengths):
+    """row_keys of queries, numbered as in ops/_attention_reference.py, pairs_of()."""
+    rows = tokens * H + head if lengths.cu_q is not None else (batch * H + head) * Tq + tokens
+    return row_keys(dropout.seed, rows)

@@ -3,7 +3,9 @@
 With P the probabilities, P' the same after dropout and dP = dropout's gradient of dy @ v^T:
 
     dv = P'^T @ dy    dS = P * (dP - delta)    dq = scale * dS @ k    dk = scale * dS^T @ q
-    delta = rowsum(P * dP) = rowsum(dy * y)
+    delta = rowsum(P * dP) - dlse = rowsum(dy * y) - dlse
+
+Where a call changes the scores, dS is multiplied by the derivative of that on its way to dq and dk.
 
 Tiling    dq: a program owns BLOCK_M queries and walks the keys. dk, dv: a program owns BLOCK_N keys
           of one key head and walks the queries of every head that reads it. Each result has one
@@ -21,242 +23,361 @@ import triton.language as tl
 
 from slimkernels.backends.triton._attention import (
     dropout_keys,
-    exp_of,
     extent,
-    key_extent,
-    load_lse,
+    key_tile,
     load_tile,
     locate,
     query_tile,
-    scale_early,
-    sees,
     store_tile,
+)
+from slimkernels.backends.triton._attention_scores import (
+    added,
+    bucket_of,
+    exp_of,
+    load_lse,
+    modified,
+    scale_early,
+    shown,
+    through,
 )
 from slimkernels.backends.triton._common import keep_mask
 
 
 @triton.jit(do_not_specialize=["T"])
 def _delta_kernel(
-    dy, y, delta_ptr, T, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
+    x, statistics, T, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr
 ):
-    """delta = rowsum(dy * y). A sum needs no boundaries: all ragged tokens are one sequence."""
+    """delta = rowsum(dy * y) - dlse. A sum needs no boundaries: all ragged tokens are one
+    sequence."""
     head = tl.program_id(1).to(tl.int64)
     sequence, first = locate(tl.program_id(0), T, None, BLOCK_M)
     batch, begin, _ = extent(sequence, T, None)
     tokens = begin + first + tl.arange(0, BLOCK_M)
     present = tokens < T
-    dys = load_tile(dy, batch, head, begin + first, present, D, BLOCK_M, BLOCK_D)
-    ys = load_tile(y, batch, head, begin + first, present, D, BLOCK_M, BLOCK_D)
+    at = (batch * tl.num_programs(1) + head) * T + tokens
+    dys = load_tile(x.dy, batch, head, begin + first, present, DV, BLOCK_M, BLOCK_DV)
+    ys = load_tile(x.y, batch, head, begin + first, present, DV, BLOCK_M, BLOCK_DV)
     delta = tl.sum(dys.to(tl.float32) * ys.to(tl.float32), axis=1)
-    tl.store(delta_ptr + (batch * tl.num_programs(1) + head) * T + tokens, delta, mask=present)
+    if statistics.dlse is not None:
+        delta -= tl.load(statistics.dlse + at, mask=present, other=0.0)
+    tl.store(statistics.delta + at, delta, mask=present)
 
 
-@triton.jit(do_not_specialize=["Tq", "Tk", "threshold"])
+@triton.jit(do_not_specialize=["threshold", "Tq", "Tk", "left", "right", "offset"])
 def _row_sums_kernel(
-    dy,
-    y,
-    q,
-    k,
-    v,
+    x,
     statistics,
     lengths,
-    seed_ptr,
+    scoring,
+    dropout,
     threshold,
-    factor,
     Tq,
     Tk,
+    left,
+    right,
+    offset,
     group,
-    scale,
-    IS_CAUSAL: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    MODIFIED: tl.constexpr,
+    MASKED: tl.constexpr,
+    SCORE: tl.constexpr,
+    DERIVATIVE: tl.constexpr,
+    MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
     D: tl.constexpr,
+    DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
 ):
     """The sums over all keys of P, which would be 1 if P came from more than lse, and delta."""
     head = tl.program_id(1).to(tl.int64)
     H = tl.num_programs(1)
-    batch, q_begin, k_begin, first, q_count, whole, seen = query_tile(
-        Tq, Tk, lengths, IS_CAUSAL, BLOCK_M, BLOCK_N
+    where, keys_seen, first, q_count = query_tile(
+        Tq, Tk, left, right, offset, lengths, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
     )
     if first >= q_count:
         return
+    sequence, batch, q_begin, k_begin, offset = where
+    begin, end, whole_begin, whole_end, seen = keys_seen
+    place = (sequence, head, offset, left, right, q_count, seen)
     i = first + tl.arange(0, BLOCK_M)
     present = i < q_count
     tokens = q_begin + i
     at = (batch * H + head) * Tq + tokens
     lse = load_lse(statistics, at, present)
-    queries = load_tile(q, batch, head, q_begin + first, present, D, BLOCK_M, BLOCK_D)
-    queries, late = scale_early(queries, scale)
-    dys = load_tile(dy, batch, head, q_begin + first, present, D, BLOCK_M, BLOCK_D)
-    if seed_ptr is not None:
-        key0, key1 = dropout_keys(seed_ptr, batch, head, tokens, H, Tq, lengths.cu_q is not None)
-    ys = load_tile(y, batch, head, q_begin + first, present, D, BLOCK_M, BLOCK_D)
+    queries = load_tile(x.q, batch, head, q_begin + first, present, D, BLOCK_M, BLOCK_D)
+    queries, late = scale_early(queries, scoring.scale)
+    dys = load_tile(x.dy, batch, head, q_begin + first, present, DV, BLOCK_M, BLOCK_DV)
+    if dropout.seed is not None:
+        key0, key1 = dropout_keys(dropout, batch, head, tokens, H, Tq, lengths)
+    ys = load_tile(x.y, batch, head, q_begin + first, present, DV, BLOCK_M, BLOCK_DV)
     # Nearly delta already; what it lacks is small, and so is the rounding of that.
     delta = tl.sum(dys * ys, axis=1)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    lacking = tl.zeros((BLOCK_M,), tl.float32)
-    for start in range(0, seen, BLOCK_N):
+    if scoring.sinks is not None:  # a key whose dP is 0
+        total = exp_of(tl.load(scoring.sinks + head).to(tl.float32), 1.0, lse, tl.float32)
+    lacking = -delta * total
+    for start in range(begin, end, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
-        keys = load_tile(k, batch, head // group, k_begin + start, j < seen, D, BLOCK_N, BLOCK_D)
-        values = load_tile(v, batch, head // group, k_begin + start, j < seen, D, BLOCK_N, BLOCK_D)
-        scores = tl.dot(queries, keys.T, input_precision="ieee")  # (BLOCK_M, BLOCK_N)
-        p = exp_of(scores, late, lse[:, None], values.dtype)
-        if start >= whole:
-            p = tl.where(sees(i, j, seen, IS_CAUSAL), p, 0.0)
-        dp = tl.dot(dys, values.T, input_precision="ieee")
-        if seed_ptr is not None:
+        here = j < seen
+        keys = load_tile(x.k, batch, head // group, k_begin + start, here, D, BLOCK_N, BLOCK_D)
+        values = load_tile(x.v, batch, head // group, k_begin + start, here, DV, BLOCK_N, BLOCK_DV)
+        if MODIFIED:
+            extra = added(i[:, None], j[None, :], place, scoring)
+        scores = tl.dot(queries, keys.T, input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
+        if MODIFIED:
+            scores, _, _ = modified(
+                scores, late, extra, i[:, None], j[None, :], place, scoring, SCORE, None
+            )
+        p = exp_of(scores, 1.0 if MODIFIED else late, lse[:, None], values.dtype)
+        edge = (start < whole_begin) | (start + BLOCK_N > whole_end)
+        p = shown(
+            p,
+            0.0,
+            i[:, None],
+            j[None, :],
+            edge,
+            place,
+            scoring,
+            HAS_LEFT,
+            HAS_RIGHT,
+            MASKED,
+            MASK,
+            True,
+        )
+        dp = tl.dot(dys, values.T, input_precision=PRECISION)
+        if dropout.seed is not None:
             keep = keep_mask(key0[:, None], key1[:, None], j[None, :], threshold)
-            dp = tl.where(keep, dp * factor, 0.0)
+            dp = tl.where(keep, dp * dropout.factor, 0.0)
         total += tl.sum(p, axis=1)
         lacking += tl.sum(p * (dp - delta[:, None]), axis=1)
 
     total = tl.where(total == 0.0, 1.0, total)  # no key, or only scores of -inf
-    tl.store(statistics.delta + at, delta + lacking / total, mask=present)
+    delta += lacking / total
+    if statistics.dlse is not None:
+        delta -= tl.load(statistics.dlse + at, mask=present, other=0.0)
+    tl.store(statistics.delta + at, delta, mask=present)
     tl.store(statistics.total + at, total, mask=present)
 
 
-@triton.jit(do_not_specialize=["Tq", "Tk", "threshold"])
+@triton.jit(do_not_specialize=["threshold", "Tq", "Tk", "left", "right", "offset"])
 def _dq_kernel(
-    dy,
-    q,
-    k,
-    v,
+    x,
     dq,
     statistics,
     lengths,
-    seed_ptr,
+    scoring,
+    dropout,
     threshold,
-    factor,
     Tq,
     Tk,
+    left,
+    right,
+    offset,
     group,
-    scale,
-    IS_CAUSAL: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    MODIFIED: tl.constexpr,
+    MASKED: tl.constexpr,
+    SCORE: tl.constexpr,
+    DERIVATIVE: tl.constexpr,
+    MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
     D: tl.constexpr,
+    DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_TABLE: tl.constexpr,
 ):
+    """dq, and in statistics.dtable the tile's share of a relative bias's gradient."""
     head = tl.program_id(1).to(tl.int64)
     H = tl.num_programs(1)
-    batch, q_begin, k_begin, first, q_count, whole, seen = query_tile(
-        Tq, Tk, lengths, IS_CAUSAL, BLOCK_M, BLOCK_N
+    where, keys_seen, first, q_count = query_tile(
+        Tq, Tk, left, right, offset, lengths, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
     )
     if first >= q_count:
         return
+    sequence, batch, q_begin, k_begin, offset = where
+    begin, end, whole_begin, whole_end, seen = keys_seen
+    place = (sequence, head, offset, left, right, q_count, seen)
     i = first + tl.arange(0, BLOCK_M)
     present = i < q_count
     tokens = q_begin + i
     at = (batch * H + head) * Tq + tokens
     lse = load_lse(statistics, at, present)
     delta = tl.load(statistics.delta + at, mask=present, other=0.0)
-    queries = load_tile(q, batch, head, q_begin + first, present, D, BLOCK_M, BLOCK_D)
-    queries, late = scale_early(queries, scale)
-    dys = load_tile(dy, batch, head, q_begin + first, present, D, BLOCK_M, BLOCK_D)
-    if seed_ptr is not None:
-        key0, key1 = dropout_keys(seed_ptr, batch, head, tokens, H, Tq, lengths.cu_q is not None)
+    queries = load_tile(x.q, batch, head, q_begin + first, present, D, BLOCK_M, BLOCK_D)
+    queries, late = scale_early(queries, scoring.scale)
+    dys = load_tile(x.dy, batch, head, q_begin + first, present, DV, BLOCK_M, BLOCK_DV)
+    if dropout.seed is not None:
+        key0, key1 = dropout_keys(dropout, batch, head, tokens, H, Tq, lengths)
     dqueries = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for start in range(0, seen, BLOCK_N):
+    if statistics.dtable is not None:
+        rows = tl.arange(0, BLOCK_TABLE)
+        dtable = tl.zeros((BLOCK_TABLE,), tl.float32)
+    for start in range(begin, end, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
-        keys = load_tile(k, batch, head // group, k_begin + start, j < seen, D, BLOCK_N, BLOCK_D)
-        values = load_tile(v, batch, head // group, k_begin + start, j < seen, D, BLOCK_N, BLOCK_D)
-        scores = tl.dot(queries, keys.T, input_precision="ieee")  # (BLOCK_M, BLOCK_N)
-        p = exp_of(scores, late, lse[:, None], values.dtype)
-        if start >= whole:
-            p = tl.where(sees(i, j, seen, IS_CAUSAL), p, 0.0)
-        dp = tl.dot(dys, values.T, input_precision="ieee")
-        if seed_ptr is not None:
+        here = j < seen
+        keys = load_tile(x.k, batch, head // group, k_begin + start, here, D, BLOCK_N, BLOCK_D)
+        values = load_tile(x.v, batch, head // group, k_begin + start, here, DV, BLOCK_N, BLOCK_DV)
+        if MODIFIED:
+            extra = added(i[:, None], j[None, :], place, scoring)
+        scores = tl.dot(queries, keys.T, input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
+        if MODIFIED:
+            scores, outer, inner = modified(
+                scores, late, extra, i[:, None], j[None, :], place, scoring, SCORE, DERIVATIVE
+            )
+        p = exp_of(scores, 1.0 if MODIFIED else late, lse[:, None], values.dtype)
+        edge = (start < whole_begin) | (start + BLOCK_N > whole_end)
+        p = shown(
+            p,
+            0.0,
+            i[:, None],
+            j[None, :],
+            edge,
+            place,
+            scoring,
+            HAS_LEFT,
+            HAS_RIGHT,
+            MASKED,
+            MASK,
+            True,
+        )
+        dp = tl.dot(dys, values.T, input_precision=PRECISION)
+        if dropout.seed is not None:
             keep = keep_mask(key0[:, None], key1[:, None], j[None, :], threshold)
-            dp = tl.where(keep, dp * factor, 0.0)
-        ds = (p * (dp - delta[:, None])).to(keys.dtype)
-        dqueries = tl.dot(ds, keys, dqueries, input_precision="ieee")
+            dp = tl.where(keep, dp * dropout.factor, 0.0)
+        ds = p * (dp - delta[:, None])
+        if MODIFIED:
+            ds = through(ds, p, outer, DERIVATIVE)
+            if statistics.dtable is not None:
+                # A tile's buckets are few but near the diagonal, where it has them all.
+                buckets = bucket_of(scoring.table, j[None, :] - (i + offset)[:, None])
+                low = tl.min(buckets)
+                high = tl.max(buckets)
+                for bucket in range(low, high + 1):
+                    share = tl.sum(tl.where(buckets == bucket, ds, 0.0))
+                    dtable += tl.where(rows == bucket, share, 0.0)
+            ds *= inner
+        dqueries = tl.dot(ds.to(keys.dtype), keys, dqueries, input_precision=PRECISION)
 
-    dqueries *= scale
+    dqueries *= scoring.scale
     store_tile(dqueries, dq, batch, head, q_begin + first, present, D)
+    if statistics.dtable is not None:
+        share = tl.program_id(0).to(tl.int64) * H + head
+        tl.store(statistics.dtable + share * BLOCK_TABLE + rows, dtable)
 
 
-@triton.jit(do_not_specialize=["Tq", "Tk", "threshold"])
+@triton.jit(do_not_specialize=["threshold", "Tq", "Tk", "left", "right", "offset"])
 def _dkdv_kernel(
-    dy,
-    q,
-    k,
-    v,
+    x,
     dk,
     dv,
     statistics,
     lengths,
-    seed_ptr,
+    scoring,
+    dropout,
     threshold,
-    factor,
     Tq,
     Tk,
+    left,
+    right,
+    offset,
     group,
-    scale,
-    IS_CAUSAL: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    MODIFIED: tl.constexpr,
+    MASKED: tl.constexpr,
+    SCORE: tl.constexpr,
+    DERIVATIVE: tl.constexpr,
+    MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
     D: tl.constexpr,
+    DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
 ):
     key_head = tl.program_id(1).to(tl.int64)
     H = tl.num_programs(1) * group
-    sequence, first = locate(tl.program_id(0), Tk, lengths.cu_k, BLOCK_N)
-    batch, q_begin, q_count = extent(sequence, Tq, lengths.cu_q)
-    k_begin, k_count, seen = key_extent(sequence, Tk, lengths)
+    where, queries_seeing, first, k_count, q_count, seen = key_tile(
+        Tq, Tk, left, right, offset, lengths, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
+    )
     if first >= k_count:
         return
+    sequence, batch, q_begin, k_begin, offset = where
+    begin, end, whole_begin, whole_end = queries_seeing
     j = first + tl.arange(0, BLOCK_N)
-    # Queries before `begin` see no key of the tile; those from `whole` on see every one.
-    begin = 0
-    whole = 0
-    if IS_CAUSAL:
-        begin = first // BLOCK_M * BLOCK_M
-        whole = first + BLOCK_N - 1
-    end = tl.where(first < seen, q_count, 0)
-
-    keys = load_tile(k, batch, key_head, k_begin + first, j < seen, D, BLOCK_N, BLOCK_D)
-    values = load_tile(v, batch, key_head, k_begin + first, j < seen, D, BLOCK_N, BLOCK_D)
+    keys = load_tile(x.k, batch, key_head, k_begin + first, j < seen, D, BLOCK_N, BLOCK_D)
+    values = load_tile(x.v, batch, key_head, k_begin + first, j < seen, DV, BLOCK_N, BLOCK_DV)
     dkeys = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    dvalues = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dvalues = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
     for head in range(key_head * group, key_head * group + group):
+        place = (sequence, head, offset, left, right, q_count, seen)
         for start in range(begin, end, BLOCK_M):
-            # An absent query is zero: it adds zero, and needs no mask.
+            # An absent query has P = 0: it adds zero, and needs no mask.
             i = start + tl.arange(0, BLOCK_M)
             present = i < q_count
             tokens = q_begin + i
             at = (batch * H + head) * Tq + tokens
             lse = load_lse(statistics, at, present)
             delta = tl.load(statistics.delta + at, mask=present, other=0.0)
-            queries = load_tile(q, batch, head, q_begin + start, present, D, BLOCK_M, BLOCK_D)
-            queries, late = scale_early(queries, scale)
-            dys = load_tile(dy, batch, head, q_begin + start, present, D, BLOCK_M, BLOCK_D)
+            queries = load_tile(x.q, batch, head, q_begin + start, present, D, BLOCK_M, BLOCK_D)
+            queries, late = scale_early(queries, scoring.scale)
+            dys = load_tile(x.dy, batch, head, q_begin + start, present, DV, BLOCK_M, BLOCK_DV)
             # Transposed, as dkeys and dvalues need P and dS: (BLOCK_N, BLOCK_M).
-            scores = tl.dot(keys, queries.T, input_precision="ieee")
-            p = exp_of(scores, late, lse[None, :], values.dtype)
+            if MODIFIED:
+                extra = added(i[None, :], j[:, None], place, scoring)
+            scores = tl.dot(keys, queries.T, input_precision=PRECISION)
+            if MODIFIED:
+                scores, outer, inner = modified(
+                    scores, late, extra, i[None, :], j[:, None], place, scoring, SCORE, DERIVATIVE
+                )
+            p = exp_of(scores, 1.0 if MODIFIED else late, lse[None, :], values.dtype)
             if statistics.total is not None:
                 total = tl.load(statistics.total + at, mask=present, other=1.0)
                 p = tl.div_rn(p, total[None, :])
-            if start < whole:
-                p = tl.where(j[:, None] <= i[None, :], p, 0.0)
-            dp = tl.dot(values, dys.T, input_precision="ieee")
+            edge = start < whole_begin
+            if HAS_LEFT:
+                edge = edge | (start + BLOCK_M > whole_end)
+            p = shown(
+                p,
+                0.0,
+                i[None, :],
+                j[:, None],
+                edge,
+                place,
+                scoring,
+                HAS_LEFT,
+                HAS_RIGHT,
+                MASKED,
+                MASK,
+                False,
+            )
+            dp = tl.dot(values, dys.T, input_precision=PRECISION)
             kept = p
-            if seed_ptr is not None:
-                key0, key1 = dropout_keys(
-                    seed_ptr, batch, head, tokens, H, Tq, lengths.cu_q is not None
-                )
+            if dropout.seed is not None:
+                key0, key1 = dropout_keys(dropout, batch, head, tokens, H, Tq, lengths)
                 keep = keep_mask(key0[None, :], key1[None, :], j[:, None], threshold)
                 kept = tl.where(keep, p, 0.0)
-                dp = tl.where(keep, dp * factor, 0.0)
-            dvalues = tl.dot(kept.to(dys.dtype), dys, dvalues, input_precision="ieee")
-            ds = (p * (dp - delta[None, :])).to(queries.dtype)
-            dkeys = tl.dot(ds, queries, dkeys, input_precision="ieee")
+                dp = tl.where(keep, dp * dropout.factor, 0.0)
+            dvalues = tl.dot(kept.to(dys.dtype), dys, dvalues, input_precision=PRECISION)
+            ds = p * (dp - delta[None, :])
+            if MODIFIED:
+                ds = through(ds, p, outer, DERIVATIVE) * inner
+            dkeys = tl.dot(ds.to(queries.dtype), queries, dkeys, input_precision=PRECISION)
 
     if values.dtype != tl.float32:  # float32 queries were scaled early
-        dkeys *= scale
+        dkeys *= scoring.scale
     # A key past its length was read as zero, whose score is 0 rather than none.
     hidden = (j >= seen)[:, None]
     dkeys = tl.where(hidden, 0.0, dkeys)
-    dvalues = tl.where(hidden, 0.0, dvalues * factor)
+    dvalues = tl.where(hidden, 0.0, dvalues * dropout.factor)
     store_tile(dkeys, dk, batch, key_head, k_begin + first, j < k_count, D)
-    store_tile(dvalues, dv, batch, key_head, k_begin + first, j < k_count, D)
+    store_tile(dvalues, dv, batch, key_head, k_begin + first, j < k_count, DV)
