@@ -125,9 +125,10 @@ def _modified(scores: Tensor, pairs: Pairs, call: Call) -> Tensor:
         rows = call.buckets[distance.clamp(-m, m) + m]
         scores = scores + call.table.to(scores.dtype)[rows, pairs.head]
     if call.function is not None and call.function.torch_score is not None:
-        scores = call.function.torch_score(
+        changed = call.function.torch_score(
             *(scores, pairs.sequence, pairs.head, pairs.i, pairs.j), call.function_tensors
         )
+        scores = changed.to(scores.dtype)  # its tensors may have a wider one
     return scores
 
 
