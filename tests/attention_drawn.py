@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from attention_cases import cu_of
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -22,18 +23,17 @@ from slimkernels.ops._attention_variant import (
 
 
 @triton.jit
-def _squashed(score, batch, head, i, j, tensors):
-    return score / (1.0 + 0.25 * tl.abs(score)) + tl.load(tensors[0] + head)
+def _leaky(score, batch, head, i, j, tensors):
+    return tl.where(score > 0.0, score, 0.25 * score) + tl.load(tensors[0] + head)
 
 
 @triton.jit
-def _squashed_derivative(score, batch, head, i, j, tensors):
-    root = 1.0 + 0.25 * tl.abs(score)
-    return 1.0 / (root * root)
+def _leaky_derivative(score, batch, head, i, j, tensors):
+    return tl.where(score > 0.0, 1.0, 0.25)
 
 
-def _torch_squashed(score, batch, head, i, j, tensors):
-    return score / (1.0 + 0.25 * score.abs()) + tensors[0].to(score.dtype)[head]
+def _torch_leaky(score, batch, head, i, j, tensors):
+    return torch.where(score > 0.0, score, 0.25 * score) + tensors[0][head]
 
 
 @triton.jit
@@ -69,18 +69,14 @@ def _torch_strided(batch, head, i, j, tensors):
     return (i + 2 * j + head) % 3 == 0
 
 
-SQUASHED = {
-    "score": _squashed,
-    "derivative": _squashed_derivative,
-    "torch_score": _torch_squashed,
-}
+LEAKY = {"score": _leaky, "derivative": _leaky_derivative, "torch_score": _torch_leaky}
 TILTED = {"score": _tilted, "derivative": _tilted_derivative, "torch_score": _torch_tilted}
 FUNCTIONS = {
-    "squashed": ScoreFunction(**SQUASHED),
+    "leaky": ScoreFunction(**LEAKY),
     "tilted": ScoreFunction(**TILTED),
     "prefix": ScoreFunction(mask=_prefix, torch_mask=_torch_prefix),
     "strided": ScoreFunction(mask=_strided, torch_mask=_torch_strided),
-    "squashed prefix": ScoreFunction(**SQUASHED, mask=_prefix, torch_mask=_torch_prefix),
+    "leaky prefix": ScoreFunction(**LEAKY, mask=_prefix, torch_mask=_torch_prefix),
 }
 
 

@@ -1,13 +1,15 @@
 """How a drawn call of attention is judged: output, lse and every gradient, by the definition.
 
 The rule is assert_no_worse's: at most twice the error of eager PyTorch (the definition computed in
-the inputs' dtype), plus one unit in the last place of the largest value. Two things differ here.
+the inputs' dtype), plus a floor for where eager is exact: one unit in the last place of the largest
+value. Here that value is what it would be if nothing cancelled, since eager's cancel better than
+those of any kernel that does not store the scores:
 
-The largest value is what it would be if nothing cancelled. Backward takes delta, a row's sum of
-dy * output, from dy @ value^T, and the two are equal where a query sees a single key: eager then
-says exactly 0, since it has the output of float32 or never rounds the difference, while any kernel
-that keeps the rounded output alone (every flash-attention) is left with its last place. Likewise
-an output of one element may be a sum of large terms, of which eager hits the rounded value by luck.
+- Backward subtracts delta, a row's sum of dy * output, from dy @ value^T. Where a query sees one
+  key the two are equal. Eager sums the same numbers twice and says 0; a kernel has the output
+  as it was rounded to its dtype, so that the last place of delta is left.
+- Probabilities are exp(score - lse): the last place of either in float32 is their relative error.
+- An output of few elements may be a sum of large terms whose rounded value eager hits by luck.
 
 lse is float32 whatever the dtype, so eager for it computes in float32, from the same inputs.
 """
@@ -64,9 +66,9 @@ def assert_matches_definition(function: Function, case: Case, device: torch.devi
         with torch.no_grad():
             eager["lse"] = definition()(case, leaves, options)[1]
     assert torch.equal(actual["lse"] == -torch.inf, truth["lse"] == -torch.inf), "lse's -inf"
-    largest = uncancelled(case, wide, options)
+    floors = floors_of(case, wide, options)
     for name, expected in truth.items():
-        assert_no_worse(actual[name], eager[name], expected, largest=largest[name], what=name)
+        assert_no_worse(actual[name], eager[name], expected, floor=floors[name], what=name)
 
 
 def run(function: Function, case: Case, leaves: dict[str, Tensor], options: dict):
@@ -93,8 +95,8 @@ def gradients(case: Case, outputs: tuple[Tensor, ...]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def uncancelled(case: Case, leaves: dict[str, Tensor], options: dict) -> dict[str, float]:
-    """The largest value of each result, were all terms of its sums of one sign."""
+def floors_of(case: Case, leaves: dict[str, Tensor], options: dict) -> dict[str, float]:
+    """One unit in the last place of each result, were all terms of its sums of one sign."""
     inputs, call = canonical(case, leaves, options)
     q, k, v = inputs
     p, lse = probabilities(case, *inputs, call)  # (B, H, Tq, Tk), of ragged ones (1, H, Tq, Tk)
@@ -115,7 +117,6 @@ def uncancelled(case: Case, leaves: dict[str, Tensor], options: dict) -> dict[st
     terms += sum(largest(t) for t in (call.bias, call.table, call.sinks) if t is not None)
     results = {
         "output": p @ v / keep,
-        "lse": lse.abs().nan_to_num(posinf=0.0) + terms,
         "gradient of query": scale * (dscores @ k),
         "gradient of key": scale * (dscores.mT @ q),
         "gradient of value": p.mT @ dy / keep,
@@ -127,7 +128,13 @@ def uncancelled(case: Case, leaves: dict[str, Tensor], options: dict) -> dict[st
         if case.ragged:
             dscores = by_sequence(case, dscores)
         results["gradient of bias"] = dscores.sum(shared, keepdim=True) if shared else dscores
-    return {name: largest(t) for name, t in results.items()}
+    single = torch.finfo(torch.float32).eps
+    best = lse.view(p.shape[:-1]) + p.sum(-1).log()  # about a row's largest score
+    ulp = max(
+        torch.finfo(getattr(torch, case.dtype)).eps, single * max(largest(lse), largest(best))
+    )
+    floors = {name: ulp * largest(t) for name, t in results.items()}
+    return {**floors, "lse": single * (largest(lse) + terms)}
 
 
 def probabilities(case: Case, q: Tensor, k: Tensor, v: Tensor, call) -> tuple[Tensor, Tensor]:
