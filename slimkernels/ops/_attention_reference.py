@@ -115,7 +115,8 @@ def _modified(scores: Tensor, pairs: Pairs, call: Call) -> Tensor:
     if call.softcap:
         scores = call.softcap * torch.tanh(scores / call.softcap)
     if call.bias is not None:
-        scores = scores + _picked(call.bias, pairs, call, 0.0).to(scores.dtype)
+        # Widened first, so that its gradient is summed in the wide dtype.
+        scores = scores + _picked(call.bias.to(scores.dtype), pairs, call, 0.0)
     if call.alibi_slopes is not None:
         slopes = call.alibi_slopes.to(scores.dtype)
         of = pairs.sequence.clamp(0, len(slopes) - 1)  # one row of slopes may serve all
