@@ -123,6 +123,7 @@ class Case:
     scale: float | None = None
     lse: str = "unused"  # "returned", "differentiated", "alone": nothing flows through the output
     batch_invariant: bool = False
+    frozen: tuple[str, ...] = ()  # what gets no gradient
     seed: int = 0
 
 
@@ -134,6 +135,11 @@ WIDTHS = (8, 16, 1, 2, 3, 7, 12, 24, 32, 33, 40, 48, 64, 65, 80)
 WIDE = (128, 200, 256, 300, 512)
 LAYOUTS = ("contiguous", "tokens outermost", "padded", "scattered", "shared by all")
 DTYPES = {"triton": ("float32", "bfloat16", "float16")}
+PARAMETERS = ("bias", "sinks", "table")
+FROZEN = (
+    *(PARAMETERS, ("query",), ("key", "value"), ("query", "key", "value"), ("value", "sinks")),
+    ("query", "key", "value", *PARAMETERS),  # forward alone
+)
 
 
 def often(draw, *values, of=3):
@@ -156,7 +162,7 @@ def cases(draw, backend: str) -> Case:
     sizes = TINY if size == "wide" else SIZES
     lengths = [(pick(*sizes), pick(*sizes)) for _ in range(sequences if ragged else 1)]
     if size == "large":
-        n, m = pick(*LARGE[backend]), pick(*LARGE[backend], 20)
+        n, m = pick(*LARGE[backend]), pick(*LARGE[backend], 20, 1, 3)
         lengths[0] = (n, m) if flip() else (m, n)
     if pick(False, True):  # as many queries as keys
         lengths = [(n, n) for n, _ in lengths]
@@ -208,6 +214,7 @@ def cases(draw, backend: str) -> Case:
         scale=often(draw, 0.3, -0.7, 0.0, 1e-3),
         lse=pick("unused", "differentiated", "returned", "alone"),
         batch_invariant=pick(False, False, False, True),
+        frozen=often(draw, *FROZEN, of=4) or (),
         seed=draw(st.integers(0, 9999)),
     )
 

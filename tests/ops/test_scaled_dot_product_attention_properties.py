@@ -21,6 +21,8 @@ from op_cases import device_of
 import slimkernels as sk
 from slimkernels.dispatch import OPS
 
+cpu = pytest.importorskip("slimkernels._cpu")
+
 BACKENDS = ["cpu", "triton", "torch"]
 
 # How many are drawn, and how many of them at least must be tested: distinct, and not refused.
@@ -66,6 +68,7 @@ SINGLE_FEATURES = {
     "relative bias": Case(TWO, relative=(True, 8, 9)),
     "dropout": Case(TWO, dropout_p=0.2),
     "lse": Case(TWO, lse="differentiated"),
+    "nothing trained": Case(TWO, frozen=("query", "key", "value")),
     "batch invariant": Case(TWO, batch_invariant=True),
     "score": Case(TWO, score="leaky"),
     "mask function": Case(TWO, score="strided"),
@@ -83,6 +86,9 @@ class Tally:
 
 def attend_on(backend: str):
     def attend(case, leaves, options):
+        if backend == "cpu":  # all instruction sets of this machine, each case one
+            isas = cpu.isas_available()
+            cpu.set_isa(isas[case.seed % len(isas)])
         inputs, options = arguments(case, leaves, options)
         torch.manual_seed(case.seed)
         result = sk.scaled_dot_product_attention(
@@ -110,6 +116,13 @@ def seed_of(config: pytest.Config) -> int:
     if wanted == "random":
         return int.from_bytes(os.urandom(4), "little")
     return int(wanted or 0)
+
+
+@pytest.fixture(autouse=True)
+def restore_instruction_set():
+    isa = cpu.isa()
+    yield
+    cpu.set_isa(isa)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
