@@ -2,8 +2,8 @@
 
 The rule is assert_no_worse's: at most twice the error of eager PyTorch (the definition computed in
 the inputs' dtype), plus a floor for where eager is exact: one unit in the last place of the largest
-value. Here that value is what it would be if nothing cancelled, since eager's cancel better than
-those of any kernel that does not store the scores:
+value. Here that value is what it would be if nothing cancelled (the root of the sum of its terms'
+squares), since eager's terms cancel better than those of any kernel that stores no scores:
 
 - Backward subtracts delta, a row's sum of dy * output, from dy @ value^T. Where a query sees one
   key the two are equal. Eager sums the same numbers twice and says 0; a kernel has the output
@@ -13,7 +13,7 @@ those of any kernel that does not store the scores:
 
 lse is float32 whatever the dtype, and what sums over many scores (the gradients of bias, sinks and
 table) eager sums in the scores' dtype, badly in 16 bits. Their eager computes in float32 from the
-same inputs: stricter than the rule.
+same inputs: stricter than the rule. An independent FlashAttention-2 in PyTorch passed 2500 draws.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def assert_matches_definition(function: Function, case: Case, device: torch.devi
         single = run(definition(), case, leaves, options)
         eager |= {name: t for name, t in single.items() if name in COMPUTED_IN_FLOAT32}
     assert torch.equal(actual["lse"] == -torch.inf, truth["lse"] == -torch.inf), "lse's -inf"
-    floors = floors_of(case, wide, options)
+    floors = floors_of(case, wide, options, truth)
     for name, expected in truth.items():
         assert_no_worse(actual[name], eager[name], expected, floor=floors[name], what=name)
 
@@ -104,45 +104,56 @@ def gradients(case: Case, outputs: tuple[Tensor, ...]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def floors_of(case: Case, leaves: dict[str, Tensor], options: dict) -> dict[str, float]:
-    """One unit in the last place of each result, were all terms of its sums of one sign."""
-    inputs, call = canonical(case, leaves, options)
-    q, k, v = inputs
-    p, lse = probabilities(case, *inputs, call)  # (B, H, Tq, Tk), of ragged ones (1, H, Tq, Tk)
-    y = q[..., :1].expand(*q.shape[:-1], v.shape[-1])
+def floors_of(
+    case: Case, leaves: dict[str, Tensor], options: dict, truth: dict[str, Tensor]
+) -> dict[str, float]:
+    """One unit in the last place of each result, were nothing cancelled: of the root of the sum of
+    the squares of its terms, as large as roundings of both signs make it."""
+    (q, k, v), call = canonical(case, leaves, options)
+    p, lse = probabilities(case, q, k, v, call)  # (B, H, Tq, Tk), of ragged ones (1, H, Tq, Tk)
+    y = truth["output"]
     dy, dlse = (dy.double() for dy in gradients(case, (y, lse)))
     if case.ragged:
-        q, k, v, dy = (t.transpose(0, 1)[None] for t in (q, k, v, dy))
+        q, k, v, y, dy = (t.transpose(0, 1)[None] for t in (q, k, v, y, dy))
     k, v = (t.repeat_interleave(case.heads[1], dim=1) for t in (k, v))
-    dlse = dlse.view(*p.shape[:-1], 1) if case.lse in ("differentiated", "alone") else 0.0 * p
-    dy = dy if case.lse != "alone" else 0.0 * dy
-    q, k, v, dy, dlse = (t.abs() for t in (q, k, v, dy, dlse))
-    scale, keep = abs(call.scale), 1 - case.dropout_p
-    dscores = p * (dy @ v.mT) / keep
-    delta = dscores.sum(-1, keepdim=True) + dlse
-    dscores = dscores + p * delta
-    # A score's own terms, and what is added to it.
-    terms = largest(scale * (q @ k.mT) * (p > 0))
-    terms += sum(largest(t) for t in (call.bias, call.table, call.sinks) if t is not None)
+    dlse = dlse.view(*p.shape[:-1], 1) * (case.lse in ("differentiated", "alone"))
+    dy = dy * (case.lse != "alone")
+    keep, scale = 1 - case.dropout_p, call.scale
+    # From here on, of squares. A row's delta has one error, which all its scores share.
+    p2, q2, k2, v2, dy2 = (t.square() for t in (p, q, k, v, dy))
+    y2 = p2 @ v2 / keep**2 + y.square()
+    delta2 = (dy2 * y2).sum(-1, keepdim=True) + dlse.square()
+    dscores2 = p2 * (dy2 @ v2.mT / keep**2 + delta2)
+    everything = p.sum(-1, keepdim=True)
+    rows2 = delta2 * everything.square()
+    sinks2 = (1 - everything).square() * (delta2 + (dy * y).sum(-1, keepdim=True).square())
     results = {
-        "output": p @ v / keep,
-        "gradient of query": scale * (dscores @ k),
-        "gradient of key": scale * (dscores.mT @ q),
-        "gradient of value": p.mT @ dy / keep,
-        "gradient of sinks": delta.sum((0, 2)),
-        "gradient of table": dscores.sum((0, 2, 3)),  # of all buckets: few of them sum less
+        "output": y2,
+        "gradient of query": scale**2 * (dscores2 @ k2 + delta2 * (p @ k).square()),
+        "gradient of key": scale**2 * (dscores2.mT @ q2),
+        "gradient of value": p2.mT @ dy2 / keep**2,
+        "gradient of sinks": sinks2.sum((0, 2)),
+        # As if all keys were in one bucket.
+        "gradient of table": dscores2.sum((0, 2, 3)) + rows2.sum((0, 2, 3)),
     }
     if call.bias is not None:
         shared = [dim for dim, size in enumerate(call.bias.shape) if size == 1]
         if case.ragged:
-            dscores = by_sequence(case, dscores)
-        results["gradient of bias"] = dscores.sum(shared, keepdim=True) if shared else dscores
+            dscores2, rows2 = (by_sequence(case, t) for t in (dscores2, rows2))
+        if 3 in shared:
+            dscores2 = dscores2.sum(-1, keepdim=True) + rows2
+        others = [dim for dim in shared if dim != 3]
+        results["gradient of bias"] = dscores2.sum(others) if others else dscores2
     single = torch.finfo(torch.float32).eps
-    best = lse.view(p.shape[:-1]) + p.sum(-1).log()  # about a row's largest score
-    ulp = max(
-        torch.finfo(getattr(torch, case.dtype)).eps, single * max(largest(lse), largest(best))
-    )
-    floors = {name: ulp * largest(t) for name, t in results.items()}
+    # A row's largest score, nearly, and lse: probabilities are exp of their difference.
+    exponent = max(largest(lse), largest(lse.view(p.shape[:-1]) + p.sum(-1).log()))
+    ulp = max(torch.finfo(getattr(torch, case.dtype)).eps, single * exponent)
+    # The last place of smaller numbers is below the normal range, which may be flushed to zero.
+    tiny = torch.finfo(torch.float32).tiny / single
+    floors = {name: ulp * largest(t) ** 0.5 + tiny for name, t in results.items()}
+    # A score's own terms, and what is added to it.
+    terms = abs(scale) * largest((q.abs() @ k.abs().mT) * (p > 0))
+    terms += sum(largest(t) for t in (call.bias, call.table, call.sinks) if t is not None)
     return {**floors, "lse": single * (largest(lse) + terms)}
 
 
@@ -158,12 +169,14 @@ def probabilities(case: Case, q: Tensor, k: Tensor, v: Tensor, call) -> tuple[Te
 
 
 def by_sequence(case: Case, x: Tensor) -> Tensor:
-    """(1, H, Tq, Tk) of ragged sequences as (B, H, longest, longest), zero past their ends."""
+    """(1, H, Tq, Tk or 1) of ragged sequences as (B, H, longest, longest or 1), zero past ends."""
     longest = [max((n[side] for n in case.lengths), default=0) for side in (0, 1)]
-    result = x.new_zeros(len(case.lengths), x.shape[1], *longest)
+    one = x.shape[-1] == 1
+    result = x.new_zeros(len(case.lengths), x.shape[1], longest[0], 1 if one else longest[1])
     i = j = 0
     for b, (n, m) in enumerate(case.lengths):
-        result[b, :, :n, :m] = x[0, :, i : i + n, j : j + m]
+        part = x[0, :, i : i + n]
+        result[b, :, :n, : 1 if one else m] = part if one else part[..., j : j + m]
         i, j = i + n, j + m
     return result
 
