@@ -39,21 +39,23 @@ struct Kernels {
                                   int64_t threshold, int dtype, int parameter_dtype);
 
   // scaled_dot_product_attention.cpp, _backward.cpp: problem and variant are struct Problem in
-  // cpu/attention.h and the start of struct Variant in cpu/attention_scores.h, as integers; the last
-  // dimension of query, key, value and dy is contiguous. A null variant is none, a null seed no
-  // dropout, a null dlse zeros, a null gradient not wanted. dbias has the bias' shape and dtype and
-  // starts as zeros; dsinks (H,), drelative (H, distances)
+  // cpu/attention.h and the start of struct Variant in cpu/attention_scores.h, as integers; the
+  // last dimension of query, key, value and dy is contiguous. A null variant is none, a null seed
+  // no dropout, a null dlse zeros, a null gradient not wanted. dbias has the bias' shape and dtype
+  // and starts as zeros; dsinks (H,), drelative (H, distances)
   void (*scaled_dot_product_attention_forward)(const void* query, const void* key,
                                                const void* value, void* y, float* lse,
                                                const int64_t* seed, const int64_t* problem,
                                                const int64_t* variant, float scale, float softcap,
                                                float dropout_p, int64_t threshold, int dtype);
-  void (*scaled_dot_product_attention_backward)(
-      const void* dy, const float* dlse, const void* query, const void* key, const void* value,
-      const void* y, const float* lse, void* dquery, void* dkey, void* dvalue, void* dbias,
-      float* dsinks, float* drelative, const int64_t* seed, const int64_t* problem,
-      const int64_t* variant, float scale, float softcap, float dropout_p, int64_t threshold,
-      int dtype);
+  void (*scaled_dot_product_attention_backward)(const void* dy, const float* dlse,
+                                                const void* query, const void* key,
+                                                const void* value, const void* y, const float* lse,
+                                                void* dquery, void* dkey, void* dvalue, void* dbias,
+                                                float* dsinks, float* drelative,
+                                                const int64_t* seed, const int64_t* problem,
+                                                const int64_t* variant, float scale, float softcap,
+                                                float dropout_p, int64_t threshold, int dtype);
 
   // gelu.cpp: x, y (M, N); bias (N,) in bias_dtype. Without a bias only M * N matters.
   void (*gelu_forward)(const void* x, const void* bias, void* y, int64_t M, int64_t N, int is_tanh,

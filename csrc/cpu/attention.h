@@ -72,10 +72,10 @@ inline void gradient_row(float* s, float* dp, int64_t n, float lse, float delta,
 // The same where all of a row's keys are here: its softmax and sum(p * dp) are computed again
 // rather than taken from lse and from delta. They cancel against the p and dp of this very row, so
 // that their roundings do too; lse, one float32, carries an error of exp's argument as large as
-// lse. sink is one more score, without a value; -inf where there is none.
+// lse. sink is one more score, without a value; -inf where there is none. Returns its gradient.
 template <bool kDropout>
-inline void gradient_whole_row(float* s, float* dp, int64_t n, float sink, float dlse,
-                               const Dropout& dropout, const RowBits& bits, int64_t first_key) {
+inline float gradient_whole_row(float* s, float* dp, int64_t n, float sink, float dlse,
+                                const Dropout& dropout, const RowBits& bits, int64_t first_key) {
   const float most = peak_of(s, n), peak = sink > most ? sink : most;
   if (n % kLanes) store(dp + n, vfloat{}, Part{int(kLanes - n % kLanes)});
   vfloat total = {}, dot = {};
@@ -93,35 +93,34 @@ inline void gradient_whole_row(float* s, float* dp, int64_t n, float sink, float
     }
     store(s + i, p, Full{});
   }
-  float all = sum(total);
-  if (sink != -kInfinity) all += exp_of_nonpositive(broadcast(sink - peak))[0];
+  const float p_sink = sink != -kInfinity ? exp_of_nonpositive(broadcast(sink - peak))[0] : 0.f;
+  const float all = sum(total) + p_sink;
   const float inverse = 1.f / all, delta = sum(dot) * inverse - dlse;
   for (int64_t i = 0; i < n; i += kLanes) {
     const vfloat p = load(s + i, Full{}) * inverse, size = p < 0.f ? -p : p;
     store(s + i, kDropout ? p < 0.f ? vfloat{} : p : p, Full{});
     store(dp + i, (kDropout ? size : p) * (load(dp + i, Full{}) - delta), Full{});
   }
+  return -p_sink * inverse * delta;
 }
 
 // The sum over a row's keys, and its sink, where forward ends.
 struct Total {
   float lse, factor;  // factor: 1 / the sum relative to the keys' peak
-  bool empty;         // nothing is seen, or only scores of -inf
+  bool unseen;        // no key is seen, or only scores of -inf
 
   Total(float peak, float sum, float sink) {
-    // NaN makes no peak, but a sum.
-    const float top = sink > peak ? sink : peak;
-    empty = top == -kInfinity && sum == 0.f;
+    unseen = peak == -kInfinity && sum == 0.f;  // NaN makes no peak, but a sum
     if (sink == -kInfinity) {
       factor = 1.f / sum;
-      lse = peak + ::logf(sum);
+      lse = unseen ? -kInfinity : peak + ::logf(sum);
     } else {
+      const float top = sink > peak ? sink : peak;
       const float shrink = exp_of_nonpositive(broadcast(peak - top))[0];
       const float all = sum * shrink + exp_of_nonpositive(broadcast(sink - top))[0];
       factor = shrink / all;
       lse = top + ::logf(all);
     }
-    if (empty) lse = -kInfinity;
   }
 };
 
@@ -148,13 +147,14 @@ struct Span {
   bool empty() const { return begin >= end; }
 };
 
-// One call's shapes. Mirrors _problem() in slimkernels/backends/cpu/scaled_dot_product_attention.py.
+// One call's shapes. Mirrors _problem() in
+// slimkernels/backends/cpu/scaled_dot_product_attention.py.
 struct Problem {
   int64_t sequences, H, Hkv, Tq, Tk, D, Dv;
-  int64_t left, right;                    // query i sees keys i - left to i + right; -1: no limit
-  int64_t offset;                         // where offsets is null
-  int64_t limit_q, limit_k;               // queries and keys at and after these see, are seen not
-  const int32_t *key_lengths, *offsets;   // (sequences,), or null
+  int64_t left, right;                   // query i sees keys i - left to i + right; -1: no limit
+  int64_t offset;                        // where offsets is null
+  int64_t limit_q, limit_k;              // queries and keys at and after these see, are seen not
+  const int32_t *key_lengths, *offsets;  // (sequences,), or null
   const int32_t *cu_seqlens_q, *cu_seqlens_k;
   Strides query, key, value, dy, dlse;
 
@@ -207,9 +207,7 @@ struct Problem {
   }
 
   // Keys in a block: packed twice they fit in half of a 1 MiB L2 beside the scores.
-  int64_t block_keys() const {
-    return clamp(65536 / (padded(D) + padded(Dv)) / 64 * 64, 64, 512);
-  }
+  int64_t block_keys() const { return clamp(65536 / (padded(D) + padded(Dv)) / 64 * 64, 64, 512); }
 
   int threads(int64_t items) const {
     const int64_t count = ragged() ? Tk / clamp(sequences, 1, Tk + 1) : Tk;

@@ -1,11 +1,13 @@
 // Attention of few queries on many keys, as in decoding: each key and value is read once, where it
 // lies, by all query heads that share it.
 //
-// Tiling   An item is one key head of one sequence and kSplitKeys keys, always cut at the same places
-//          whatever the batch and the number of threads, so that a row's bits depend on neither. Its
-//          results, relative to its own maximum, are merged afterwards (flash decoding, Dao et al.
-//          2023).
-// Traffic  Keys and values once, unpacked: packing them, as the tiled path does, would cost more than
+// Tiling   An item is one key head of one sequence and kSplitKeys keys, always cut at the same
+// places
+//          whatever the batch and the number of threads, so that a row's bits depend on neither.
+//          Its results, relative to its own maximum, are merged afterwards (flash decoding, Dao et
+//          al. 2023).
+// Traffic  Keys and values once, unpacked: packing them, as the tiled path does, would cost more
+// than
 //          the products of a few queries.
 #pragma once
 #include "attention_scores.h"
@@ -226,10 +228,9 @@ void merge(const float* results, int64_t stride, int64_t splits, int64_t Dv, flo
   const Total total(peak, sum, sink);
   for_vectors(Dv, [&](int64_t d, auto lanes) {
     vfloat out = {};
-    if (!total.empty)
-      for (int64_t n = 0; n < splits; ++n)
-        out += load(results + n * stride + d, Full{}) * share(n);
-    store(y + d, out * (total.empty ? 0.f : total.factor * factor), lanes);
+    if (!total.unseen)
+      for (int64_t n = 0; n < splits; ++n) out += load(results + n * stride + d, Full{}) * share(n);
+    store(y + d, out * (total.unseen ? 0.f : total.factor * factor), lanes);
   });
   *lse = total.lse;
 }
@@ -278,8 +279,8 @@ void attend_directly(const Problem& p, const Variant& variant, const void* query
       const Sequence sequence = p.sequence(b);
       if (!is_direct(sequence)) continue;
       const int64_t first = starts[b], number = starts[b + 1] - first, queries = sequence.q_count;
-      const float* of_head = results.get() + head / p.group() * floats +
-                             head % p.group() * queries * result_floats(p);
+      const float* of_head =
+          results.get() + head / p.group() * floats + head % p.group() * queries * result_floats(p);
       for (int64_t i = 0; i < queries; ++i) {
         const int64_t token = sequence.q_begin + i;
         const float* from =

@@ -37,8 +37,10 @@ struct Variant {
   bool modifies = false;                 // whether modify() does anything: sinks alone need it not
 
   Variant(const int64_t* numbers, float softcap) : bias{}, mask{} {
-    if (numbers) std::memcpy((void*)this, numbers, offsetof(Variant, softcap));
-    else std::memset((void*)this, 0, offsetof(Variant, softcap));
+    if (numbers)
+      std::memcpy((void*)this, numbers, offsetof(Variant, softcap));
+    else
+      std::memset((void*)this, 0, offsetof(Variant, softcap));
     this->softcap = softcap;
     modifies = bias.values || mask.values || slopes || relative || softcap != 0.f;
   }

@@ -1,12 +1,13 @@
 // softmax(query @ key^T * scale) @ value over dense or ragged sequences, without storing the scores
-// (FlashAttention, Dao et al. 2022). Its gradients are in scaled_dot_product_attention_backward.cpp,
-// sequences of few queries in attention_direct.h.
+// (FlashAttention, Dao et al. 2022). Its gradients are in
+// scaled_dot_product_attention_backward.cpp, sequences of few queries in attention_direct.h.
 //
-// Tiling   An item of work is one head of one sequence and kQueriesPerItem queries; it packs a block
-//          of keys and values once (float32, keys transposed) and walks it with tiles of kForwardRows
-//          queries, whose scores stay in L1. Keys that none of an item's queries sees are not read,
-//          those that none of a tile's sees not multiplied. Items are handed out dynamically, since
-//          lengths differ.
+// Tiling   An item of work is one head of one sequence and kQueriesPerItem queries; it packs a
+// block
+//          of keys and values once (float32, keys transposed) and walks it with tiles of
+//          kForwardRows queries, whose scores stay in L1. Keys that none of an item's queries sees
+//          are not read, those that none of a tile's sees not multiplied. Items are handed out
+//          dynamically, since lengths differ.
 // Traffic  Each operand is read once an item, through its own strides; O(T * D) scratch a thread.
 // Numerics Everything is float32 whatever the storage is. scale is multiplied into the queries when
 //          they are packed, which backward's dkey needs as well. Survivors of dropout are scaled
@@ -129,7 +130,7 @@ class Forward {
       // No key may have been seen, and y not been written: zero times that could be NaN.
       for_vectors(p_.Dv, [&](int64_t d, auto n) {
         const vfloat y = load(running.y + r * out_width + d, Full{});
-        store(out + d, total.empty ? vfloat{} : y * factor, n);
+        store(out + d, total.unseen ? vfloat{} : y * factor, n);
       });
       lse_[at(p_.statistics(), sequence.batch, head, token)] = total.lse;
     }

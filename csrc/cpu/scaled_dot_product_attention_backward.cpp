@@ -1,14 +1,17 @@
-// Gradients of attention: with p the probabilities, recomputed from the scores and lse, and dp their
-// gradient, ds = p * (dp - delta), delta = sum(p * dp) - dlse, and
-//   dvalue = p^T dy    dquery = ds key    dkey = ds^T query    dbias = ds    dsink = -p_sink * delta
+// Gradients of attention: with p the probabilities, recomputed from the scores and lse, and dp
+// their gradient, ds = p * (dp - delta), delta = sum(p * dp) - dlse, and
+//   dvalue = p^T dy    dquery = ds key    dkey = ds^T query    dbias = ds    dsink = -p_sink *
+//   delta
 //
-// Tiling   An item is one key head of one sequence with every query head that reads it, so that dkey
+// Tiling   An item is one key head of one sequence with every query head that reads it, so that
+// dkey
 //          and dvalue are summed without atomics. It walks blocks of keys, and in each the tiles of
 //          kBackwardRows queries that see one of them.
 //          A bias that is broadcast over sequences or heads, but not over queries or keys, has a
 //          pass of its own: an item owns some of its rows and walks all that share them, since sums
-//          of (B, H, Tq, Tk) would have to be stored otherwise. Broadcast over queries or keys it is
-//          summed along the way, one small sum a sequence and head, which are added up at the end.
+//          of (B, H, Tq, Tk) would have to be stored otherwise. Broadcast over queries or keys it
+//          is summed along the way, one small sum a sequence and head, which are added up at the
+//          end.
 // Traffic  Each operand is read once an item; O(T * D) scratch a thread.
 // Numerics As in scaled_dot_product_attention.cpp. Sums over sequences and heads are in float64.
 #include "attention_scores.h"
@@ -49,11 +52,11 @@ class Backward {
                          block * width + 64))
       return false;
     take(scratch, queries, block);
+    keys_ = keys;
     dq_ = scratch.take(queries * width);
     dk_ = scratch.take(count * width);
     dv_ = scratch.take(count * out_width);
     k_ = scratch.take(block * width);
-    whole_ = count <= block;
 
     fill(dk_, 0, count * width, 0.f);
     fill(dv_, 0, count * out_width, 0.f);
@@ -92,7 +95,7 @@ class Backward {
       const int64_t count = clamp(sequence.seeing - i, 0, rows);
       const Span keys = p_.seen(sequence, i, i + count, 0, sequence.k_count);
       if (count == 0 || keys.empty()) continue;
-      whole_ = keys.end - keys.begin <= block;
+      keys_ = keys;
       for (int64_t head = heads.begin; head < heads.end; ++head) {
         load_queries(sequence, head, i, count);
         for (int64_t first = keys.begin; first < keys.end; first += block) {
@@ -117,6 +120,7 @@ class Backward {
            (2 * kBackwardRows + 1) * score_stride(block) + 128;
   }
   void take(Scratch& scratch, int64_t queries, int64_t block) {
+    block_ = block;
     stride_ = score_stride(block);
     delta_ = scratch.take(queries);
     q_ = scratch.take(queries * padded(p_.D));
@@ -136,10 +140,10 @@ class Backward {
               queries, p_.D, scale_, q_);
     pack_rows((const T*)o_.dy + at(p_.dy, sequence.batch, head, token), p_.dy.token, queries, p_.Dv,
               1.f, dout_);
-    if (whole_ && !sums_.sinks) return;
     const Strides strides = p_.contiguous(p_.H, p_.Tq, p_.Dv);
     const T* y = (const T*)o_.y + at(strides, sequence.batch, head, token);
     for (int64_t i = 0; i < queries; ++i, y += strides.token) {
+      if (is_whole(sequence, begin + i)) continue;
       delta_[i] = sum_over(p_.Dv, [&](int64_t d, auto n) {
         return load(y + d, n) * load(dout_ + i * out_width + d, Full{});
       });
@@ -148,6 +152,13 @@ class Backward {
       if (sums_.sinks && lse != -kInfinity)
         *sums_.sinks -= double(::expf(variant_.sink(head) - lse)) * delta_[i];
     }
+  }
+
+  // Whether all keys that a query sees are in one block.
+  bool is_whole(const Sequence& sequence, int64_t i) const {
+    const Span seen = p_.seen(sequence, i, i + 1, 0, sequence.k_count);
+    if (seen.empty() || keys_.end - keys_.begin <= block_) return !seen.empty();
+    return (seen.begin - keys_.begin) / block_ == (seen.end - 1 - keys_.begin) / block_;
   }
 
   void load_keys(const Sequence& sequence, int64_t key_head, int64_t first, int64_t count) {
@@ -165,9 +176,8 @@ class Backward {
     const Span queries = p_.seeing(sequence, first, count);
     if (queries.empty()) return;
     load_keys(sequence, key_head, first, count);
-    pack_rows(
-        (const T*)o_.key + at(p_.key, sequence.batch, key_head, sequence.k_begin + first),
-        p_.key.token, count, p_.D, 1.f, k_);
+    pack_rows((const T*)o_.key + at(p_.key, sequence.batch, key_head, sequence.k_begin + first),
+              p_.key.token, count, p_.D, 1.f, k_);
     float *dk = dk_ + (first - keys.begin) * width, *dv = dv_ + (first - keys.begin) * out_width;
     const int64_t aligned = queries.begin - queries.begin % kBackwardRows;
     for (int64_t row = aligned; row < queries.end; row += kBackwardRows) {
@@ -221,16 +231,15 @@ class Backward {
           kDropout ? at(p_.dropout_rows(), sequence.batch, head, sequence.q_begin + i) : 0);
       float *scores = s + seen.begin, *ds = dp + seen.begin;
       if constexpr (kModified) modify(variant_, row, scores, slopes_);
-      // In a band the first and the last block of a row may be one though those of a sequence are
-      // not.
-      const bool whole = whole_ || (p_.left >= 0 && p_.low(sequence, i) >= first &&
-                                    p_.high(sequence, i) <= first + count);
-      if (whole)
-        gradient_whole_row<kDropout>(scores, ds, row.n, variant_.sink(head),
-                                     dlse(sequence, head, i), dropout_, bits, row.first);
-      else
+      if (is_whole(sequence, i)) {
+        const float dsink =
+            gradient_whole_row<kDropout>(scores, ds, row.n, variant_.sink(head),
+                                         dlse(sequence, head, i), dropout_, bits, row.first);
+        if (sums_.sinks) *sums_.sinks += dsink;
+      } else {
         gradient_row<kDropout>(scores, ds, row.n, lse, delta_[i - begin_], dropout_, bits,
                                row.first);
+      }
       if constexpr (kModified) collect(row, ds);
     }
     fill(s, seen.end, tile.end, 0.f);
@@ -241,9 +250,8 @@ class Backward {
   // products.
   void collect(const Row& row, float* ds) {
     if (sums_.dbias)
-      with_type(int(variant_.bias_dtype), [&](auto zero) {
-        write_to_bias(variant_, row, ds, (decltype(zero)*)sums_.dbias);
-      });
+      with_type(int(variant_.bias_dtype),
+                [&](auto zero) { write_to_bias(variant_, row, ds, (decltype(zero)*)sums_.dbias); });
     if (sums_.bias) add_to_bias(variant_, row, begin_, ds, sums_.bias);
     if (sums_.relative) add_to_relative(variant_, row, ds, sums_.relative);
     if (variant_.softcap != 0.f)
@@ -276,9 +284,9 @@ class Backward {
   const Operands& o_;
   const float scale_;
   const Dropout& dropout_;
-  bool whole_;  // all keys are in one block
   Sums sums_;
-  int64_t stride_, begin_;  // of the scores; the query that row 0 of q_ is
+  Span keys_;                       // what is seen, cut from its begin into blocks of
+  int64_t block_, stride_, begin_;  // keys; of the scores; the query that row 0 of q_ is
   float *delta_, *q_, *dout_, *dq_, *dk_, *dv_, *k_transposed_, *v_transposed_, *k_, *scores_,
       *dscores_, *slopes_;
 };
@@ -295,12 +303,14 @@ BiasGradient gradient_of(const Variant& variant, const void* dbias, int64_t B, i
 
 }  // namespace
 
-void scaled_dot_product_attention_backward(
-    const void* dy, const float* dlse, const void* query, const void* key, const void* value,
-    const void* y, const float* lse, void* dquery, void* dkey, void* dvalue, void* dbias,
-    float* dsinks, float* drelative, const int64_t* seed, const int64_t* problem_numbers,
-    const int64_t* variant_numbers, float scale, float softcap, float dropout_p, int64_t threshold,
-    int dtype) {
+void scaled_dot_product_attention_backward(const void* dy, const float* dlse, const void* query,
+                                           const void* key, const void* value, const void* y,
+                                           const float* lse, void* dquery, void* dkey, void* dvalue,
+                                           void* dbias, float* dsinks, float* drelative,
+                                           const int64_t* seed, const int64_t* problem_numbers,
+                                           const int64_t* variant_numbers, float scale,
+                                           float softcap, float dropout_p, int64_t threshold,
+                                           int dtype) {
   const Problem problem(problem_numbers);
   const Variant variant(variant_numbers, softcap);
   const Dropout dropout(seed, dropout_p, threshold);
