@@ -22,10 +22,13 @@ inline float peak_of(float* s, int64_t n) {
   return max(vmax(most[0], most[1]));
 }
 
-// One row of scores to probabilities relative to the maximum so far.
+// One row of scores to probabilities relative to the maximum so far. Inlined, as its gradients are:
+// the keys in RowBits would be read from memory for every vector otherwise.
 template <bool kDropout>
-inline void softmax_row(float* s, int64_t n, float& peak, float& total, float* y, int64_t width,
-                        const Dropout& dropout, const RowBits& bits, int64_t first_key) {
+inline __attribute__((always_inline)) void softmax_row(float* s, int64_t n, float& peak,
+                                                       float& total, float* y, int64_t width,
+                                                       const Dropout& dropout, const RowBits& bits,
+                                                       int64_t first_key) {
   const float before = peak, here = peak_of(s, n);
   peak = here > before ? here : before;
   // While all scores are -inf, they add exp(-inf - 0) = 0, not exp(-inf + inf) = NaN.
@@ -54,8 +57,9 @@ inline void softmax_row(float* s, int64_t n, float& peak, float& total, float* y
 // Of one row: probabilities p = exp(s - lse), and with dropout's mask and scale in dp,
 // ds = p * (dp - delta). Leaves p after dropout in s, and ds in dp.
 template <bool kDropout>
-inline void gradient_row(float* s, float* dp, int64_t n, float lse, float delta,
-                         const Dropout& dropout, const RowBits& bits, int64_t first_key) {
+inline __attribute__((always_inline)) void gradient_row(float* s, float* dp, int64_t n, float lse,
+                                                        float delta, const Dropout& dropout,
+                                                        const RowBits& bits, int64_t first_key) {
   for_vectors(n, [&](int64_t i, auto lanes) {
     const vfloat p = exp_of_nonpositive(load(s + i, Full{}) - lse);
     vfloat kept = p, g = load(dp + i, Full{});
@@ -74,8 +78,11 @@ inline void gradient_row(float* s, float* dp, int64_t n, float lse, float delta,
 // that their roundings do too; lse, one float32, carries an error of exp's argument as large as
 // lse. sink is one more score, without a value; -inf where there is none. Returns its gradient.
 template <bool kDropout>
-inline float gradient_whole_row(float* s, float* dp, int64_t n, float sink, float dlse,
-                                const Dropout& dropout, const RowBits& bits, int64_t first_key) {
+inline __attribute__((always_inline)) float gradient_whole_row(float* s, float* dp, int64_t n,
+                                                               float sink, float dlse,
+                                                               const Dropout& dropout,
+                                                               const RowBits& bits,
+                                                               int64_t first_key) {
   const float most = peak_of(s, n), peak = sink > most ? sink : most;
   if (n % kLanes) store(dp + n, vfloat{}, Part{int(kLanes - n % kLanes)});
   vfloat total = {}, dot = {};

@@ -6,7 +6,10 @@
 //          whatever the batch and the number of threads, so that a row's bits depend on neither.
 //          Its results, relative to its own maximum, are merged afterwards (flash decoding, Dao et
 //          al. 2023).
-// Traffic  Keys and values once, unpacked: packing them, as the tiled path does, would cost more
+//          Up to kDotRows rows of queries are multiplied with keys and values where those lie, dot
+//          product by dot product. More of them pay for a copy of a few keys in L1, which makes
+//          the products those of gemm.h.
+// Traffic  Keys and values once: packing them, as the tiled path does, would cost more
 // than
 //          the products of a few queries.
 #pragma once
@@ -14,10 +17,18 @@
 
 namespace slimkernels::SLIM_ISA {
 
-inline constexpr int64_t kDirectQueries = 8, kSplitKeys = 512;
+inline constexpr int64_t kDirectQueries = 16, kSplitKeys = 512, kDotRows = 8;
 
 inline bool is_direct(const Sequence& sequence) {
   return 0 < sequence.q_count && sequence.q_count <= kDirectQueries;
+}
+
+// How far ahead to fetch, in elements: 4 KiB, which memory takes as long for as the products of
+// what lies in between, but at least 8 rows.
+template <typename T>
+inline int64_t fetch_ahead(int64_t stride) {
+  const int64_t bytes = 4096 / int64_t(sizeof(T));
+  return clamp(bytes, 8 * stride, bytes + 8 * stride);
 }
 
 // Vector i becomes, in lane i of the first, the sum of its lanes. Each sum is the same tree.
@@ -37,6 +48,7 @@ template <int kRows, typename T>
 inline void score_tile(const float* q, int64_t width, const T* key, int64_t stride, int64_t D,
                        int64_t keys, float* scores, int64_t score_stride) {
   constexpr int kKeys = kLanes / kRows, kBatch = kKeys < 8 ? kKeys : 8;
+  const int64_t ahead = fetch_ahead<T>(stride);
   vfloat sums[kLanes] = {};
 #pragma GCC unroll 2
   for (int first = 0; first < kKeys; first += kBatch) {
@@ -44,12 +56,14 @@ inline void score_tile(const float* q, int64_t width, const T* key, int64_t stri
 #pragma GCC unroll 8
     for (int j = 0; j < kBatch; ++j) {
       rows[j] = key + clamp(first + j, 0, keys - 1) * stride;
-      prefetch_ahead(rows[j], stride);
     }
     for_vectors(D, [&](int64_t d, auto n) {
       vfloat right[kBatch];
 #pragma GCC unroll 8
-      for (int j = 0; j < kBatch; ++j) right[j] = load(rows[j] + d, n);
+      for (int j = 0; j < kBatch; ++j) {
+        __builtin_prefetch(rows[j] + d + ahead);
+        right[j] = load(rows[j] + d, n);
+      }
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
         const vfloat left = load(q + r * width + d, Full{});
@@ -87,12 +101,15 @@ void score_directly(const float* q, int64_t rows, const T* key, int64_t stride, 
 template <int kRows, int kVectors, typename T, typename Lanes>
 inline void weigh_tile(const float* p, int64_t p_stride, const T* value, int64_t stride,
                        int64_t keys, Lanes lanes, float* y, int64_t width) {
+  const int64_t ahead = fetch_ahead<T>(stride);
   vfloat sums[kRows][kVectors] = {};
   for (int64_t j = 0; j < keys; ++j, value += stride) {
     vfloat right[kVectors];
 #pragma GCC unroll 4
-    for (int n = 0; n < kVectors; ++n) right[n] = load(value + n * kLanes, lanes);
-    prefetch_ahead(value, stride);
+    for (int n = 0; n < kVectors; ++n) {
+      __builtin_prefetch(value + n * kLanes + ahead);
+      right[n] = load(value + n * kLanes, lanes);
+    }
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       const vfloat left = spread(p[r * p_stride + j], EveryLane{});
@@ -138,6 +155,45 @@ void weigh_directly(const float* p, int64_t p_stride, int64_t rows, const T* val
   }
 }
 
+// out (columns, rows) = the transpose of x (rows, columns), both rounded up to whole vectors.
+inline void transpose(const float* x, int64_t stride, int64_t rows, int64_t columns, float* out,
+                      int64_t out_stride) {
+  for (int64_t row = 0; row < rows; row += kLanes)
+    for (int64_t column = 0; column < columns; column += kLanes) {
+      vfloat square[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) square[i] = load(x + (row + i) * stride + column, Full{});
+      transpose_step<kLanes / 2>(square, EveryLane{});
+      for (int i = 0; i < kLanes && column + i < columns; ++i)
+        store(out + (column + i) * out_stride + row, square[i], Full{});
+    }
+}
+
+// score_directly() for many rows: key @ q^T, kChain keys at a time. q_panels is q^T, packed.
+template <typename T>
+void score_by_products(const Panels& q_panels, int64_t rows, const T* key, int64_t stride,
+                       int64_t D, int64_t keys, float* scores, int64_t score_stride, float* some,
+                       float* products) {
+  for (int64_t j = 0; j < keys; j += kChain) {
+    const int64_t count = clamp(keys - j, 0, kChain);
+    pack_rows(key + j * stride, stride, count, D, 1.f, some);
+    gemm(count, rows, D, some, padded(D), q_panels, products, padded(rows), false);
+    transpose(products, padded(rows), count, rows, scores + j, score_stride);
+  }
+}
+
+// weigh_directly() for many rows.
+template <typename T>
+void weigh_by_products(const float* p, int64_t p_stride, int64_t rows, const T* value,
+                       int64_t stride, int64_t Dv, int64_t keys, float* y, float* some) {
+  for (int64_t j = 0; j < keys; j += kChain) {
+    const int64_t count = clamp(keys - j, 0, kChain);
+    pack_rows(value + j * stride, stride, count, Dv, 1.f, some);
+    gemm(rows, padded(Dv), count, p + j, p_stride, panels_of_rows(some, padded(Dv), padded(Dv)), y,
+         padded(Dv), j > 0);
+  }
+}
+
 // A part of the keys that one sequence's queries see, and where its results go, in floats and for
 // one key head.
 struct Split {
@@ -160,7 +216,11 @@ class Direct {
     const int64_t queries = sequence.q_count, rows = p_.group() * queries;
     const int64_t width = padded(p_.D), out_width = padded(p_.Dv), keys = split.end - split.begin;
     const int64_t stride = score_stride(kSplitKeys);
-    if (!scratch.reserve(rows * (width + out_width + stride) + 48)) return false;
+    const bool many = rows > kDotRows;
+    const int64_t some_floats = many ? kChain * (width > out_width ? width : out_width) : 0;
+    if (!scratch.reserve(rows * (width + out_width + stride) + 96 + some_floats +
+                         (many ? kChain * padded(rows) + block_floats(p_.D, rows) : 0)))
+      return false;
     float* q = scratch.take(rows * width);
     float* scores = scratch.take(rows * stride);
     float* y = scratch.take(rows * out_width);
@@ -168,14 +228,27 @@ class Direct {
       pack_rows(query + at(p_.query, sequence.batch, key_head * p_.group() + n, sequence.q_begin),
                 p_.query.token, queries, p_.D, scale_, q + n * queries * width);
     const int64_t token = sequence.k_begin + split.begin;
-    score_directly(q, rows, key + at(p_.key, sequence.batch, key_head, token), p_.key.token, p_.D,
-                   keys, scores, stride);
+    const T* k = key + at(p_.key, sequence.batch, key_head, token);
+    const T* v = value + at(p_.value, sequence.batch, key_head, token);
+    float* some = scratch.take(some_floats);
+    if (many) {
+      float* q_transposed = scratch.take(block_floats(p_.D, rows));
+      float* products = scratch.take(kChain * padded(rows));
+      pack_transposed(q, width, rows, p_.D, q_transposed);
+      score_by_products(panels_of_block(q_transposed, p_.D, rows), rows, k, p_.key.token, p_.D,
+                        keys, scores, stride, some, products);
+    } else {
+      score_directly(q, rows, k, p_.key.token, p_.D, keys, scores, stride);
+    }
     for (int64_t row = 0; row < rows; ++row)
       softmax(sequence, key_head * p_.group() + row / queries, row % queries, split,
               scores + row * stride, results + row * result_floats(p_) + out_width);
-    fill(y, 0, rows * out_width, 0.f);
-    weigh_directly(scores, stride, rows, value + at(p_.value, sequence.batch, key_head, token),
-                   p_.value.token, p_.Dv, keys, y);
+    if (many) {
+      weigh_by_products(scores, stride, rows, v, p_.value.token, p_.Dv, keys, y, some);
+    } else {
+      fill(y, 0, rows * out_width, 0.f);
+      weigh_directly(scores, stride, rows, v, p_.value.token, p_.Dv, keys, y);
+    }
     for (int64_t row = 0; row < rows; ++row)
       std::memcpy(results + row * result_floats(p_), y + row * out_width,
                   out_width * sizeof(float));

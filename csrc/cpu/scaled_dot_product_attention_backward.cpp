@@ -52,7 +52,7 @@ class Backward {
                          block * width + 64))
       return false;
     take(scratch, queries, block);
-    keys_ = keys;
+    cut(keys, block);
     dq_ = scratch.take(queries * width);
     dk_ = scratch.take(count * width);
     dv_ = scratch.take(count * out_width);
@@ -95,7 +95,7 @@ class Backward {
       const int64_t count = clamp(sequence.seeing - i, 0, rows);
       const Span keys = p_.seen(sequence, i, i + count, 0, sequence.k_count);
       if (count == 0 || keys.empty()) continue;
-      keys_ = keys;
+      cut(keys, block);
       for (int64_t head = heads.begin; head < heads.end; ++head) {
         load_queries(sequence, head, i, count);
         for (int64_t first = keys.begin; first < keys.end; first += block) {
@@ -120,7 +120,6 @@ class Backward {
            (2 * kBackwardRows + 1) * score_stride(block) + 128;
   }
   void take(Scratch& scratch, int64_t queries, int64_t block) {
-    block_ = block;
     stride_ = score_stride(block);
     delta_ = scratch.take(queries);
     q_ = scratch.take(queries * padded(p_.D));
@@ -132,10 +131,17 @@ class Backward {
     slopes_ = scratch.take(stride_);
   }
 
+  void cut(const Span& keys, int64_t block) {
+    keys_ = keys;
+    block_ = block;
+    one_block_ = keys.end - keys.begin <= block;
+  }
+
   // `queries` of them from query `begin` on.
   void load_queries(const Sequence& sequence, int64_t head, int64_t begin, int64_t queries) {
     const int64_t out_width = padded(p_.Dv), token = sequence.q_begin + begin;
     begin_ = begin;
+    sink_ = variant_.sink(head);
     pack_rows((const T*)o_.query + at(p_.query, sequence.batch, head, token), p_.query.token,
               queries, p_.D, scale_, q_);
     pack_rows((const T*)o_.dy + at(p_.dy, sequence.batch, head, token), p_.dy.token, queries, p_.Dv,
@@ -149,15 +155,14 @@ class Backward {
       });
       delta_[i] -= dlse(sequence, head, begin + i);
       const float lse = lse_of(sequence, head, begin + i);
-      if (sums_.sinks && lse != -kInfinity)
-        *sums_.sinks -= double(::expf(variant_.sink(head) - lse)) * delta_[i];
+      if (sums_.sinks && lse != -kInfinity) *sums_.sinks -= double(::expf(sink_ - lse)) * delta_[i];
     }
   }
 
   // Whether all keys that a query sees are in one block.
   bool is_whole(const Sequence& sequence, int64_t i) const {
     const Span seen = p_.seen(sequence, i, i + 1, 0, sequence.k_count);
-    if (seen.empty() || keys_.end - keys_.begin <= block_) return !seen.empty();
+    if (seen.empty() || one_block_) return !seen.empty();
     return (seen.begin - keys_.begin) / block_ == (seen.end - 1 - keys_.begin) / block_;
   }
 
@@ -231,10 +236,9 @@ class Backward {
           kDropout ? at(p_.dropout_rows(), sequence.batch, head, sequence.q_begin + i) : 0);
       float *scores = s + seen.begin, *ds = dp + seen.begin;
       if constexpr (kModified) modify(variant_, row, scores, slopes_);
-      if (is_whole(sequence, i)) {
-        const float dsink =
-            gradient_whole_row<kDropout>(scores, ds, row.n, variant_.sink(head),
-                                         dlse(sequence, head, i), dropout_, bits, row.first);
+      if (one_block_ || is_whole(sequence, i)) {
+        const float dsink = gradient_whole_row<kDropout>(
+            scores, ds, row.n, sink_, dlse(sequence, head, i), dropout_, bits, row.first);
         if (sums_.sinks) *sums_.sinks += dsink;
       } else {
         gradient_row<kDropout>(scores, ds, row.n, lse, delta_[i - begin_], dropout_, bits,
@@ -285,6 +289,8 @@ class Backward {
   const float scale_;
   const Dropout& dropout_;
   Sums sums_;
+  float sink_;
+  bool one_block_;                  // all that is seen is in one
   Span keys_;                       // what is seen, cut from its begin into blocks of
   int64_t block_, stride_, begin_;  // keys; of the scores; the query that row 0 of q_ is
   float *delta_, *q_, *dout_, *dq_, *dk_, *dv_, *k_transposed_, *v_transposed_, *k_, *scores_,
