@@ -202,9 +202,11 @@ struct Problem {
   int64_t high(const Sequence& s, int64_t i) const {
     return right < 0 ? s.k_count : clamp(i + s.offset + right + 1, 0, s.k_count);
   }
-  // Of `count` keys from `first`, those that one of the queries from i to below `end` sees.
+  // Of `count` keys from `first`, all there are, those that one of the queries from i to below
+  // `end` sees.
   Span seen(const Sequence& s, int64_t i, int64_t end, int64_t first, int64_t count) const {
     if (i >= s.seeing) return {0, 0};
+    if (left < 0 && right < 0) return {0, count};
     return {clamp(low(s, i) - first, 0, count), clamp(high(s, end - 1) - first, 0, count)};
   }
   // The queries that may see one of these keys.

@@ -84,10 +84,12 @@ inline void cap(float softcap, int64_t n, float* s, float* slope) {
 }
 
 inline void subtract_distances(float slope, int64_t distance, int64_t n, float* s) {
-  for (int64_t j = 0; j < n; ++j) {
-    const float d = float(distance + j);
-    s[j] -= slope * (d < 0.f ? -d : d);
-  }
+  vfloat ahead;
+  for (int i = 0; i < kLanes; ++i) ahead[i] = float(i);
+  for_vectors(n, [&](int64_t j, auto lanes) {
+    const vfloat d = ahead + float(distance + j);
+    store(s + j, load(s + j, Full{}) - slope * (d < 0.f ? -d : d), lanes);
+  });
 }
 
 // Which of n keys are near enough to their query for a place of their own in the relative bias;

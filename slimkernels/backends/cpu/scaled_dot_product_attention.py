@@ -81,16 +81,20 @@ def _problem(query, key, value, call, dy=None, dlse=None):
         strides.append((0, 0, 0) if dlse is None else dlse.stride())
     integers = call.key_lengths, call.causal_offsets, call.cu_seqlens_q, call.cu_seqlens_k
     integers = [None if t is None else t.contiguous() for t in integers]
-    grids = [t for t in (call.bias, call.mask) if t is not None]
     numbers = (
         *(B, H, Hkv, Tq, Tk, D, Dv),
         *(min(call.left, _NO_LIMIT), min(call.right, _NO_LIMIT), call.causal_offset),
-        # What lies past the end of a ragged batch's bias or mask is hidden.
-        *(min((t.shape[n] for t in grids if t.shape[n] != 1), default=_NO_LIMIT) for n in (2, 3)),
+        *_limits(call.bias, call.mask),
         *(pointer(t) for t in integers),
         *(n for three in strides for n in three),
     )
     return array("q", numbers), integers
+
+
+def _limits(*grids):
+    """Where the last dimensions of a bias and a mask end: what lies past them is hidden."""
+    grids = [t for t in grids if t is not None]
+    return [min([t.shape[n] for t in grids if t.shape[n] != 1], default=_NO_LIMIT) for n in (2, 3)]
 
 
 def _variant(call):
