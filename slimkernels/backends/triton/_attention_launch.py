@@ -38,7 +38,8 @@ class Prepared:
         if positive_scale:
             if scale < 0:
                 query, scale = -query, -scale
-            scale = scale or 1e-30  # 0 would make NaN of -inf, a hidden score
+            if scale == 0:  # would make NaN of -inf, a hidden score
+                query, scale = query * 0.0, 1.0
         self.query, self.key, self.value, self.call = query, key, value, call
         tokens = 0 if call.ragged else 2
         self.H, self.Tq, self.Tk = query.shape[1], query.shape[tokens], key.shape[tokens]
