@@ -1,16 +1,14 @@
 // Attention of few queries on many keys, as in decoding: each key and value is read once, where it
 // lies, by all query heads that share it.
 //
-// Tiling   An item is one key head of one sequence and kSplitKeys keys, always cut at the same
-// places
-//          whatever the batch and the number of threads, so that a row's bits depend on neither.
-//          Its results, relative to its own maximum, are merged afterwards (flash decoding, Dao et
-//          al. 2023).
+// Tiling   An item is one key head of one sequence and kSplitKeys keys, cut at the same places for
+//          any batch and any number of threads, so that a row's bits depend on neither. Its
+//          results, relative to its own maximum, are merged afterwards (flash decoding, Dao et al.
+//          2023).
 //          Up to kDotRows rows of queries are multiplied with keys and values where those lie. More
 //          of them pay for a copy of a few keys in L1, which makes the products those of gemm.h.
-// Traffic  Keys and values once: packing them, as the tiled path does, would cost more
-// than
-//          the products of a few queries.
+// Traffic  Keys and values once. Packing them, as the tiled path does, would cost more than the
+//          products of a few queries.
 #pragma once
 #include "attention_products.h"
 #include "attention_scores.h"

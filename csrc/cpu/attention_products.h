@@ -1,10 +1,8 @@
-// Products of a few queries with many keys, and of their probabilities with values, where those
-// lie.
+// Products of a few queries with many keys, and of their probabilities with values, read in place.
 //
 // Tiling   Scores: kLanes dot products at a time, of 1, 2 or 4 queries, whose lanes are summed at
-// the
-//          end. Values: sums of 1, 2 or 4 queries and several vectors stay in registers over kChain
-//          keys. The _by_products functions do the same for more queries, through gemm.h.
+//          the end. Values: sums of 1, 2 or 4 queries and several vectors stay in registers over
+//          kChain keys. The _by_products functions do the same for more queries, through gemm.h.
 // Numerics The order of each sum depends on the widths alone, not on the tile it is computed in.
 #pragma once
 #include "gemm.h"
