@@ -288,14 +288,10 @@ void for_items(int64_t items, const Problem& problem, Body body) {
   if (failed) out_of_memory();
 }
 
-// Constants as types, which choose a template's instance inside a function.
+// A constant as a type, which chooses a template's instance inside a function.
 template <bool kValue>
 struct Choice {
   static constexpr bool value = kValue;
-};
-template <int kValue>
-struct Count {
-  static constexpr int value = kValue;
 };
 
 // body(T{}, Choice{}, Choice{}) with the storage type, whether scores are dropped and whether they

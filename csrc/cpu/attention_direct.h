@@ -1,18 +1,16 @@
 // Attention of few queries on many keys, as in decoding: each key and value is read once, where it
 // lies, by all query heads that share it.
 //
-// Tiling   An item is one key head of one sequence and kSplitKeys keys, always cut at the same
-// places
-//          whatever the batch and the number of threads, so that a row's bits depend on neither.
-//          Its results, relative to its own maximum, are merged afterwards (flash decoding, Dao et
-//          al. 2023).
-//          Up to kDotRows rows of queries are multiplied with keys and values where those lie, dot
-//          product by dot product. More of them pay for a copy of a few keys in L1, which makes
-//          the products those of gemm.h.
-// Traffic  Keys and values once: packing them, as the tiled path does, would cost more
-// than
-//          the products of a few queries.
+// Tiling   An item is one key head of one sequence and kSplitKeys keys, cut at the same places for
+//          any batch and any number of threads, so that a row's bits depend on neither. Its
+//          results, relative to its own maximum, are merged afterwards (flash decoding, Dao et al.
+//          2023).
+//          Up to kDotRows rows of queries are multiplied with keys and values where those lie. More
+//          of them pay for a copy of a few keys in L1, which makes the products those of gemm.h.
+// Traffic  Keys and values once. Packing them, as the tiled path does, would cost more than the
+//          products of a few queries.
 #pragma once
+#include "attention_products.h"
 #include "attention_scores.h"
 
 namespace slimkernels::SLIM_ISA {
@@ -21,177 +19,6 @@ inline constexpr int64_t kDirectQueries = 16, kSplitKeys = 512, kDotRows = 8;
 
 inline bool is_direct(const Sequence& sequence) {
   return 0 < sequence.q_count && sequence.q_count <= kDirectQueries;
-}
-
-// How far ahead to fetch, in elements: 4 KiB, which memory takes as long for as the products of
-// what lies in between, but at least 8 rows.
-template <typename T>
-inline int64_t fetch_ahead(int64_t stride) {
-  const int64_t bytes = 4096 / int64_t(sizeof(T));
-  return clamp(bytes, 8 * stride, bytes + 8 * stride);
-}
-
-// Vector i becomes, in lane i of the first, the sum of its lanes. Each sum is the same tree.
-template <int kWidth, int... kLane>
-inline __attribute__((always_inline)) void sum_step(vfloat* sums, LaneList<kLane...> lanes) {
-#pragma GCC unroll 8
-  for (int i = 0; i < kWidth; ++i) {
-    const vfloat a = sums[i], b = sums[i + kWidth];
-    sums[i] = shuffle<(kLane & kWidth ? kLanes + kLane - kWidth : kLane)...>(a, b) +
-              shuffle<(kLane & kWidth ? kLanes + kLane : kLane + kWidth)...>(a, b);
-  }
-  if constexpr (kWidth > 1) sum_step<kWidth / 2>(sums, lanes);
-}
-
-// Products of kRows queries with kLanes / kRows keys; past `keys` the last one stands in.
-template <int kRows, typename T>
-inline void score_tile(const float* q, int64_t width, const T* key, int64_t stride, int64_t D,
-                       int64_t keys, float* scores, int64_t score_stride) {
-  constexpr int kKeys = kLanes / kRows, kBatch = kKeys < 8 ? kKeys : 8;
-  const int64_t ahead = fetch_ahead<T>(stride);
-  vfloat sums[kLanes] = {};
-#pragma GCC unroll 2
-  for (int first = 0; first < kKeys; first += kBatch) {
-    const T* rows[kBatch];
-#pragma GCC unroll 8
-    for (int j = 0; j < kBatch; ++j) {
-      rows[j] = key + clamp(first + j, 0, keys - 1) * stride;
-    }
-    for_vectors(D, [&](int64_t d, auto n) {
-      vfloat right[kBatch];
-#pragma GCC unroll 8
-      for (int j = 0; j < kBatch; ++j) {
-        __builtin_prefetch(rows[j] + d + ahead);
-        right[j] = load(rows[j] + d, n);
-      }
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) {
-        const vfloat left = load(q + r * width + d, Full{});
-#pragma GCC unroll 8
-        for (int j = 0; j < kBatch; ++j) sums[r * kKeys + first + j] += left * right[j];
-      }
-    });
-  }
-  sum_step<kLanes / 2>(sums, EveryLane{});
-  for (int r = 0; r < kRows; ++r)
-    std::memcpy(scores + r * score_stride, (const float*)&sums[0] + r * kKeys,
-                kKeys * sizeof(float));
-}
-
-// scores (rows, keys) = q (rows, D) @ key^T (D, keys). Written up to whole vectors of keys.
-template <typename T>
-void score_directly(const float* q, int64_t rows, const T* key, int64_t stride, int64_t D,
-                    int64_t keys, float* scores, int64_t score_stride) {
-  const int64_t width = padded(D);
-  const auto tile = [&](auto kRows, int64_t r, int64_t first) {
-    constexpr int kCount = decltype(kRows)::value, kKeys = kLanes / kCount;
-    for (int64_t j = first; j < first + kLanes && j < keys; j += kKeys)
-      score_tile<kCount>(q + r * width, width, key + j * stride, stride, D, keys - j,
-                         scores + r * score_stride + j, score_stride);
-  };
-  for (int64_t first = 0; first < keys; first += kLanes) {
-    int64_t r = 0;
-    for (; r + 4 <= rows; r += 4) tile(Count<4>{}, r, first);
-    for (; r + 2 <= rows; r += 2) tile(Count<2>{}, r, first);
-    if (r < rows) tile(Count<1>{}, r, first);
-  }
-}
-
-// y (kRows, kVectors vectors) += p (kRows, keys) @ value (keys, ...).
-template <int kRows, int kVectors, typename T, typename Lanes>
-inline void weigh_tile(const float* p, int64_t p_stride, const T* value, int64_t stride,
-                       int64_t keys, Lanes lanes, float* y, int64_t width) {
-  const int64_t ahead = fetch_ahead<T>(stride);
-  vfloat sums[kRows][kVectors] = {};
-  for (int64_t j = 0; j < keys; ++j, value += stride) {
-    vfloat right[kVectors];
-#pragma GCC unroll 4
-    for (int n = 0; n < kVectors; ++n) {
-      __builtin_prefetch(value + n * kLanes + ahead);
-      right[n] = load(value + n * kLanes, lanes);
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      const vfloat left = spread(p[r * p_stride + j], EveryLane{});
-#pragma GCC unroll 4
-      for (int n = 0; n < kVectors; ++n) sums[r][n] += left * right[n];
-    }
-  }
-#pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-    for (int n = 0; n < kVectors; ++n) {
-      float* out = y + r * width + n * kLanes;
-      store(out, load(out, Full{}) + sums[r][n], Full{});
-    }
-}
-
-// y (rows, Dv) += p (rows, keys) @ value (keys, Dv), in chains of kChain keys as in gemm.h.
-template <typename T>
-void weigh_directly(const float* p, int64_t p_stride, int64_t rows, const T* value, int64_t stride,
-                    int64_t Dv, int64_t keys, float* y) {
-  const int64_t width = padded(Dv);
-  for (int64_t j = 0; j < keys; j += kChain) {
-    const int64_t count = clamp(keys - j, 0, kChain);
-    const auto columns = [&](auto kVectors, int64_t d, auto lanes) {
-      constexpr int kCount = decltype(kVectors)::value;
-      const T* v = value + j * stride + d;
-      int64_t r = 0;
-      const auto tile = [&](auto kRows) {
-        constexpr int kTile = decltype(kRows)::value;
-        for (; r + kTile <= rows; r += kTile)
-          weigh_tile<kTile, kCount>(p + r * p_stride + j, p_stride, v, stride, count, lanes,
-                                    y + r * width + d, width);
-      };
-      tile(Count<4>{});
-      tile(Count<2>{});
-      tile(Count<1>{});
-    };
-    int64_t d = 0;
-    for (; d + kPanelVectors * kLanes <= Dv; d += kPanelVectors * kLanes)
-      columns(Count<kPanelVectors>{}, d, Full{});
-    for (; d + kLanes <= Dv; d += kLanes) columns(Count<1>{}, d, Full{});
-    if (d < Dv) columns(Count<1>{}, d, Part{int(Dv - d)});
-  }
-}
-
-// out (columns, rows) = the transpose of x (rows, columns), both rounded up to whole vectors.
-inline void transpose(const float* x, int64_t stride, int64_t rows, int64_t columns, float* out,
-                      int64_t out_stride) {
-  for (int64_t row = 0; row < rows; row += kLanes)
-    for (int64_t column = 0; column < columns; column += kLanes) {
-      vfloat square[kLanes];
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) square[i] = load(x + (row + i) * stride + column, Full{});
-      transpose_step<kLanes / 2>(square, EveryLane{});
-      for (int i = 0; i < kLanes && column + i < columns; ++i)
-        store(out + (column + i) * out_stride + row, square[i], Full{});
-    }
-}
-
-// score_directly() for many rows: key @ q^T, kChain keys at a time. q_panels is q^T, packed.
-template <typename T>
-void score_by_products(const Panels& q_panels, int64_t rows, const T* key, int64_t stride,
-                       int64_t D, int64_t keys, float* scores, int64_t score_stride, float* some,
-                       float* products) {
-  for (int64_t j = 0; j < keys; j += kChain) {
-    const int64_t count = clamp(keys - j, 0, kChain);
-    pack_rows(key + j * stride, stride, count, D, 1.f, some);
-    gemm(count, rows, D, some, padded(D), q_panels, products, padded(rows), false);
-    transpose(products, padded(rows), count, rows, scores + j, score_stride);
-  }
-}
-
-// weigh_directly() for many rows.
-template <typename T>
-void weigh_by_products(const float* p, int64_t p_stride, int64_t rows, const T* value,
-                       int64_t stride, int64_t Dv, int64_t keys, float* y, float* some) {
-  for (int64_t j = 0; j < keys; j += kChain) {
-    const int64_t count = clamp(keys - j, 0, kChain);
-    pack_rows(value + j * stride, stride, count, Dv, 1.f, some);
-    gemm(rows, padded(Dv), count, p + j, p_stride, panels_of_rows(some, padded(Dv), padded(Dv)), y,
-         padded(Dv), j > 0);
-  }
 }
 
 // A part of the keys that one sequence's queries see, and where its results go, in floats and for
@@ -238,6 +65,8 @@ class Direct {
       score_by_products(panels_of_block(q_transposed, p_.D, rows), rows, k, p_.key.token, p_.D,
                         keys, scores, stride, some, products);
     } else {
+      if constexpr (kPairs)
+        for (int64_t row = 0; row < rows; ++row) separate(q + row * width, p_.D);
       score_directly(q, rows, k, p_.key.token, p_.D, keys, scores, stride);
     }
     for (int64_t row = 0; row < rows; ++row)
@@ -248,6 +77,8 @@ class Direct {
     } else {
       fill(y, 0, rows * out_width, 0.f);
       weigh_directly(scores, stride, rows, v, p_.value.token, p_.Dv, keys, y);
+      if constexpr (kPairs)
+        for (int64_t row = 0; row < rows; ++row) join(y + row * out_width, p_.Dv);
     }
     for (int64_t row = 0; row < rows; ++row)
       std::memcpy(results + row * result_floats(p_), y + row * out_width,
@@ -256,6 +87,8 @@ class Direct {
   }
 
  private:
+  static constexpr bool kPairs = sizeof(T) == 2;  // whether load_pair() changes the order
+
   void softmax(const Sequence& sequence, int64_t head, int64_t i, const Split& split, float* s,
                float* peak_and_sum) const {
     const int64_t keys = split.end - split.begin;

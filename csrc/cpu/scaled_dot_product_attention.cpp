@@ -2,9 +2,8 @@
 // (FlashAttention, Dao et al. 2022). Its gradients are in
 // scaled_dot_product_attention_backward.cpp, sequences of few queries in attention_direct.h.
 //
-// Tiling   An item of work is one head of one sequence and kQueriesPerItem queries; it packs a
-// block
-//          of keys and values once (float32, keys transposed) and walks it with tiles of
+// Tiling   An item of work is one head of one sequence and kQueriesPerItem queries. It packs blocks
+//          of keys and values once (float32, keys transposed) and walks them with tiles of
 //          kForwardRows queries, whose scores stay in L1. Keys that none of an item's queries sees
 //          are not read, those that none of a tile's sees not multiplied. Items are handed out
 //          dynamically, since lengths differ.

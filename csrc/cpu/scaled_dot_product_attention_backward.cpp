@@ -1,17 +1,14 @@
 // Gradients of attention: with p the probabilities, recomputed from the scores and lse, and dp
 // their gradient, ds = p * (dp - delta), delta = sum(p * dp) - dlse, and
-//   dvalue = p^T dy    dquery = ds key    dkey = ds^T query    dbias = ds    dsink = -p_sink *
-//   delta
+//   dvalue = p^T dy   dquery = ds key   dkey = ds^T query   dbias = ds   dsink = -p_sink * delta
 //
-// Tiling   An item is one key head of one sequence with every query head that reads it, so that
-// dkey
-//          and dvalue are summed without atomics. It walks blocks of keys, and in each the tiles of
+// Tiling   An item is one key head of one sequence with every query head that reads it: dkey and
+//          dvalue are summed without atomics. It walks blocks of keys, and in each the tiles of
 //          kBackwardRows queries that see one of them.
 //          A bias that is broadcast over sequences or heads, but not over queries or keys, has a
-//          pass of its own: an item owns some of its rows and walks all that share them, since sums
-//          of (B, H, Tq, Tk) would have to be stored otherwise. Broadcast over queries or keys it
-//          is summed along the way, one small sum a sequence and head, which are added up at the
-//          end.
+//          pass of its own: an item owns some of its rows and walks all that share them, since
+//          (B, H, Tq, Tk) would have to be stored otherwise. Broadcast over queries or keys it is
+//          summed along the way, a small sum a sequence and head, and these are added at the end.
 // Traffic  Each operand is read once an item; O(T * D) scratch a thread.
 // Numerics As in scaled_dot_product_attention.cpp. Sums over sequences and heads are in float64.
 #include "attention_scores.h"
