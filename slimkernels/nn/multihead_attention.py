@@ -2,10 +2,9 @@
 
 Two ways through, by what is asked for:
 
-    no weights, and no mask but padding or causality   scaled_dot_product_attention, whose scores
-                                                       are never stored
-    weights, or any other mask                         products with softmax between: the scores,
-                                                       O(Tq * Tk), are stored, as in torch
+    need_weights=False   scaled_dot_product_attention, whose scores are never stored
+    need_weights=True    products with softmax between: the scores, O(Tq * Tk), are stored, as in
+                         torch
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from slimkernels.ops._attention_variant import AttentionVariant
 from slimkernels.ops.linear import linear
 from slimkernels.ops.scaled_dot_product_attention import scaled_dot_product_attention
 from slimkernels.ops.softmax import softmax
@@ -93,12 +93,14 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         q, k, v = (self._heads(t, layout) for t in self._project(query, key, value))
         if layout == "flat" and key_padding_mask is not None:
             key_padding_mask = key_padding_mask.unsqueeze(0)
-        y = weights = None
-        if not need_weights and (attn_mask is None or is_causal):
-            y = self._attend(q, k, v, key_padding_mask, is_causal)
-        if y is None:
+        if attn_mask is not None and attn_mask.dim() == 3:
+            attn_mask = attn_mask.unflatten(0, q.shape[:2])  # (B, H, Tq, Tk)
+        if need_weights:
             is_causal = is_causal and attn_mask is None
             y, weights = self._attend_storing(q, k, v, key_padding_mask, attn_mask, is_causal)
+        else:
+            attn_mask = None if is_causal else attn_mask
+            y = self._attend(q, k, v, key_padding_mask, attn_mask, is_causal)
         if layout == "flat":
             y = y.squeeze(0).transpose(0, 1)  # (Tq, H, D)
         else:
@@ -135,31 +137,39 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             return x.transpose(0, 1).unsqueeze(0)
         return x.transpose(1, 2) if layout == "batch" else x.permute(1, 2, 0, 3)
 
-    def _attend(self, q, k, v, padding, is_causal):
-        """The way that stores no scores; None where the masks need the other."""
+    def _attend(self, q, k, v, padding, mask, is_causal):
+        """The way that stores no scores."""
         key_lengths = None
-        if padding is not None:
-            if padding.is_floating_point():
-                return None
+        masks = [] if mask is None else [mask]
+        if padding is not None and not padding.is_floating_point():
             key_lengths = (~padding).sum(1, dtype=torch.int32)
             if not _ends_rows(padding, key_lengths):
-                if is_causal:
-                    return None
-                # Attention does not care in which order its keys come.
-                order = padding.to(torch.uint8).argsort(dim=1, stable=True)
-                order = order[:, None, :, None].expand_as(k)
-                k, v = k.gather(2, order), v.gather(2, order)
+                if is_causal or mask is not None:
+                    key_lengths = None
+                else:  # attention does not care in which order its keys come
+                    order = padding.to(torch.uint8).argsort(dim=1, stable=True)
+                    order = order[:, None, :, None].expand_as(k)
+                    k, v = k.gather(2, order), v.gather(2, order)
+        if padding is not None and key_lengths is None:
+            masks.append(padding[:, None, None, :])
+        hidden, bias = None, None
+        for m in masks:
+            if m.is_floating_point():  # often float32, whatever the module's dtype
+                m = m if m.dtype == torch.float32 else m.to(q.dtype)
+                bias = m if bias is None else bias + m
+            else:
+                hidden = m if hidden is None else hidden | m
         return scaled_dot_product_attention(
             *(q, k, v),
+            attn_mask=None if hidden is None else ~hidden,
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=is_causal,
             key_lengths=key_lengths,
+            variant=AttentionVariant(bias=bias),
         )
 
     def _attend_storing(self, q, k, v, padding, mask, is_causal):
         """The output, and the weights (B, H, Tq, Tk) as they were used, dropout included."""
-        if mask is not None and mask.dim() == 3:
-            mask = mask.unflatten(0, q.shape[:2])  # (B, H, Tq, Tk)
         if padding is not None:
             padding = padding[:, None, None, :]
         scores, scale, allowed = q @ k.transpose(-1, -2), self.head_dim**-0.5, None

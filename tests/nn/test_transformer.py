@@ -164,7 +164,7 @@ def test_changed_parts_take_part(norm_first, activation, change):
     )
     for layer in (ours, theirs, wide):
         CHANGES[change](layer)
-    x = torch.randn(T, B, C)
+    x = torch.randn(5 * T, B, C)  # of fewer tokens eager's largest error is a matter of luck
     before = layers(norm_first=norm_first, activation=activation)[0](x)
     actual, eager, truth = (
         outputs_and_gradients(layer, lambda m, x: m(x), (x.to(dtype),))

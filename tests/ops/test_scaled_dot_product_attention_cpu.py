@@ -1,6 +1,7 @@
 """What only the CPU kernels of attention do: split keys, skipped blocks, sums without atomics."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -294,7 +295,8 @@ def test_only_wanted_gradients_are_made():
 
 
 def test_your_own_functions_are_refused_in_one_sentence():
-    function = ScoreFunction(mask=lambda *a: a, torch_mask=lambda *a: a[3] >= 0)
+    jitted = SimpleNamespace(fn=None)
+    function = ScoreFunction(mask=jitted, torch_mask=lambda *a: a[3] >= 0)
     q, k, v = random_inputs((1, 1, 1, 4, 4, 8), torch.float32)
     with pytest.raises(sk.BackendError, match=f"{NAME}: cpu was asked for, but your own score"):
         variant = AttentionVariant(score=function)
