@@ -50,6 +50,7 @@ class Benchmark:
     bytes_forward, bytes_backward, flops_forward, flops_backward
                     ``f(*shape, s, **variant)`` with s bytes an element: the least that must move
                     or be computed; one pair is given, the roof is the copy or the matrix rate
+    rivals          name -> the same work by another library, like eager; raises where it cannot
     gate_shape      the shape at which a timed shape is checked, where float64 would not fit
     """
 
@@ -63,6 +64,7 @@ class Benchmark:
     bytes_backward: Callable[..., float] | None = None
     flops_forward: Callable[..., float] | None = None
     flops_backward: Callable[..., float] | None = None
+    rivals: dict[str, Callable] = field(default_factory=dict)
     gate_shape: Callable[[tuple], tuple] = _same_shape
 
     def __post_init__(self) -> None:
@@ -163,7 +165,7 @@ def can_compile(device: torch.device) -> bool:
 
 
 def providers_of(case: Case, compiled: bool = True) -> Iterator[Provider]:
-    """Eager first; then every backend of the device, and torch.compile."""
+    """Eager first; then every backend of the device, its rivals, and torch.compile."""
     benchmark, variant = case.benchmark, case.variant
     eager = functools.partial(benchmark.eager, **variant)
     yield Provider(BASELINE, eager, gate="baseline")
@@ -182,6 +184,8 @@ def providers_of(case: Case, compiled: bool = True) -> Iterator[Provider]:
     if delegates:
         ours = functools.partial(benchmark.ours, backend="torch", **variant)
         yield Provider("torch", ours, note="what slimkernels runs here: the op's reference")
+    for name, rival in benchmark.rivals.items():
+        yield Provider(name, functools.partial(rival, **variant))
     if compiled and can_compile(case.device):
         torch._dynamo.reset()  # each case is its own program: no limit of recompilations is met
         yield Provider(COMPILED, torch.compile(eager, dynamic=False))
@@ -197,6 +201,7 @@ class Gate:
 
     def __init__(self, case: Case) -> None:
         self.random = case.is_random
+        self.rivals = case.benchmark.rivals
         self.inputs = case.inputs(case.benchmark.gate_shape(case.shape))
         self.where = case.benchmark.gate_shape(case.shape)
         self.shape = case.shape
@@ -215,8 +220,8 @@ class Gate:
 
     def check(self, provider: Provider) -> str:
         """ "pass", or why no number of this provider may be shown."""
-        if self.random and provider.name == COMPILED:
-            return "not comparable: torch.compile draws its own dropout mask"
+        if self.random and provider.name in (COMPILED, *self.rivals):
+            return f"not comparable: {provider.name} draws its own dropout mask"
         actual = self._run(provider.call, self.inputs)
         try:
             for name, expected in self.truth.items():

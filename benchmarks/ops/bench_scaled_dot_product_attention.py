@@ -1,7 +1,12 @@
-"""Attention: plain, causal, with dropout, and over keys of different lengths."""
+"""Attention: plain, causal, with dropout, and over keys of different lengths.
+
+What else a call may ask for is in bench_attention_features.py, ragged batches against padded ones
+in bench_attention_ragged.py, and few queries on a long cache in bench_attention_decoding.py.
+"""
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.harness import Benchmark
 
@@ -17,6 +22,24 @@ def inputs(shape, dtype, device):
 def eager(query, key, value, key_lengths, mask, *, padded=False, **variant):
     mask = mask if padded else None
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **variant)
+
+
+def forced(backend):
+    """eager by one of torch's own backends, which raises where that cannot run."""
+
+    def rival(*inputs, **variant):
+        with sdpa_kernel(backend):
+            return eager(*inputs, **variant)
+
+    return rival
+
+
+# On a CPU torch has one kernel, which eager takes by itself.
+RIVALS = {
+    "sdpa_flash": forced(SDPBackend.FLASH_ATTENTION),
+    "sdpa_cudnn": forced(SDPBackend.CUDNN_ATTENTION),
+    "sdpa_efficient": forced(SDPBackend.EFFICIENT_ATTENTION),
+}
 
 
 def call(query, key, value, key_lengths, mask, *, padded=False, **variant):
@@ -52,6 +75,7 @@ BENCHMARK = Benchmark(
     flops_forward=flops_forward,
     # Five products against forward's two: the scores again, dP, dV, dQ, dK.
     flops_backward=lambda *shape, **variant: 2.5 * flops_forward(*shape, **variant),
+    rivals=RIVALS if torch.cuda.is_available() else {},
     # float64 scores of one head of 16384 tokens take 2 GB, and backward holds several.
     gate_shape=lambda shape: shape if shape[2] <= 512 else (min(shape[0], 2), 1, *shape[2:]),
 )
