@@ -274,12 +274,36 @@ inline Scratch& scratch_of_thread() {
   return scratch;
 }
 
+// While it lives, results below the smallest normal number become 0. A bias such as ALiBi's makes
+// probabilities fall to there and past it, and each denormal sum would cost Intel's processors 150
+// cycles: with them ALiBi took 1.7 times as long.
+class FlushDenormals {
+ public:
+  explicit FlushDenormals(bool flush) : flush_(flush) {
+#if defined(__x86_64__)
+    before_ = _mm_getcsr();
+    if (flush_) _mm_setcsr(before_ | 0x8000u);
+#endif
+  }
+  FlushDenormals(const FlushDenormals&) = delete;
+  ~FlushDenormals() {
+#if defined(__x86_64__)
+    if (flush_) _mm_setcsr(before_);
+#endif
+  }
+
+ private:
+  bool flush_;
+  unsigned before_ = 0;
+};
+
 // body(item, scratch) for each item, handed out dynamically; false says that memory ran out.
 template <typename Body>
-void for_items(int64_t items, const Problem& problem, Body body) {
+void for_items(int64_t items, const Problem& problem, bool is_modified, Body body) {
   bool failed = false;
 #pragma omp parallel num_threads(problem.threads(items)) reduction(|| : failed)
   {
+    const FlushDenormals flush(is_modified);
     Scratch& scratch = scratch_of_thread();
 #pragma omp for schedule(dynamic, 1) nowait
     for (int64_t item = 0; item < items; ++item) failed = !body(item, scratch) || failed;

@@ -173,7 +173,7 @@ void attend_directly(const Problem& p, const Variant& variant, const void* query
   const Owned<float> results(floats * p.Hkv);
   const Direct<T, kDropout, kModified> kernel(p, variant, scale, dropout);
   // Of one key head, a split's results lie together, and after them the next split's.
-  for_items(count * p.Hkv, p, [&](int64_t n, Scratch& scratch) {
+  for_items(count * p.Hkv, p, kModified, [&](int64_t n, Scratch& scratch) {
     const Split& split = splits[n / p.Hkv];
     const int64_t key_head = n % p.Hkv;
     return kernel.run(split, key_head, (const T*)query, (const T*)key, (const T*)value,

@@ -177,7 +177,7 @@ void scaled_dot_product_attention_forward(const void* query, const void* key, co
     if (any_direct)
       attend_directly<T, kDropout, kModified>(problem, variant, query, key, value, y, lse, scale,
                                               dropout);
-    for_items(tiles * problem.H, problem, [&](int64_t n, Scratch& scratch) {
+    for_items(tiles * problem.H, problem, kModified, [&](int64_t n, Scratch& scratch) {
       Forward<T, kDropout, kModified> kernel(problem, variant, query, key, value, y, lse, scale,
                                              dropout);
       return kernel.run(items[n / problem.H], n % problem.H, scratch);

@@ -335,7 +335,7 @@ void scaled_dot_product_attention_backward(const void* dy, const float* dlse, co
   };
   with_kernel(dtype, seed, variant.modifies, [&](auto zero, auto dropped, auto modified) {
     using Kernel = Backward<decltype(zero), decltype(dropped)::value, decltype(modified)::value>;
-    for_items(B * problem.Hkv, problem, [&](int64_t n, Scratch& scratch) {
+    for_items(B * problem.Hkv, problem, variant.modifies, [&](int64_t n, Scratch& scratch) {
       const int64_t b = n / problem.Hkv;
       Kernel kernel(problem, variant, operands, scale, dropout);
       return kernel.run(b, n % problem.Hkv, scratch, [&](int64_t h) { return sums_of(b, h); });
@@ -344,13 +344,15 @@ void scaled_dot_product_attention_backward(const void* dy, const float* dlse, co
     const int64_t* size = variant.bias_size;
     const int64_t tiles = (size[2] + kBackwardRows - 1) / kBackwardRows;
     const int64_t bytes = variant.bias_dtype == int64_t(Dtype::kFloat32) ? 4 : 2;
-    for_items(size[0] * size[1] * tiles, problem, [&](int64_t n, Scratch& scratch) {
-      const int64_t b = n / tiles / size[1], h = n / tiles % size[1];
-      Kernel kernel(problem, variant, operands, scale, dropout);
-      return kernel.run_bias(size[0] == 1 ? Span{0, B} : Span{b, b + 1},
-                             size[1] == 1 ? Span{0, H} : Span{h, h + 1}, n % tiles * kBackwardRows,
-                             (char*)dbias + n / tiles * narrow * bytes, scratch);
-    });
+    for_items(size[0] * size[1] * tiles, problem, variant.modifies,
+              [&](int64_t n, Scratch& scratch) {
+                const int64_t b = n / tiles / size[1], h = n / tiles % size[1];
+                Kernel kernel(problem, variant, operands, scale, dropout);
+                return kernel.run_bias(size[0] == 1 ? Span{0, B} : Span{b, b + 1},
+                                       size[1] == 1 ? Span{0, H} : Span{h, h + 1},
+                                       n % tiles * kBackwardRows,
+                                       (char*)dbias + n / tiles * narrow * bytes, scratch);
+              });
   });
   if (bias == BiasGradient::kNarrow)
     with_type(int(variant.bias_dtype), [&](auto zero) {
