@@ -188,12 +188,7 @@ def kernel_op(name: str, fake: Callable) -> Callable[[Callable], Callable]:
     def register(function: Callable) -> Callable:
         @functools.wraps(function)
         def run(*args):
-            # Triton launches on the current device, whatever its arguments are on.
-            place = args[0].device
-            if place.type != "cuda" or place.index == torch.cuda.current_device():
-                return function(*args)
-            with torch.cuda.device(place):
-                return function(*args)
+            return on_device_of(args[0], function, *args)
 
         # Library.define rather than the custom_op decorator: a third of its cost a call.
         _library.define(name + torch.library.infer_schema(function, mutates_args=()))
@@ -203,7 +198,7 @@ def kernel_op(name: str, fake: Callable) -> Callable[[Callable], Callable]:
 
         @functools.wraps(function)
         def call(*args):
-            if torch.compiler.is_compiling() or not _may_skip_dispatcher(args):
+            if not may_skip_dispatcher(args):
                 return op(*args)
             return run(*args)
 
@@ -213,12 +208,29 @@ def kernel_op(name: str, fake: Callable) -> Callable[[Callable], Callable]:
     return register
 
 
-def _may_skip_dispatcher(args: tuple) -> bool:
-    """Whether all tensors are memory to be read as it stands, and nobody records the call.
+def on_device_of(tensor: torch.Tensor, function: Callable, *args):
+    """function(*args), with the device of `tensor` the current one.
+
+    Triton launches on the current device, whatever its arguments are on.
+    """
+    place = tensor.device
+    if place.type != "cuda" or place.index == torch.cuda.current_device():
+        return function(*args)
+    with torch.cuda.device(place):
+        return function(*args)
+
+
+def may_skip_dispatcher(args: tuple) -> bool:
+    """Whether a kernel may run at once rather than as a registered op.
+
+    That is, whether nobody traces or records the call, and all tensors are memory to be read as it
+    stands.
 
     Tensors of other types (fake ones, DTensors), modes and tracers have their say in torch's
     dispatcher, where a lazy negation is also carried out. A kernel would read address 0.
     """
+    if torch.compiler.is_compiling():
+        return False
     if torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing():
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None:

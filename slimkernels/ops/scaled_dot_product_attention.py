@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from slimkernels.dispatch import Op, distinct, kernel_op, needs_gradient
+from slimkernels.dispatch import (
+    Op,
+    distinct,
+    kernel_op,
+    may_skip_dispatcher,
+    needs_gradient,
+    on_device_of,
+)
 from slimkernels.ops._attention_arguments import NAME, call_of
 from slimkernels.ops._attention_reference import scaled_dot_product_attention_reference
 from slimkernels.ops._attention_variant import AttentionVariant, Call
@@ -86,7 +93,7 @@ def scaled_dot_product_attention(
     elif needs_gradient(*tensors, *call[:3]):
         y, lse = _Attention.apply(*distinct(*tensors, *call.flat()), chosen)
     else:
-        y, lse = scaled_dot_product_attention_forward(*tensors, *call.packed(), chosen)
+        y, lse = _forward(*tensors, call, chosen)
     return (y, lse) if return_lse else y
 
 
@@ -94,12 +101,20 @@ def scaled_dot_product_attention(
 SCALED_DOT_PRODUCT_ATTENTION = Op(NAME, order=("triton", "cuda", "cpu"), arguments=call_of)
 
 
+def _forward(query, key, value, call, backend):
+    """The output and lse; past the registered op, and its packing, where nobody needs it."""
+    if may_skip_dispatcher((query, key, value, *call, *call.function_tensors)):
+        module = SCALED_DOT_PRODUCT_ATTENTION.modules[backend]
+        return on_device_of(query, module.forward, query, key, value, call)
+    return scaled_dot_product_attention_forward(query, key, value, *call.packed(), backend)
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, *flat_and_backend):
         *flat, backend = flat_and_backend
         call = Call.from_flat(tuple(flat))
-        y, lse = scaled_dot_product_attention_forward(query, key, value, *call.packed(), backend)
+        y, lse = _forward(query, key, value, call, backend)
         tensors, *ctx.options = call.packed()
         ctx.save_for_backward(query, key, value, y, lse, *tensors)
         ctx.backend = backend  # backward never selects: the two must agree on what was saved
