@@ -1,4 +1,4 @@
-"""What `slimkernels tune attention` measures: a call for each entry, and when its numbers are right.
+"""What `slimkernels tune attention` measures: a call for each entry, and whether it is right.
 
 The call is causal, as a decoder's, with 4096 tokens and 1024 / width heads of each width; a rich
 one has dropout and a bias for every head. Entries that share a call share this work.
@@ -7,6 +7,7 @@ one has dropout and a bias for every head. Entries that share a call share this 
 from __future__ import annotations
 
 import datetime
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -89,8 +90,8 @@ def _definition(inputs, dtype) -> dict[str, tuple[Tensor, ...]]:
 
 
 def _error(x: Tensor, truth: Tensor) -> float:
-    """The largest; infinity for NaN, which no comparison finds."""
-    return float((x.double() - truth).abs().nan_to_num(torch.inf).max())
+    """The largest; NaN, which is at most nothing, if there is one."""
+    return float((x.double() - truth).abs().max())
 
 
 def _ulp(x: Tensor) -> float:
@@ -135,7 +136,7 @@ class Session:
             self.case = Case(dtype, kind, width, sizes, self.device)
             self.case_of = (dtype, kind, width)
         before, case = self.in_use(keys), self.case
-        is_right = lambda: case.is_right(kernel)  # noqa: E731
+        is_right = functools.partial(case.is_right, kernel)
         found = tuning.search(keys, before, is_right, case.runs[kernel], clock, tick)
         if found.entry is not None:
             below = self.table
@@ -156,3 +157,14 @@ class Session:
             "date": datetime.date.today().isoformat(),
         }
         tiles.write_table(self.path, self.table)
+
+
+def places(quick: bool, kernel: str | None, width: int | None) -> list[tiles.Keys]:
+    """The entries that are to be in a table, the most used first."""
+    return [
+        keys
+        for keys in tiles.PLACES
+        if not (quick and (keys[0] != "half" or int(keys[3]) > 128))
+        and kernel in (None, keys[2])
+        and width in (None, int(keys[3]))
+    ]

@@ -123,6 +123,11 @@ def write_table(path: Path, table: dict) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+    forget_tables()
+
+
+def forget_tables() -> None:
+    """Read them again at the next call."""
     _entry.cache_clear()
     _tables.cache_clear()
 

@@ -54,9 +54,9 @@ def candidates(keys: Keys, before: list[int]) -> list[list[int]]:
 def _fits(keys: Keys, M: int, N: int, warps: int) -> bool:
     """Whether float32 sums and scores leave some of the 255 registers of a thread for the rest.
 
-    What cannot fit would spill, and takes ptxas minutes.
+    What cannot fit would spill: slow to run, and slow to compile.
     """
-    if M < LEAST[0] or N < LEAST[1] or not 2 <= warps <= 16:
+    if min(M, N) < min(LEAST[:2]) or not 2 <= warps <= 16:
         return False
     kernel, width = keys[2], int(keys[3])
     held = {
