@@ -114,7 +114,11 @@ def tune(options: Options, session: Session, sizes, clock, name: str) -> int:
     if not lacking:
         print(f"{session.path} has all {len(wanted)} entries; --again measures them again.")
         return 0
-    session.write()  # what can be refused is refused before the work
+    try:
+        session.write()  # what can be refused is refused before the work
+    except OSError as error:
+        reason = error.strerror.lower()
+        raise ValueError(f"{session.path} cannot be written: {reason}") from error
     total = sum(tuning.most_candidates(keys, session.in_use(keys)) for keys in lacking)
     print(
         f"Tuning {options.op} on {name}: {len(lacking)} of {len(wanted)} entries, at most {total} "

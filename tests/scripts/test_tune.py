@@ -1,10 +1,12 @@
 """slimkernels tune: the search, the table it writes, and what it says where it cannot run."""
 
+import contextlib
 import json
 import os
 
 import pytest
 import torch
+from op_cases import device_of
 
 pytest.importorskip("triton", reason="what is tuned are Triton's kernels")
 
@@ -13,13 +15,19 @@ from slimkernels.backends.triton import _attention_tuning as tuning
 from slimkernels.scripts import tune, tune_attention
 from slimkernels.scripts.main import main as command
 
+DEVICE = device_of("triton")
+CALL = ("forward", 64, torch.bfloat16, False, torch.device("cuda", 0))  # asks the table for KEYS
 KEYS = ("half", "plain", "forward", "64")
 TINY = tune_attention.Sizes(batch=1, tokens=32, checked_tokens=32, channels=32)
 DEFAULT = json.loads((tiles.SHIPPED / "default.json").read_text())
 
 
 @pytest.fixture(autouse=True)
-def forget_tables():
+def only_the_default_table(monkeypatch, tmp_path):
+    """As for a new user of a GPU that nobody has measured, whichever is in this machine."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path.replace("~", str(tmp_path)))
+    tiles.forget_tables()
     yield
     tiles.forget_tables()
 
@@ -96,7 +104,7 @@ def test_candidates_are_valid_and_begin_with_the_entry_in_use(keys):
 
 @pytest.mark.parametrize("dtype, kind", [("half", "plain"), ("half", "rich"), ("float", "rich")])
 def test_kernels_are_launched_alone_in_the_tiles_tried_and_checked(dtype, kind, monkeypatch):
-    case = tune_attention.Case(dtype, kind, "64", TINY, torch.device("cpu"))
+    case = tune_attention.Case(dtype, kind, "64", TINY, DEVICE)
     for keys in tiles.PLACES:
         if (keys[0], keys[1], keys[3]) != (dtype, kind, "64"):
             continue
@@ -114,7 +122,7 @@ def test_kernels_are_launched_alone_in_the_tiles_tried_and_checked(dtype, kind, 
 
 
 def test_dq_of_float32_is_timed_with_the_sums_that_share_its_tiles(monkeypatch):
-    case = tune_attention.Case("float", "plain", "64", TINY, torch.device("cpu"))
+    case = tune_attention.Case("float", "plain", "64", TINY, DEVICE)
     sums = []
     monkeypatch.setattr(tuning, "sum_rows", lambda *args: sums.append(args))
     case.runs["dkdv"]()
@@ -161,13 +169,11 @@ def few_candidates(monkeypatch):
 
 def run(path, clock, **options):
     options = tune.Options("attention", quick=True, kernel="forward", width=64, **options)
-    session = tune_attention.Session(path, torch.device("cpu"), options.again)
+    session = tune_attention.Session(path, DEVICE, options.again)
     return tune.tune(options, session, TINY, clock, "a GPU")
 
 
-def test_a_table_is_written_and_used(few_candidates, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(os.path, "expanduser", lambda path: path.replace("~", str(tmp_path)))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Some GPU")
+def test_a_table_is_written_and_used(few_candidates, tmp_path, capsys):
     path, gpu = tiles.user_table("Some GPU"), torch.device("cuda", 0)
     assert path == tmp_path / ".config/slimkernels/attention/some-gpu.json"
     default = tiles.tiles("forward", 64, torch.bfloat16, False, gpu)
@@ -239,6 +245,53 @@ def test_another_op_gets_the_list_of_those_that_can_be_tuned(monkeypatch, capsys
     assert capsys.readouterr().err == said
 
 
+@pytest.fixture
+def gpu(monkeypatch):
+    """As if there were one, whose kernels and clock are this machine's."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tune, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(tune, "resolve_device", lambda name: torch.device(name))
+    session = tune_attention.Session
+    monkeypatch.setattr(
+        tune_attention, "Session", lambda path, device, again: session(path, DEVICE, again)
+    )
+    monkeypatch.setattr(tune_attention, "Sizes", lambda: TINY)
+    monkeypatch.setattr(tuning, "EventClock", lambda device: Clock())
+
+
+ONE = ["tune", "attention", "--kernel", "forward", "--width", "64", "--quick"]
+
+
+def test_the_command_from_end_to_end(gpu, few_candidates, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(tuning, "EventClock", lambda device: Clock(interrupt_at=1))
+    assert command(ONE) == 130
+    assert "Interrupted. What was measured is kept" in capsys.readouterr().out
+    monkeypatch.setattr(tuning, "EventClock", lambda device: Clock())
+    assert command(ONE) == 0
+    assert set(tiles.entries_of(tiles.read_table(tiles.user_table("Some GPU")))) == {
+        KEYS,
+        ("half", "rich", "forward", "64"),
+    }
+    other = tmp_path / "new folder" / "table.json"
+    assert command([*ONE, "--out", str(other)]) == 0 and other.exists()
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        (["--width", "512"], "--quick leaves out that --width"),
+        (["--minutes", "-1"], "--minutes must be positive; got -1.0"),
+        (["--device", "cpu"], "--device must be cuda or cuda:N; got cpu"),
+        (["--out", os.devnull + "/table.json"], "null/table.json cannot be written: file exists"),
+    ],
+)
+def test_a_wrong_option_is_one_sentence(gpu, few_candidates, options, sentence, capsys):
+    assert command([*ONE, *options]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("slimkernels tune: ") and sentence in said and said.count("\n") == 1
+
+
 # Tables
 
 
@@ -272,27 +325,25 @@ DAMAGED = {
 def test_a_damaged_table_is_a_sentence_that_names_its_file(text, tmp_path, monkeypatch):
     path = tmp_path / "table.json"
     path.write_text(text)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Some GPU")
     monkeypatch.setattr(tiles, "user_table", lambda name: path)
     with pytest.raises(tiles.TableError, match=DAMAGED[text]) as raised:
-        tiles.tiles("forward", 64, torch.bfloat16, False, torch.device("cuda", 0))
+        tiles.tiles(*CALL)
     said = str(raised.value)
     assert said.startswith(f"{path} is not a table of attention's tiles: ")
     assert said.endswith("Delete it, or make it anew with `slimkernels tune attention --again`")
     with pytest.raises(tiles.TableError):  # tuning does not write over what it cannot read
-        tune_attention.Session(path, torch.device("cpu"), again=False)
-    session = tune_attention.Session(path, torch.device("cpu"), again=True)
+        tune_attention.Session(path, DEVICE, again=False)
+    session = tune_attention.Session(path, DEVICE, again=True)
     assert session.lacking([KEYS]) == [KEYS] and "is made anew" in session.note
 
 
 def test_a_table_of_another_triton_is_not_used_and_says_so(tmp_path, monkeypatch):
     path = tmp_path / "table.json"
     table = nested(KEYS, [16, 16, 2, 1]) | {"made": {"triton": "2.1.0"}}
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Some GPU")
     monkeypatch.setattr(tiles, "user_table", lambda name: path)
     tiles.write_table(path, table)
     with pytest.warns(UserWarning, match="table.json was made with Triton 2.1.0 .* not used"):
-        found = tiles.tiles("forward", 64, torch.bfloat16, False, torch.device("cuda", 0))
+        found = tiles.tiles(*CALL)
     assert list(found.values()) == entry_of(DEFAULT, KEYS)
-    session = tune_attention.Session(path, torch.device("cpu"), again=False)
+    session = tune_attention.Session(path, DEVICE, again=False)
     assert session.lacking([KEYS]) == [KEYS]
