@@ -38,22 +38,23 @@ struct Kernels {
                                   const int64_t* seed, int64_t M, int64_t N, double dropout_p,
                                   int64_t threshold, int dtype, int parameter_dtype);
 
-  // scaled_dot_product_attention.cpp: sizes is the start of struct Problem in cpu/attention.h; the
-  // last dimension of every tensor is contiguous; a null seed means no dropout
+  // scaled_dot_product_attention.cpp, _backward.cpp: problem and variant are struct Problem in
+  // cpu/attention.h and the start of struct Variant in cpu/attention_scores.h, as integers; the
+  // last dimension of query, key, value and dy is contiguous. A null variant is none, a null seed
+  // no dropout, a null dlse zeros, a null gradient not wanted. dbias has the bias' shape and dtype
+  // and starts as zeros; dsinks (H,), drelative (H, distances)
   void (*scaled_dot_product_attention_forward)(const void* query, const void* key,
                                                const void* value, void* y, float* lse,
-                                               const int32_t* key_lengths,
-                                               const int32_t* cu_seqlens_q,
-                                               const int32_t* cu_seqlens_k, const int64_t* seed,
-                                               const int64_t* sizes, float scale, int is_causal,
+                                               const int64_t* seed, const int64_t* problem,
+                                               const int64_t* variant, float scale, float softcap,
                                                float dropout_p, int64_t threshold, int dtype);
-  void (*scaled_dot_product_attention_backward)(const void* dy, const void* query, const void* key,
+  void (*scaled_dot_product_attention_backward)(const void* dy, const float* dlse,
+                                                const void* query, const void* key,
                                                 const void* value, const void* y, const float* lse,
-                                                void* dquery, void* dkey, void* dvalue,
-                                                const int32_t* key_lengths,
-                                                const int32_t* cu_seqlens_q,
-                                                const int32_t* cu_seqlens_k, const int64_t* seed,
-                                                const int64_t* sizes, float scale, int is_causal,
+                                                void* dquery, void* dkey, void* dvalue, void* dbias,
+                                                float* dsinks, float* drelative,
+                                                const int64_t* seed, const int64_t* problem,
+                                                const int64_t* variant, float scale, float softcap,
                                                 float dropout_p, int64_t threshold, int dtype);
 
   // gelu.cpp: x, y (M, N); bias (N,) in bias_dtype. Without a bias only M * N matters.

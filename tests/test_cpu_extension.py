@@ -65,9 +65,20 @@ room_for(192 * MiB)
 sk.scaled_dot_product_attention(q, q, q)
 """,
     "attention": """
-q = torch.zeros(4, 1, 1, 4 * MiB)
+q = torch.zeros(4, 1, 17, MiB // 4)
 room_for(192 * MiB)
 sk.scaled_dot_product_attention(q, q, q)
+""",
+    "attention of few queries": """
+q = torch.zeros(4, 1, 1, 4 * MiB)
+room_for(128 * MiB)
+sk.scaled_dot_product_attention(q, q, q)
+""",
+    "attention of few queries, a thread's memory": """
+q, k, v = torch.zeros(1, 16, 1, 8 * MiB), *torch.zeros(2, 1, 1, 1, 8 * MiB)
+v = v[..., :1]
+room_for(256 * MiB)
+sk.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 """,
     "attention's gradient": """
 y = attention(4, 1, 1, MiB)

@@ -22,10 +22,13 @@ inline float peak_of(float* s, int64_t n) {
   return max(vmax(most[0], most[1]));
 }
 
-// One row of scores to probabilities relative to the maximum so far.
+// One row of scores to probabilities relative to the maximum so far. Inlined, as its gradients are:
+// the keys in RowBits would be read from memory for every vector otherwise.
 template <bool kDropout>
-inline void softmax_row(float* s, int64_t n, float& peak, float& total, float* y, int64_t width,
-                        const Dropout& dropout, const RowBits& bits, int64_t first_key) {
+inline __attribute__((always_inline)) void softmax_row(float* s, int64_t n, float& peak,
+                                                       float& total, float* y, int64_t width,
+                                                       const Dropout& dropout, const RowBits& bits,
+                                                       int64_t first_key) {
   const float before = peak, here = peak_of(s, n);
   peak = here > before ? here : before;
   // While all scores are -inf, they add exp(-inf - 0) = 0, not exp(-inf + inf) = NaN.
@@ -54,8 +57,9 @@ inline void softmax_row(float* s, int64_t n, float& peak, float& total, float* y
 // Of one row: probabilities p = exp(s - lse), and with dropout's mask and scale in dp,
 // ds = p * (dp - delta). Leaves p after dropout in s, and ds in dp.
 template <bool kDropout>
-inline void gradient_row(float* s, float* dp, int64_t n, float lse, float delta,
-                         const Dropout& dropout, const RowBits& bits, int64_t first_key) {
+inline __attribute__((always_inline)) void gradient_row(float* s, float* dp, int64_t n, float lse,
+                                                        float delta, const Dropout& dropout,
+                                                        const RowBits& bits, int64_t first_key) {
   for_vectors(n, [&](int64_t i, auto lanes) {
     const vfloat p = exp_of_nonpositive(load(s + i, Full{}) - lse);
     vfloat kept = p, g = load(dp + i, Full{});
@@ -72,18 +76,21 @@ inline void gradient_row(float* s, float* dp, int64_t n, float lse, float delta,
 // The same where all of a row's keys are here: its softmax and sum(p * dp) are computed again
 // rather than taken from lse and from delta. They cancel against the p and dp of this very row, so
 // that their roundings do too; lse, one float32, carries an error of exp's argument as large as
-// lse.
+// lse. sink is one more score, without a value; -inf where there is none. Returns its gradient.
 template <bool kDropout>
-inline void gradient_whole_row(float* s, float* dp, int64_t n, const Dropout& dropout,
-                               const RowBits& bits) {
-  const float peak = peak_of(s, n);
+inline __attribute__((always_inline)) float gradient_whole_row(float* s, float* dp, int64_t n,
+                                                               float sink, float dlse,
+                                                               const Dropout& dropout,
+                                                               const RowBits& bits,
+                                                               int64_t first_key) {
+  const float most = peak_of(s, n), peak = sink > most ? sink : most;
   if (n % kLanes) store(dp + n, vfloat{}, Part{int(kLanes - n % kLanes)});
   vfloat total = {}, dot = {};
   for (int64_t i = 0; i < n; i += kLanes) {
     vfloat p = exp_of_nonpositive(load(s + i, Full{}) - peak), g = load(dp + i, Full{});
     total += p;
     if constexpr (kDropout) {
-      const auto keeps = bits.at(i) >= dropout.threshold;
+      const auto keeps = bits.at(first_key + i) >= dropout.threshold;
       g = keeps ? g * dropout.scale : vfloat{};
       store(dp + i, g, Full{});
       dot += p * g;
@@ -93,13 +100,40 @@ inline void gradient_whole_row(float* s, float* dp, int64_t n, const Dropout& dr
     }
     store(s + i, p, Full{});
   }
-  const float inverse = 1.f / sum(total), delta = sum(dot) * inverse;
+  const float p_sink = sink != -kInfinity ? exp_of_nonpositive(broadcast(sink - peak))[0] : 0.f;
+  const float all = sum(total) + p_sink;
+  const float inverse = 1.f / all, delta = sum(dot) * inverse - dlse;
   for (int64_t i = 0; i < n; i += kLanes) {
     const vfloat p = load(s + i, Full{}) * inverse, size = p < 0.f ? -p : p;
     store(s + i, kDropout ? p < 0.f ? vfloat{} : p : p, Full{});
     store(dp + i, (kDropout ? size : p) * (load(dp + i, Full{}) - delta), Full{});
   }
+  return -p_sink * inverse * delta;
 }
+
+// The sum over a row's keys, and its sink, where forward ends.
+struct Total {
+  float lse, factor;  // factor: 1 / the sum relative to the keys' peak
+  bool unseen;        // no key is seen, or only scores of -inf
+
+  Total(float peak, float sum, float sink) {
+    unseen = peak == -kInfinity && sum == 0.f;  // NaN makes no peak, but a sum
+    if (sink == -kInfinity) {
+      factor = 1.f / sum;
+      lse = unseen ? -kInfinity : peak + ::logf(sum);
+    } else {
+      const float top = sink > peak ? sink : peak;
+      const float shrink = exp_of_nonpositive(broadcast(peak - top))[0];
+      const float all = sum * shrink + exp_of_nonpositive(broadcast(sink - top))[0];
+      factor = shrink / all;
+      lse = top + ::logf(all);
+    }
+  }
+};
+
+// The scores of a tile: rows a cache line longer than the keys, so that a column of them, which the
+// transposed products read, does not fall into one cache set.
+inline int64_t score_stride(int64_t keys) { return padded(keys) + kLanes; }
 
 // Where the elements of a tensor lie: offset = batch * b + head * h + token * t, in elements.
 struct Strides {
@@ -107,34 +141,39 @@ struct Strides {
 };
 
 struct Sequence {
+  int64_t index;
   int64_t batch;  // index along the dimension that Strides::batch steps; 0 where ragged
-  int64_t q_begin, q_count, k_begin, k_count;
+  int64_t q_begin, q_count, k_begin;
+  int64_t k_count, k_rows;  // the keys that may be seen, and those that are there
+  int64_t seeing;           // queries from here on see nothing
+  int64_t offset;           // added to the position of a query
 };
 
-// One call's shapes. Mirrors _sizes() in slimkernels/backends/cpu/scaled_dot_product_attention.py.
-struct Problem {
-  int64_t sequences, H, Hkv, Tq, Tk, D;
-  Strides query, key, value, dy;
-  const int32_t *key_lengths, *cu_seqlens_q, *cu_seqlens_k;
-  float scale;
-  bool is_causal;
+struct Span {
+  int64_t begin, end;
+  bool empty() const { return begin >= end; }
+};
 
-  Problem(const int64_t* sizes, const int32_t* key_lengths, const int32_t* cu_seqlens_q,
-          const int32_t* cu_seqlens_k, float scale, int is_causal)
-      : key_lengths(key_lengths),
-        cu_seqlens_q(cu_seqlens_q),
-        cu_seqlens_k(cu_seqlens_k),
-        scale(scale),
-        is_causal(is_causal) {
-    std::memcpy(&sequences, sizes, 18 * sizeof(int64_t));
-  }
+// One call's shapes. Mirrors _problem() in
+// slimkernels/backends/cpu/scaled_dot_product_attention.py.
+struct Problem {
+  int64_t sequences, H, Hkv, Tq, Tk, D, Dv;
+  int64_t left, right;                   // query i sees keys i - left to i + right; -1: no limit
+  int64_t offset;                        // where offsets is null
+  int64_t limit_q, limit_k;              // queries and keys at and after these see, are seen not
+  const int32_t *key_lengths, *offsets;  // (sequences,), or null
+  const int32_t *cu_seqlens_q, *cu_seqlens_k;
+  Strides query, key, value, dy, dlse;
+
+  explicit Problem(const int64_t* numbers) { std::memcpy((void*)this, numbers, sizeof *this); }
 
   bool ragged() const { return cu_seqlens_q; }
-  int64_t width() const { return padded(D); }
+  int64_t group() const { return H / Hkv; }
 
-  // Contiguous (B, heads, T, D), or (T, heads, D) where ragged.
-  Strides contiguous(int64_t heads, int64_t T) const {
-    return ragged() ? Strides{0, D, heads * D} : Strides{heads * T * D, T * D, D};
+  // Contiguous (B, heads, T, width), or (T, heads, width) where ragged.
+  Strides contiguous(int64_t heads, int64_t T, int64_t width) const {
+    return ragged() ? Strides{0, width, heads * width}
+                    : Strides{heads * T * width, T * width, width};
   }
   // lse: (B, H, Tq), or (H, Tq) where ragged.
   Strides statistics() const { return {ragged() ? 0 : H * Tq, Tq, 1}; }
@@ -142,24 +181,48 @@ struct Problem {
   Strides dropout_rows() const { return ragged() ? Strides{0, 1, H} : statistics(); }
 
   Sequence sequence(int64_t b) const {
-    if (!ragged()) return {b, 0, Tq, 0, key_lengths ? clamp(key_lengths[b], 0, Tk) : Tk};
-    // Values are checked above where that is possible; here only memory is kept safe.
-    const int64_t q = clamp(cu_seqlens_q[b], 0, Tq), k = clamp(cu_seqlens_k[b], 0, Tk);
-    return {0, q, clamp(cu_seqlens_q[b + 1], q, Tq) - q, k, clamp(cu_seqlens_k[b + 1], k, Tk) - k};
+    Sequence s = {b, b, 0, Tq, 0, key_lengths ? clamp(key_lengths[b], 0, Tk) : Tk, Tk, 0, offset};
+    if (ragged()) {
+      // Values are checked above where that is possible; here only memory is kept safe.
+      const int64_t q = clamp(cu_seqlens_q[b], 0, Tq), k = clamp(cu_seqlens_k[b], 0, Tk);
+      s.batch = 0;
+      s.q_begin = q, s.q_count = clamp(cu_seqlens_q[b + 1], q, Tq) - q;
+      s.k_begin = k, s.k_count = s.k_rows = clamp(cu_seqlens_k[b + 1], k, Tk) - k;
+    }
+    s.k_count = clamp(limit_k, 0, s.k_count);
+    s.seeing = clamp(limit_q, 0, s.q_count);
+    if (offsets) s.offset = offsets[b];
+    return s;
   }
 
-  // Of `count` keys, those from `first`, how many query i sees.
-  int64_t visible(int64_t i, int64_t first, int64_t count) const {
-    return is_causal ? clamp(i + 1 - first, 0, count) : count;
+  // Query i sees keys from low(i) to below high(i); neither falls as i grows.
+  int64_t low(const Sequence& s, int64_t i) const {
+    return left < 0 ? 0 : clamp(i + s.offset - left, 0, s.k_count);
+  }
+  int64_t high(const Sequence& s, int64_t i) const {
+    return right < 0 ? s.k_count : clamp(i + s.offset + right + 1, 0, s.k_count);
+  }
+  // Of `count` keys from `first`, all there are, those that one of the queries from i to below
+  // `end` sees.
+  Span seen(const Sequence& s, int64_t i, int64_t end, int64_t first, int64_t count) const {
+    if (i >= s.seeing) return {0, 0};
+    if (left < 0 && right < 0) return {0, count};
+    return {clamp(low(s, i) - first, 0, count), clamp(high(s, end - 1) - first, 0, count)};
+  }
+  // The queries that may see one of these keys.
+  Span seeing(const Sequence& s, int64_t first, int64_t count) const {
+    return {right < 0 ? 0 : clamp(first - s.offset - right, 0, s.seeing),
+            left < 0 ? s.seeing : clamp(first + count - s.offset + left, 0, s.seeing)};
   }
 
   // Keys in a block: packed twice they fit in half of a 1 MiB L2 beside the scores.
-  int64_t block_keys() const { return clamp(32768 / width() / 64 * 64, 64, 512); }
+  int64_t block_keys() const { return clamp(65536 / (padded(D) + padded(Dv)) / 64 * 64, 64, 512); }
 
   int threads(int64_t items) const {
-    const int64_t keys = ragged() ? Tk / clamp(sequences, 1, Tk + 1) : Tk;
+    const int64_t count = ragged() ? Tk / clamp(sequences, 1, Tk + 1) : Tk;
+    const int64_t band = left < 0 || right < 0 ? count : clamp(left + right + 1, 0, count);
     const int64_t rows = Tq * H * (ragged() ? 1 : sequences);
-    return int(clamp(threads_for(rows * (keys + 1) / 16 * D), 1, clamp(items, 1, 1 << 20)));
+    return int(clamp(threads_for(rows * (band + 1) / 16 * D), 1, clamp(items, 1, 1 << 20)));
   }
 };
 
@@ -223,6 +286,30 @@ void for_items(int64_t items, const Problem& problem, Body body) {
     scratch.end_call();
   }
   if (failed) out_of_memory();
+}
+
+// Constants as types, which choose a template's instance inside a function.
+template <bool kValue>
+struct Choice {
+  static constexpr bool value = kValue;
+};
+template <int kValue>
+struct Count {
+  static constexpr int value = kValue;
+};
+
+// body(T{}, Choice{}, Choice{}) with the storage type, whether scores are dropped and whether they
+// are modified as types.
+template <typename Body>
+void with_kernel(int dtype, bool dropped, bool modified, Body body) {
+  with_type(dtype, [&](auto zero) {
+    if (dropped)
+      modified ? body(zero, Choice<true>{}, Choice<true>{})
+               : body(zero, Choice<true>{}, Choice<false>{});
+    else
+      modified ? body(zero, Choice<false>{}, Choice<true>{})
+               : body(zero, Choice<false>{}, Choice<false>{});
+  });
 }
 
 inline void fill(float* x, int64_t begin, int64_t end, float value) {

@@ -53,6 +53,12 @@ struct Panels {
   const float* values;
   int64_t vectors;
   int64_t row_stride, panel_stride;  // in floats
+
+  int64_t columns() const { return vectors * kLanes; }  // of one panel
+  // Without the columns before this one, with which a panel begins.
+  Panels from(int64_t column) const {
+    return {values + column / columns() * panel_stride, vectors, row_stride, panel_stride};
+  }
 };
 
 // Rows of `stride` floats, seen as panels.

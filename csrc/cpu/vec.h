@@ -1,4 +1,4 @@
-// SIMD vectors of float for the CPU kernels: load, store, reductions, exp, normal, logistic.
+// SIMD vectors of float for the CPU kernels: load, store, reductions, exp, normal, logistic, tanh.
 //
 // One source serves every instruction set: the vectors are GCC/Clang vector extensions, whose
 // width follows the flags this file is compiled with, and intrinsics appear only where the
@@ -306,6 +306,24 @@ inline Logistic logistic(vfloat u) {
   const vfloat e = exp(u < 0.f ? u : -u);
   const vfloat q = reciprocal(1.f + e);
   return {u < 0.f ? e * q : q, e * q * q};
+}
+
+// The hyperbolic tangent and its slope 1 - tanh^2, both to about one unit in the last place: near
+// zero, where 1 - 2 / (e^2u + 1) cancels, by the polynomial of Cephes' tanhf, elsewhere from
+// e^-2|u|, which does not overflow. The slope does not cancel where tanh is almost 1.
+struct Hyperbolic {
+  vfloat value, slope;
+};
+inline Hyperbolic hyperbolic(vfloat u) {
+  const vfloat size = u < 0.f ? -u : u, square = u * u;
+  const vfloat e = exp_of_nonpositive(-2.f * size), r = reciprocal(1.f + e);
+  vfloat p = broadcast(-5.70498872745e-3f);
+  p = p * square + 2.06390887954e-2f;
+  p = p * square - 5.37397155531e-2f;
+  p = p * square + 1.33314422036e-1f;
+  p = p * square - 3.33332819422e-1f;
+  const vfloat near = u + u * square * p, far = 1.f - 2.f * e * r;
+  return {size < 0.625f ? near : u < 0.f ? -far : far, 4.f * e * r * r};
 }
 
 // Calls body with a value of the C++ type that a Dtype number stands for.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from slimkernels.ops._attention_variant import (
 from slimkernels.ops._checks import (
     FLOATING,
     check_dropout,
+    check_flag,
     check_integer,
     check_number,
     check_tensor,
@@ -41,6 +44,9 @@ def call_of(
     variant = AttentionVariant() if variant is None else variant
     if not isinstance(variant, AttentionVariant):
         _refuse("variant", "an AttentionVariant", type(variant).__name__)
+    flags = ("is_causal", is_causal), ("enable_gqa", enable_gqa)
+    for name, flag in (*flags, ("variant.batch_invariant", variant.batch_invariant)):
+        check_flag(NAME, name, flag)
     ragged = cu_seqlens is not None
     _check_tensors(query, key, value, ragged, enable_gqa)
     check_dropout(NAME, dropout_p)
@@ -84,7 +90,7 @@ def call_of(
         right=right,
         causal_offset=offset,
         tf32=_tf32(variant.float32_precision),
-        batch_invariant=bool(variant.batch_invariant),
+        batch_invariant=variant.batch_invariant,
         function=function,
         function_tensors=function_tensors,
     )
@@ -135,8 +141,9 @@ def _check_integers(name, value, query, size):
     if value.dtype != torch.int32:
         _refuse(name, "int32", value.dtype)
     _check_device(name, value, query)
-    if value.dim() != 1 or (size is not None and value.shape[0] != size):
-        expected = "(sequences + 1,)" if size is None else f"({size},), one a sequence"
+    named = isinstance(size, str)
+    if value.dim() != 1 or (not named and value.shape[0] != size):
+        expected = size if named else f"({size},), one a sequence"
         raise ValueError(f"{NAME}: {name} must have shape {expected}; got {tuple(value.shape)}")
 
 
@@ -150,7 +157,8 @@ def _check_parameter(name, value, query):
     if not isinstance(value, Tensor):
         _refuse(name, "a tensor", type(value).__name__)
     if value.dtype not in (query.dtype, torch.float32):
-        _refuse(name, f"{query.dtype} like query, or float32", value.dtype)
+        float32 = "" if query.dtype == torch.float32 else ", or float32"
+        _refuse(name, f"{query.dtype} like query{float32}", value.dtype)
     _check_device(name, value, query)
 
 
@@ -175,7 +183,7 @@ def _boundaries(cu_seqlens, query, key):
 
 
 def _check_boundaries(cu_seqlens, of, tensor):
-    _check_integers("cu_seqlens", cu_seqlens, tensor, None)
+    _check_integers("cu_seqlens", cu_seqlens, tensor, "(sequences + 1,)")
     if cu_seqlens.shape[0] == 0:
         raise ValueError(f"{NAME}: cu_seqlens must have shape (sequences + 1,); got (0,)")
     if not _readable(cu_seqlens):
@@ -209,16 +217,16 @@ def _mask_and_bias(attn_mask, bias, query, sizes):
         if attn_mask.dtype != torch.bool:
             if bias is not None:
                 raise ValueError(
-                    f"{NAME}: bias must be None with a floating attn_mask, which is one"
+                    f"{NAME}: variant.bias must be None with a floating attn_mask, which is one"
                 )
             return None, _four("attn_mask", attn_mask, query, sizes)
         attn_mask = _four("attn_mask", attn_mask, query, sizes)
-    return attn_mask, None if bias is None else _four("bias", bias, query, sizes)
+    return attn_mask, None if bias is None else _four("variant.bias", bias, query, sizes)
 
 
 def _four(name, x, query, sizes):
     """x with all four dimensions, each as large as the scores' or one."""
-    if not isinstance(x, Tensor) or x.dtype != torch.bool:
+    if name != "attn_mask" or x.dtype != torch.bool:
         _check_parameter(name, x, query)
     _check_device(name, x, query)
     if x.dim() > 4:
@@ -237,32 +245,36 @@ def _window(window, is_causal):
     left, right = -1, -1
     if window is not None:
         if not isinstance(window, tuple | list) or len(window) != 2:
-            _refuse("window", "(left, right)", repr(window))
-        for side in window:
-            if side is not None:
-                check_integer(NAME, "window", side)
-                if side < 0:
-                    _refuse("window", "(left, right), each None or 0 and more", repr(window))
+            _refuse("variant.window", "(left, right)", repr(window))
+        if not all(side is None or _is_reach(side) for side in window):
+            expected = "(left, right), each an integer from 0 to below 2^30 or None for no limit"
+            _refuse("variant.window", expected, repr(window))
         left, right = (-1 if side is None else side for side in window)
     return left, 0 if is_causal else right
 
 
+def _is_reach(side):
+    # Kernels add it to positions in 32 bits.
+    whole = isinstance(side, (Integral, torch.SymInt)) and not isinstance(side, bool)
+    return whole and 0 <= side < 2**30
+
+
 def _offset(offset, query, B):
     if isinstance(offset, Tensor):
-        _check_integers("causal_offset", offset, query, B)
+        _check_integers("variant.causal_offset", offset, query, B)
         return 0, offset
-    check_integer(NAME, "causal_offset", offset)
+    check_integer(NAME, "variant.causal_offset", offset)
     if not -(2**30) < offset < 2**30:
-        _refuse("causal_offset", "below 2^30 in size", offset)
+        _refuse("variant.causal_offset", "below 2^30 in size", offset)
     return offset, None
 
 
 def _sinks(sinks, query, H):
     if sinks is None:
         return None
-    _check_parameter("sinks", sinks, query)
+    _check_parameter("variant.sinks", sinks, query)
     if tuple(sinks.shape) != (H,):
-        _refuse("sinks", f"({H},), one a head", tuple(sinks.shape))
+        _refuse("variant.sinks", f"({H},), one a head", tuple(sinks.shape))
     return sinks
 
 
@@ -270,15 +282,15 @@ def _slopes(slopes, query, B, H):
     if slopes is None:
         return None
     if not isinstance(slopes, Tensor):
-        _refuse("alibi_slopes", "a tensor", type(slopes).__name__)
+        _refuse("variant.alibi_slopes", "a tensor", type(slopes).__name__)
     if slopes.dtype != torch.float32:
-        _refuse("alibi_slopes", "float32", slopes.dtype)
-    _check_device("alibi_slopes", slopes, query)
+        _refuse("variant.alibi_slopes", "float32", slopes.dtype)
+    _check_device("variant.alibi_slopes", slopes, query)
     if tuple(slopes.shape) not in ((H,), (B, H)):
-        _refuse("alibi_slopes", f"({H},) or ({B}, {H})", tuple(slopes.shape))
+        _refuse("variant.alibi_slopes", f"({H},) or ({B}, {H})", tuple(slopes.shape))
     if slopes.requires_grad and torch.is_grad_enabled():
         raise ValueError(
-            f"{NAME}: alibi_slopes must not require a gradient, for which there is bias"
+            f"{NAME}: variant.alibi_slopes must not require a gradient; variant.bias may"
         )
     return slopes.reshape(-1, H) if H else slopes.reshape(1, 0)
 
@@ -286,9 +298,9 @@ def _slopes(slopes, query, B, H):
 def _softcap(softcap):
     if softcap is None:
         return 0.0
-    check_number(NAME, "softcap", softcap)
+    check_number(NAME, "variant.softcap", softcap)
     if softcap <= 0:
-        _refuse("softcap", "above 0, or None", softcap)
+        _refuse("variant.softcap", "above 0, or None", softcap)
     return float(softcap)
 
 
@@ -296,43 +308,44 @@ def _relative_bias(relative, query, H):
     if relative is None:
         return None, None
     if not isinstance(relative, RelativeBias):
-        _refuse("relative_bias", "a RelativeBias", type(relative).__name__)
+        _refuse("variant.relative_bias", "a RelativeBias", type(relative).__name__)
     table, buckets = relative
-    _check_parameter("relative_bias.table", table, query)
+    _check_parameter("variant.relative_bias.table", table, query)
     if table.dim() != 2 or table.shape[1] != H or table.shape[0] == 0:
-        _refuse("relative_bias.table", f"(buckets, {H})", tuple(table.shape))
-    _check_integers("relative_bias.buckets", buckets, query, None)
+        _refuse("variant.relative_bias.table", f"(buckets, {H})", tuple(table.shape))
+    name, shape = "variant.relative_bias.buckets", "(2 * m + 1,)"
+    _check_integers(name, buckets, query, shape)
     if buckets.shape[0] % 2 == 0:
-        _refuse("relative_bias.buckets", "(2 * m + 1,)", tuple(buckets.shape))
+        raise ValueError(f"{NAME}: {name} must have shape {shape}; got {tuple(buckets.shape)}")
     if _readable(buckets):
         low, high = (int(value) for value in buckets.aminmax())
         if low < 0 or high >= table.shape[0]:
-            _refuse(
-                "relative_bias.buckets",
-                f"rows of the {table.shape[0]} of the table",
-                f"{low} to {high}",
-            )
+            _refuse(name, f"rows of table, from 0 to {table.shape[0] - 1}", f"{low} to {high}")
     return table, buckets
 
 
 def _function(variant, query):
-    function, tensors = variant.score, tuple(variant.score_tensors)
+    function, tensors = variant.score, variant.score_tensors
+    if not isinstance(tensors, tuple | list):
+        _refuse("variant.score_tensors", "a tuple of tensors", type(tensors).__name__)
     if function is None:
         if tensors:
-            raise ValueError(f"{NAME}: score_tensors must be empty without score")
+            raise ValueError(f"{NAME}: variant.score_tensors must be empty without score")
         return None, ()
     if not isinstance(function, ScoreFunction):
-        _refuse("score", "a ScoreFunction", type(function).__name__)
+        _refuse("variant.score", "a ScoreFunction", type(function).__name__)
     for tensor in tensors:
         if not isinstance(tensor, Tensor):
-            _refuse("score_tensors", "tensors", type(tensor).__name__)
-        _check_device("score_tensors", tensor, query)
+            _refuse("variant.score_tensors", "a tuple of tensors", f"{type(tensor).__name__} in it")
+        _check_device("variant.score_tensors", tensor, query)
         if tensor.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{NAME}: score_tensors must not require a gradient: they get none")
-    return function, tensors
+            raise ValueError(
+                f"{NAME}: variant.score_tensors must not require a gradient: they get none"
+            )
+    return function, tuple(tensors)
 
 
 def _tf32(precision):
     if precision not in ("ieee", "tf32"):
-        _refuse("float32_precision", "'ieee' or 'tf32'", repr(precision))
+        _refuse("variant.float32_precision", "'ieee' or 'tf32'", repr(precision))
     return precision == "tf32"

@@ -115,7 +115,8 @@ def _modified(scores: Tensor, pairs: Pairs, call: Call) -> Tensor:
     if call.softcap:
         scores = call.softcap * torch.tanh(scores / call.softcap)
     if call.bias is not None:
-        scores = scores + _picked(call.bias, pairs, call, 0.0).to(scores.dtype)
+        # Widened first, so that its gradient is summed in the wide dtype.
+        scores = scores + _picked(call.bias.to(scores.dtype), pairs, call, 0.0)
     if call.alibi_slopes is not None:
         slopes = call.alibi_slopes.to(scores.dtype)
         of = pairs.sequence.clamp(0, len(slopes) - 1)  # one row of slopes may serve all
@@ -125,9 +126,10 @@ def _modified(scores: Tensor, pairs: Pairs, call: Call) -> Tensor:
         rows = call.buckets[distance.clamp(-m, m) + m]
         scores = scores + call.table.to(scores.dtype)[rows, pairs.head]
     if call.function is not None and call.function.torch_score is not None:
-        scores = call.function.torch_score(
+        changed = call.function.torch_score(
             *(scores, pairs.sequence, pairs.head, pairs.i, pairs.j), call.function_tensors
         )
+        scores = changed.to(scores.dtype)  # its tensors may have a wider one
     return scores
 
 

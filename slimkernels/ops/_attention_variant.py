@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from slimkernels.ops._checks import check_integer
+
 
 class ScoreFunction:
     """Your own change of the scores, or your own mask, inside the kernels.
@@ -50,6 +52,14 @@ class ScoreFunction:
             raise ValueError("ScoreFunction: score or mask must be given")
         if derivative is not None and score is None:
             raise ValueError("ScoreFunction: derivative must be None without score")
+        for what, kernel in (("score", score), ("derivative", derivative), ("mask", mask)):
+            if kernel is not None and not hasattr(kernel, "fn"):  # triton is not everywhere
+                got = getattr(kernel, "__name__", type(kernel).__name__)
+                raise ValueError(f"ScoreFunction: {what} must be a @triton.jit function; got {got}")
+        for what, definition in (("torch_score", torch_score), ("torch_mask", torch_mask)):
+            if definition is not None and not callable(definition):
+                got = type(definition).__name__
+                raise ValueError(f"ScoreFunction: {what} must be a function; got {got}")
         self.score, self.derivative, self.mask = score, derivative, mask
         self.torch_score, self.torch_mask = torch_score, torch_mask
         # A registered op takes no objects: torch.compile's graph names the function.
@@ -86,9 +96,15 @@ def t5_relative_bias(
         raise ValueError(f"t5_relative_bias: table must be (buckets, H); got {got}")
     count = table.shape[0] // 2 if bidirectional else table.shape[0]
     exact = count // 2
-    if exact < 1 or max_distance <= exact:
+    if exact < 1:
         raise ValueError(
-            f"t5_relative_bias: max_distance must be above the {max(exact, 1)} exact buckets of "
+            f"t5_relative_bias: table must have {4 if bidirectional else 2} buckets or more; "
+            f"got {table.shape[0]}"
+        )
+    check_integer("t5_relative_bias", "max_distance", max_distance)
+    if max_distance <= exact:
+        raise ValueError(
+            f"t5_relative_bias: max_distance must be above the {exact} exact buckets of "
             f"table {tuple(table.shape)}; got {max_distance}"
         )
     rows = []

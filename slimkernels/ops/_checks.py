@@ -117,6 +117,13 @@ def check_integer(op: str, name: str, value: object) -> None:
         raise ValueError(f"{op}: {name} must be an integer; got {value!r}")
 
 
+def check_flag(op: str, name: str, value: object) -> None:
+    """`value` is True or False, not merely something that has a truth."""
+    if not isinstance(value, (bool, torch.SymBool)):
+        got = type(value).__name__ if isinstance(value, Tensor) else repr(value)
+        raise ValueError(f"{op}: {name} must be True or False; got {got}")
+
+
 def check_dropout(op: str, dropout_p: float) -> None:
     """`dropout_p` is a probability of dropping, below 1."""
     check_number(op, "dropout_p", dropout_p)

@@ -14,8 +14,8 @@ Tiling    dq: a program owns BLOCK_M queries and walks the keys. dk, dv: a progr
 Numerics  P comes from lse, one float32, and delta from the rounded y. In 16 bits that is below
           eager's own rounding. In float32 it is not where scores are large: exp(score - lse) is off
           by the rounding of lse, 2e-5 at 300. So float32 pays two more products for the sums of P,
-          by which dv divides it (to dq and dk it is a factor as good as their scores), and for
-          delta from P and dP themselves, whose roundings cancel.
+          by which all gradients divide it, and for delta from P and dP themselves, whose roundings
+          cancel.
 """
 
 import triton
@@ -129,7 +129,7 @@ def _row_sums_kernel(
             extra = added(i[:, None], j[None, :], place, scoring)
         scores = tl.dot(queries, keys.T, input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
         if MODIFIED:
-            scores, _, _ = modified(
+            scores, outer, inner = modified(
                 scores, late, extra, i[:, None], j[None, :], place, scoring, SCORE, None
             )
         p = exp_of(scores, 1.0 if MODIFIED else late, lse[:, None], values.dtype)
@@ -211,6 +211,8 @@ def _dq_kernel(
     at = (batch * H + head) * Tq + tokens
     lse = load_lse(statistics, at, present)
     delta = tl.load(statistics.delta + at, mask=present, other=0.0)
+    if statistics.total is not None:
+        total = tl.load(statistics.total + at, mask=present, other=1.0)
     queries = load_tile(x.q, batch, head, q_begin + first, present, D, BLOCK_M, BLOCK_D)
     queries, late = scale_early(queries, scoring.scale)
     dys = load_tile(x.dy, batch, head, q_begin + first, present, DV, BLOCK_M, BLOCK_DV)
@@ -248,6 +250,8 @@ def _dq_kernel(
             MASK,
             True,
         )
+        if statistics.total is not None:
+            p = tl.div_rn(p, total[:, None])
         dp = tl.dot(dys, values.T, input_precision=PRECISION)
         if dropout.seed is not None:
             keep = keep_mask(key0[:, None], key1[:, None], j[None, :], threshold)

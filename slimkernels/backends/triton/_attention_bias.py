@@ -104,6 +104,8 @@ def _dbias_kernel(
             at = (batch * H + head) * Tq + tokens
             lse = load_lse(statistics, at, present)
             delta = tl.load(statistics.delta + at, mask=present, other=0.0)
+            if statistics.total is not None:
+                total = tl.load(statistics.total + at, mask=present, other=1.0)
             queries = load_tile(x.q, batch, head, q_begin + start, present, D, BLOCK_M, BLOCK_D)
             queries, late = scale_early(queries, scoring.scale)
             dys = load_tile(x.dy, batch, head, q_begin + start, present, DV, BLOCK_M, BLOCK_DV)
@@ -123,6 +125,8 @@ def _dbias_kernel(
                     i[:, None], j[None, :], place, scoring, HAS_LEFT, HAS_RIGHT, MASK, True
                 )
                 p = tl.where(visible, p, 0.0)
+                if statistics.total is not None:
+                    p = tl.div_rn(p, total[:, None])
                 dp = tl.dot(dys, values.T, input_precision=PRECISION)
                 if dropout.seed is not None:
                     key0, key1 = dropout_keys(dropout, batch, head, tokens, H, Tq, lengths)

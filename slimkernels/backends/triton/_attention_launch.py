@@ -38,7 +38,8 @@ class Prepared:
         if positive_scale:
             if scale < 0:
                 query, scale = -query, -scale
-            scale = scale or 1e-30  # 0 would make NaN of -inf, a hidden score
+            if scale == 0:  # would make NaN of -inf, a hidden score
+                query, scale = query * 0.0, 1.0
         self.query, self.key, self.value, self.call = query, key, value, call
         tokens = 0 if call.ragged else 2
         self.H, self.Tq, self.Tk = query.shape[1], query.shape[tokens], key.shape[tokens]
@@ -133,14 +134,15 @@ def compiled(kernel, direction, D, dtype, *, dropout=False, scoring=None, consta
     types = {
         **dict.fromkeys(("y", "dy", "dq", "dk", "dv"), operand),
         **dict.fromkeys(("x",), Operands(*(operand,) * 5)),
-        "lse_ptr": "*fp32",
+        **dict.fromkeys(("lse_ptr", "parts", "part_lse"), "*fp32"),
+        "y_ptr": "*bf16",
         "statistics": Statistics(*statistics),
         "lengths": Lengths(None, "*i32", "*i32", None),
         "scoring": scoring or Scoring("fp32"),
         "dropout": Dropout("*i64" if dropout else None, "fp32"),
         "dbias": Plane("*bf16", "i32", "i32", "i32", "i32", "i32", "i32"),
         **dict.fromkeys(("threshold", "Tq", "Tk", "T", "left", "right", "offset"), "i32/1"),
-        **dict.fromkeys(("sequences", "H"), "i32/1"),
+        **dict.fromkeys(("sequences", "H", "B", "count", "split_keys"), "i32/1"),
     }
     rich = dropout or scoring is not None
     launch = launch_of(direction, D, D, dtype, rich, torch.device("cpu"))

@@ -11,7 +11,8 @@ Numerics  A running maximum and sum a query, all sums in float32; exp is exp2 wi
           into the scale. Probabilities are rounded to the values' dtype for the second product, but
           not for their sum. Dropout's 1 / (1 - p) is applied once, to the result. float32 products
           are exact float32 ("ieee"), not TF32.
-Launch    grid = (tiles of all sequences, heads). Gradients: _attention_backward.py.
+Launch    grid = (tiles of all sequences, heads). Gradients: _attention_backward.py and
+          _attention_bias.py; a few queries on a long cache: _attention_decode.py.
 """
 
 import torch
@@ -19,6 +20,7 @@ import triton
 import triton.language as tl
 
 from slimkernels.backends._attention import with_whole_rows
+from slimkernels.backends.triton import _attention_decode
 from slimkernels.backends.triton._attention import (
     dropout_keys,
     load_tile,
@@ -64,7 +66,9 @@ def forward(query, key, value, call):
     given = Prepared(query, key, value, call, positive_scale=True)
     y = query.new_empty(*query.shape[:-1], value.shape[-1])
     lse = query.new_empty(given.rows, dtype=torch.float32)
-    if y.numel():
+    if y.numel() and _attention_decode.applies(given):
+        _attention_decode.forward(given, y, lse)
+    elif y.numel():
         launch = given.launch("forward")
         grid = tiles_of(query, call.cu_seqlens_q, launch["BLOCK_M"]), given.H
         _forward_kernel[grid](given.operands(), rows_of(y), lse, *given.shared(), **launch)
@@ -235,7 +239,7 @@ def _forward_kernel(
             extra = added(i[:, None], j[None, :], place, scoring)
         scores = tl.dot(queries, keys.T, input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
         if MODIFIED:
-            scores, _, _ = modified(
+            scores, outer, inner = modified(
                 scores, late, extra, i[:, None], j[None, :], place, scoring, SCORE, None
             )
         scores = shown(
@@ -307,5 +311,19 @@ COMPILES = [
         for D in (64, 128)
     ),
     *(compiled(_dq_kernel, "dq", D, _FP32, scoring=_FEATURES[1], registers=255) for D in (64, 128)),
+    *(
+        compiled(
+            *(_attention_decode._split_kernel, "forward", D, _BF16),
+            scoring=_FEATURES[1],
+            constants=dict(BLOCK_M=16, BLOCK_N=64),
+            registers=255,
+        )
+        for D in (64, 128)
+    ),
+    compiled(
+        *(_attention_decode._merge_kernel, "forward", 128, _BF16),
+        constants=dict(BLOCK_DV=128),
+        registers=64,
+    ),
     compiled(_delta_kernel, "dq", 128, _BF16, constants=dict(BLOCK_M=32), registers=80),
 ]
