@@ -188,11 +188,11 @@ def features(device: torch.device) -> dict[str, Arguments]:
         "a score function of your own": variant(score=LEAKY),
         "a mask function of your own": variant(score=EVEN),
         "decoding with a cache": (
-            tensors((2, 4, 1, 32), (2, 4, 48, 32)),
+            tensors((2, 4, 1, 32), (2, 4, 160, 32)),
             {
                 "is_causal": True,
-                "key_lengths": integers(48, 30),
-                "variant": sk.AttentionVariant(causal_offset=integers(47, 29)),
+                "key_lengths": integers(160, 30),
+                "variant": sk.AttentionVariant(causal_offset=integers(159, 29)),
             },
         ),
     }

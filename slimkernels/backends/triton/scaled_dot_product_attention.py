@@ -59,6 +59,12 @@ def unsupported(query, key, value, call):
     width = max(query.shape[-1], value.shape[-1])
     if width > MAX_WIDTH:
         return f"a head may be at most {MAX_WIDTH} wide and has {width}"
+    function = call.function
+    if function is not None and function.score is not None and function.derivative is None:
+        # The kernels would take it for 1.
+        through = query, key, call.bias, call.table
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in through):
+            return "the score function has no derivative, which this call's gradients need"
     return unsupported_tensor(query)
 
 
