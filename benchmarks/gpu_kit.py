@@ -1,11 +1,18 @@
-"""One command for a GPU machine: build, test, check memory, benchmark, write results.
+"""One command for a GPU machine: build, test, check memory, tune, benchmark, write results.
 
     python -m benchmarks.gpu_kit --minutes 25
+    python -m benchmarks.gpu_kit --minutes 60 --stages build,tune --keep-tiles
 
 Each stage is a process with a limit of its own; one that fails or runs over does not stop the
 others, and one for which no time is left is skipped with a line that says so. Results go to
 benchmarks/results/<device>/ as they come, logs beside them in runs/gpu_kit/; where $OUT is set, an
 archive of both is kept up to date there, so that a kill loses at most seconds. No network is used.
+
+What is benchmarked runs in the tiles that the stage before found: the user's own table, which stays
+for all later runs and of which attention_tiles.json beside the results is a copy. Six minutes are
+for the entries that most models need. To benchmark the tiles that come with the package, leave the
+stage out and move that table away. --keep-tiles has time for every entry, and copies the table into
+the package, too: commit it, and nobody with this GPU need tune.
 """
 
 from __future__ import annotations
@@ -27,6 +34,7 @@ import torch
 from benchmarks import provenance, results
 
 ROOT = provenance.ROOT
+TILES = ROOT / "slimkernels/backends/triton/configs"
 _SAVE_EVERY = 15.0  # seconds between two archives while a stage runs
 
 
@@ -72,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if any(stage.failed for stage in stages) else 0
 
 
-NAMES = ["build", "test", "sanitize", "ops", "models", "pretrain"]
+NAMES = ["build", "test", "sanitize", "tune", "ops", "models", "pretrain"]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -81,6 +89,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=25, help="for all stages together")
     parser.add_argument("--stages", default=",".join(NAMES), help="comma-separated")
     parser.add_argument("--quick", action="store_true", help="the least of each stage")
+    parser.add_argument(
+        "--keep-tiles", action="store_true", help="put the tuned tiles into the package"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the commands and stop")
     parser.add_argument("--commit", help="to record where there is no git checkout")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/<device>")
@@ -116,6 +127,8 @@ def stages_of(options: argparse.Namespace) -> list[Stage]:
     # The least: the exemplar op, in every backend of this machine.
     tests = ["tests/ops/test_layer_norm.py" if options.quick else "tests"]
     size = ["--size", "quick"] if options.quick else []
+    tuning, tuned = 45 if options.keep_tiles else 6, ["tune", "attention"]
+    tuned += ["--kernel", "forward", "--width", "64", "--quick"] if options.quick else []
     result = ["--out", out]
     return [
         Stage("build", [sys.executable, "setup.py", "build_ext", "--inplace"], 5),
@@ -128,10 +141,26 @@ def stages_of(options: argparse.Namespace) -> list[Stage]:
             # Each tensor in a block of its own, so that the checker sees where it ends.
             {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         ),
+        Stage(
+            "tune",
+            # The limit it sets itself is no failure; an entry takes under a minute.
+            [*python, "slimkernels.scripts.main", *tuned, "--minutes", str(tuning)],
+            tuning + 1,
+            "" if options.device == "cuda" else "tiles are tuned on a GPU",
+        ),
         Stage("ops", [*python, "benchmarks.run", "--all", *device, *quick, *result], 10),
         Stage("models", [*python, "benchmarks.models.bert_training", *device, *quick, *result], 6),
         Stage("pretrain", [*python, "benchmarks.models.pretraining", *device, *size, *result], 4),
     ]
+
+
+def tiles_file(device: str) -> Path | None:
+    """The user's own table of attention's tiles for this GPU."""
+    if device != "cuda":
+        return None
+    from slimkernels.backends.triton import _attention_tiles
+
+    return _attention_tiles.user_table(torch.cuda.get_device_name())
 
 
 class Kit:
@@ -142,6 +171,7 @@ class Kit:
         self.logs = Path("runs/gpu_kit") / options.slug / "logs"
         self.deadline = time.monotonic() + 60 * options.minutes
         self.facts = provenance.provenance(torch.device(options.device))
+        self.tiles, self.into_package = tiles_file(options.device), options.keep_tiles
         for folder in (self.out, self.logs):
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -156,6 +186,8 @@ class Kit:
                 print(f"{stage.name}: {_shown(stage.command)}", flush=True)
                 self.run_stage(stage, min(60 * stage.minutes, left))
             print(f"{stage.name}: {stage.status} ({stage.seconds:.0f} s)", flush=True)
+            if stage.name == "tune":
+                self.keep_tiles()
             self.save()
 
     def run_stage(self, stage: Stage, limit: float) -> None:
@@ -216,6 +248,14 @@ class Kit:
         header = "".join(f"# {name}: {value}\n" for name, value in self.facts.items())
         results.write_text(self.out / "summary.txt", f"{header}{table}\n")
         self.archive()
+
+    def keep_tiles(self) -> None:
+        """Copy the table that the kernels use beside the results, and into the package if asked."""
+        if self.tiles is None or not self.tiles.exists():
+            return
+        shutil.copy(self.tiles, self.out / "attention_tiles.json")
+        if self.into_package:
+            shutil.copy(self.tiles, TILES / self.tiles.name)
 
     def archive(self) -> None:
         """Everything so far, in one file: $OUT takes few."""

@@ -40,6 +40,7 @@ def provenance(device: torch.device, command: str | None = None) -> dict[str, st
     if device.type == "cuda":
         facts["driver"] = nvidia_smi("driver_version")
         facts["cuda"] = str(torch.version.cuda)
+        facts["attention tiles"] = attention_tiles(device_name(device))
         facts["clocks"] = nvidia_smi("clocks.max.sm,clocks.max.mem") + " MHz at most"
     return facts
 
@@ -48,6 +49,23 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{cpu_model()} {torch.get_num_threads()} threads"
+
+
+def attention_tiles(gpu: str) -> str:
+    """Which table attention's kernels have their tiles from: a tuned one makes other numbers."""
+    if importlib.util.find_spec("triton") is None:
+        return "none: Triton is not installed"
+    from slimkernels.backends.triton import _attention_tiles as tiles
+
+    for what, path in (
+        ("the user's own", tiles.user_table(gpu)),
+        ("the package's for this GPU", tiles.SHIPPED / f"{tiles.slug(gpu)}.json"),
+    ):
+        if path.exists():
+            table = tiles.read_table(path)
+            date = table.get("made", {}).get("date", "an unknown day")
+            return f"{what}: {len(tiles.entries_of(table))} entries of {date}"
+    return "the package's for every GPU"
 
 
 def device_slug(device: torch.device) -> str:

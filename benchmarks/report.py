@@ -16,7 +16,8 @@ from benchmarks.results import read_csv, write_text
 
 BEGIN, END = "<!-- performance begins -->", "<!-- performance ends -->"
 FACTS = ("device", "cpu", "driver", "threads", "torch", "triton", "transformers", "slimkernels")
-FACTS += ("commit", "date", "load average", "allocator", "copy bandwidth", "matrix products")
+FACTS += ("commit", "date", "load average", "allocator", "attention tiles")
+FACTS += ("copy bandwidth", "matrix products")
 FACTS += ("protocol", "command")
 Row = dict[str, str]
 

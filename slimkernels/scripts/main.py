@@ -9,6 +9,7 @@ import sys
 COMMANDS = {
     "info": ("slimkernels.info", "what is installed, which backends run here, what is missing"),
     "pretrain": ("slimkernels.scripts.pretrain", "train a BERT from scratch"),
+    "tune": ("slimkernels.scripts.tune", "measure the fastest tiles of a kernel on this GPU"),
 }
 
 

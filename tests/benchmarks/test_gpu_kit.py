@@ -76,6 +76,36 @@ def test_kernels_are_compiled_not_interpreted(options, monkeypatch):
     assert run(options, stage("test", program))[0]["status"] == "passed"
 
 
+@pytest.mark.parametrize("flags", [[], ["--keep-tiles"]])
+def test_tuned_tiles_are_copied_beside_the_results_and_if_asked_into_the_package(
+    flags, options, tmp_path, monkeypatch
+):
+    own, package = tmp_path / "home/some-gpu.json", tmp_path / "package"
+    own.parent.mkdir(), package.mkdir()
+    monkeypatch.setattr(gpu_kit, "TILES", package)
+    monkeypatch.setattr(gpu_kit, "tiles_file", lambda device: own)
+    options = gpu_kit.parse(["--device", "cpu", "--quick", *flags])
+    run(options, stage("tune", "print('no GPU after all')"))
+    assert not list(package.iterdir())  # nothing was tuned
+    run(options, stage("tune", f"open({str(own)!r}, 'w').write('tiles')"))
+    assert (options.out / "attention_tiles.json").read_text() == "tiles"
+    assert [p.name for p in package.iterdir()] == (["some-gpu.json"] if flags else [])
+    with tarfile.open(tmp_path / "back" / "gpu_kit.tar.gz") as file:
+        assert "results/attention_tiles.json" in file.getnames()
+
+
+def test_tuning_stops_itself_before_the_kit_does_and_comes_between_tests_and_benchmarks():
+    stages = gpu_kit.stages_of(gpu_kit.parse(["--dry-run"]))
+    assert [stage.name for stage in stages] == gpu_kit.NAMES
+    tune = stages[gpu_kit.NAMES.index("tune")]
+    assert tune.command[2:] == ["slimkernels.scripts.main", "tune", "attention", "--minutes", "6"]
+    assert tune.minutes > 6 and not tune.unavailable
+    assert gpu_kit.NAMES.index("test") < stages.index(tune) < gpu_kit.NAMES.index("ops")
+    stages = gpu_kit.stages_of(gpu_kit.parse(["--device", "cpu"]))
+    (on_cpu,) = [stage for stage in stages if stage.name == "tune"]
+    assert on_cpu.unavailable == "tiles are tuned on a GPU"
+
+
 def test_dry_run_shows_the_commands_and_runs_nothing(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert gpu_kit.main(["--dry-run", "--stages", "build,ops"]) == 0

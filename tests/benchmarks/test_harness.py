@@ -227,6 +227,20 @@ def test_every_op_has_a_benchmark_that_is_right(roofs):
             assert benchmark.work("both", shape, 4, variant) > 0
 
 
+def test_provenance_says_which_tiles_attention_has(tmp_path, monkeypatch):
+    tiles = pytest.importorskip("slimkernels.backends.triton._attention_tiles")
+    monkeypatch.setattr(tiles, "user_table", lambda name: tmp_path / "own.json")
+    assert provenance.attention_tiles("Some GPU") == "the package's for every GPU"
+    monkeypatch.setattr(tiles, "SHIPPED", tmp_path)
+    table = {"half": {"plain": {"dq": {"64": [64, 64, 4, 2], "128": [64, 32, 4, 2]}}}}
+    tiles.write_table(tmp_path / "some-gpu.json", table | {"made": {"date": "2026-11-25"}})
+    said = provenance.attention_tiles("Some GPU")
+    assert said == "the package's for this GPU: 2 entries of 2026-11-25"
+    tiles.write_table(tmp_path / "own.json", table)
+    said = provenance.attention_tiles("Some GPU")
+    assert said == "the user's own: 2 entries of an unknown day"
+
+
 def test_run_writes_a_file_with_its_provenance(tmp_path, capsys):
     arguments = ["layer_norm", "--device", "cpu", "--dtype", "float32", "--quick"]
     arguments += ["--no-compile", "--seconds", "0", "--out", str(tmp_path)]

@@ -9,9 +9,10 @@ import pytest
 import torch
 from attention_cases import NAME
 from attention_drawn import FUNCTIONS
-from op_cases import KERNEL_BACKENDS
+from op_cases import KERNEL_BACKENDS, device_of
 
 import slimkernels as sk
+from slimkernels.dispatch import OPS
 from slimkernels.ops._attention_variant import (
     AttentionVariant,
     RelativeBias,
@@ -244,3 +245,24 @@ def test_bad_score_function_is_one_sentence(functions, sentence):
 def test_bad_t5_bias_is_one_sentence(table, options, sentence):
     with pytest.raises(ValueError, match=f"^t5_relative_bias: {sentence}"):
         t5_relative_bias(table, **options)
+
+
+@pytest.mark.parametrize("leaf", ["query", "key", "bias", "table", "value", None])
+def test_without_its_derivative_a_score_function_gives_no_wrong_gradient(leaf):
+    device = device_of("triton")
+    q, k, v = (torch.randn(1, 2, 5, 16, device=device) for _ in range(3))
+    table, bias = torch.randn(4, 2, device=device), torch.randn(5, 5, device=device)
+    leaves = {"query": q, "key": k, "bias": bias, "table": table, "value": v}
+    if leaf is not None:
+        leaves[leaf].requires_grad_()
+    function = ScoreFunction(score=TILTED.score, torch_score=TILTED.torch_score)
+    relative = RelativeBias(table, ints(0, 1, 2, device=device))
+    variant = AttentionVariant(score=function, relative_bias=relative, bias=bias)
+    refusal = OPS[NAME].unsupported("triton", *OPS[NAME].arguments(q, k, v, variant=variant))
+    if leaf in (None, "value"):
+        assert refusal is None
+        return
+    assert refusal == "the score function has no derivative, which this call's gradients need"
+    with torch.no_grad():
+        assert sk.scaled_dot_product_attention(q, k, v, variant=variant, backend="triton").any()
+    assert OPS[NAME].select(*OPS[NAME].arguments(q, k, v, variant=variant)) == "torch"

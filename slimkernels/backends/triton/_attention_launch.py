@@ -82,12 +82,12 @@ class Prepared:
         query, widths = self.query, (self.query.shape[-1], self.value.shape[-1])
         return features | launch_of(kernel, *widths, query.dtype, rich, query.device)
 
-    def statistics(self, lse: Tensor, dlse: Tensor | None, dtable: Tensor | None) -> Statistics:
+    def statistics(self, lse: Tensor, dlse: Tensor | None) -> Statistics:
         """With room for what backward computes first; the sums of P in float32 only."""
         lse = lse.contiguous()
         total = torch.empty_like(lse) if self.query.dtype == torch.float32 else None
         dlse = None if dlse is None else dlse.contiguous()
-        return Statistics(lse, torch.empty_like(lse), total, dlse, dtable)
+        return Statistics(lse, torch.empty_like(lse), total, dlse, None)
 
     def _scoring(self, scale: float) -> Scoring:
         call, table = self.call, None

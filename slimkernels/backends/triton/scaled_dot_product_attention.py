@@ -59,6 +59,12 @@ def unsupported(query, key, value, call):
     width = max(query.shape[-1], value.shape[-1])
     if width > MAX_WIDTH:
         return f"a head may be at most {MAX_WIDTH} wide and has {width}"
+    function = call.function
+    if function is not None and function.score is not None and function.derivative is None:
+        # The kernels would take it for 1.
+        through = query, key, call.bias, call.table
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in through):
+            return "the score function has no derivative, which this call's gradients need"
     return unsupported_tensor(query)
 
 
@@ -78,45 +84,68 @@ def forward(query, key, value, call):
 def backward(dy, dlse, query, key, value, output, lse, call, wanted):
     given = Prepared(query, key, value, call, positive_scale=False)
     operands = given.operands(with_whole_rows(dy), output.contiguous())
-    launch = given.launch("dq")
-    grid = tiles_of(query, call.cu_seqlens_q, launch["BLOCK_M"]), given.H
-    dtable = None
-    if wanted[2]:  # a tile's share; tiles left over write none
-        BLOCK_TABLE = triton.next_power_of_2(call.table.shape[0])
-        dtable = torch.zeros(*grid, BLOCK_TABLE, dtype=torch.float32, device=query.device)
-        launch["BLOCK_TABLE"] = BLOCK_TABLE
-    statistics = given.statistics(lse, dlse, dtable)
-    dq, dk, dv = (
-        torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)
-    )
-    if query.numel():
-        sums = {name: value for name, value in launch.items() if name != "BLOCK_TABLE"}
-        if statistics.total is not None:
-            _row_sums_kernel[grid](operands, statistics, *given.shared(), **sums)
-        else:
-            rows = 1 if call.ragged else query.shape[0]
-            _delta_kernel[(rows * triton.cdiv(given.Tq, 32), given.H)](
-                *(operands, statistics, given.Tq),
-                **dict(DV=launch["DV"], BLOCK_M=32, BLOCK_DV=launch["BLOCK_DV"]),
-            )
-        _dq_kernel[grid](
-            *(operands, rows_of(dq), statistics, *given.shared()),
-            **{"BLOCK_TABLE": 1, **launch},
-        )
-    if key.numel():
-        launch = given.launch("dkdv")
-        grid = tiles_of(key, call.cu_seqlens_k, launch["BLOCK_N"]), given.H // given.group
-        _dkdv_kernel[grid](
-            *(operands, rows_of(dk), rows_of(dv), statistics, *given.shared()), **launch
-        )
-    dbias = _dbias(given, operands, statistics) if wanted[0] else None
+    statistics = given.statistics(lse, dlse)
+    sum_rows(given, operands, statistics)
+    dq, dtable = dq_of(given, operands, statistics, wanted[2])
+    dk, dv = dkdv_of(given, operands, statistics)
+    dbias = dbias_of(given, operands, statistics) if wanted[0] else None
     dsinks = _dsinks(call.sinks, lse, statistics) if wanted[1] else None
-    if wanted[2]:
-        dtable = dtable.sum(0)[:, : call.table.shape[0]].t().to(call.table.dtype).contiguous()
     return dq, dk, dv, dbias, dsinks, dtable
 
 
-def _dbias(given, operands, statistics):
+# Each launch by itself, as `slimkernels tune` measures them (_attention_tuning.py).
+def sum_rows(given, operands, statistics):
+    """Fill statistics.delta, and statistics.total if there is one."""
+    query, call = given.query, given.call
+    if not query.numel():
+        return
+    launch = given.launch("dq")
+    if statistics.total is not None:
+        grid = tiles_of(query, call.cu_seqlens_q, launch["BLOCK_M"]), given.H
+        _row_sums_kernel[grid](operands, statistics, *given.shared(), **launch)
+        return
+    rows = 1 if call.ragged else query.shape[0]
+    _delta_kernel[(rows * triton.cdiv(given.Tq, 32), given.H)](
+        *(operands, statistics, given.Tq),
+        **dict(DV=launch["DV"], BLOCK_M=32, BLOCK_DV=launch["BLOCK_DV"]),
+    )
+
+
+def dq_of(given, operands, statistics, with_table):
+    """dq, and the gradient of the relative bias's table or None."""
+    query, call = given.query, given.call
+    dq = _empty_like(query)
+    launch = given.launch("dq")
+    grid = tiles_of(query, call.cu_seqlens_q, launch["BLOCK_M"]), given.H
+    shares, BLOCK_TABLE = None, 1
+    if with_table:  # a tile's share; tiles left over write none
+        BLOCK_TABLE = triton.next_power_of_2(call.table.shape[0])
+        shares = torch.zeros(*grid, BLOCK_TABLE, dtype=torch.float32, device=query.device)
+    if query.numel():
+        statistics = statistics._replace(dtable=shares)
+        _dq_kernel[grid](
+            *(operands, rows_of(dq), statistics, *given.shared()),
+            **{"BLOCK_TABLE": BLOCK_TABLE, **launch},
+        )
+    if not with_table:
+        return dq, None
+    table = shares.sum(0)[:, : call.table.shape[0]].t()
+    return dq, table.to(call.table.dtype).contiguous()
+
+
+def dkdv_of(given, operands, statistics):
+    key, value = given.key, given.value
+    dk, dv = _empty_like(key), _empty_like(value)
+    if key.numel():
+        launch = given.launch("dkdv")
+        grid = tiles_of(key, given.call.cu_seqlens_k, launch["BLOCK_N"]), given.H // given.group
+        _dkdv_kernel[grid](
+            *(operands, rows_of(dk), rows_of(dv), statistics, *given.shared()), **launch
+        )
+    return dk, dv
+
+
+def dbias_of(given, operands, statistics):
     bias = given.call.bias
     dbias = torch.zeros_like(bias, memory_format=torch.contiguous_format)
     if not (dbias.numel() and given.query.numel() and given.key.numel()):
@@ -136,6 +165,10 @@ def _dbias(given, operands, statistics):
         **launch,
     )
     return dbias
+
+
+def _empty_like(x):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _dsinks(sinks, lse, statistics):
