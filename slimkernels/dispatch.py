@@ -98,6 +98,8 @@ class Op:
         for backend in self.order:
             self.modules[backend] = _load(backend, self.name)
         OPS[self.name] = self
+        # A wrong call of explain() is told of under the op's name.
+        self.arguments.__qualname__ = self.name
 
     def unsupported(self, backend: str, *args) -> str | None:
         """Why `backend` cannot run this call, in a sentence; None if it can."""

@@ -54,14 +54,14 @@ inline __attribute__((always_inline)) void softmax_row(float* s, int64_t n, floa
   total += sum(sums[0] + sums[1]);
 }
 
-// Of one row: probabilities p = exp(s - lse), and with dropout's mask and scale in dp,
+// Of one row: probabilities p = exp(s - lse), where lse is the sum of `lse` and `low`, and with dropout's mask and scale in dp,
 // ds = p * (dp - delta). Leaves p after dropout in s, and ds in dp.
 template <bool kDropout>
 inline __attribute__((always_inline)) void gradient_row(float* s, float* dp, int64_t n, float lse,
-                                                        float delta, const Dropout& dropout,
+                                                        float low, float delta, const Dropout& dropout,
                                                         const RowBits& bits, int64_t first_key) {
   for_vectors(n, [&](int64_t i, auto lanes) {
-    const vfloat p = exp_of_nonpositive(load(s + i, Full{}) - lse);
+    const vfloat p = exp_of_nonpositive((load(s + i, Full{}) - lse) - low);
     vfloat kept = p, g = load(dp + i, Full{});
     if constexpr (kDropout) {
       const auto keeps = bits.at(first_key + i) >= dropout.threshold;
@@ -112,22 +112,32 @@ inline __attribute__((always_inline)) float gradient_whole_row(float* s, float* 
 }
 
 // The sum over a row's keys, and its sink, where forward ends.
-struct Total {
-  float lse, factor;  // factor: 1 / the sum relative to the keys' peak
+class Total {
+ public:
+  float lse, low, factor;  // low: what lse lacks; factor: 1 / the sum relative to the keys' peak
   bool unseen;        // no key is seen, or only scores of -inf
 
   Total(float peak, float sum, float sink) {
     unseen = peak == -kInfinity && sum == 0.f;  // NaN makes no peak, but a sum
     if (sink == -kInfinity) {
       factor = 1.f / sum;
-      lse = unseen ? -kInfinity : peak + ::logf(sum);
+      set(peak, sum);
+      if (unseen) lse = -kInfinity, low = 0.f;
     } else {
       const float top = sink > peak ? sink : peak;
       const float shrink = exp_of_nonpositive(broadcast(peak - top))[0];
       const float all = sum * shrink + exp_of_nonpositive(broadcast(sink - top))[0];
       factor = shrink / all;
-      lse = top + ::logf(all);
+      set(top, all);
     }
+  }
+
+ private:
+  // Fast2Sum (Dekker 1971) where the peak is the larger, which is where it matters.
+  void set(float peak, float sum) {
+    const float log = ::logf(sum);
+    lse = peak + log;
+    low = std::isfinite(lse) ? log - (lse - peak) : 0.f;
   }
 };
 
@@ -175,7 +185,8 @@ struct Problem {
     return ragged() ? Strides{0, width, heads * width}
                     : Strides{heads * T * width, T * width, width};
   }
-  // lse: (B, H, Tq), or (H, Tq) where ragged.
+  // lse: (2, B, H, Tq), or (2, H, Tq) where ragged: what the first lacks is `rows` further on.
+  int64_t rows() const { return (ragged() ? 1 : sequences) * H * Tq; }
   Strides statistics() const { return {ragged() ? 0 : H * Tq, Tq, 1}; }
   // Dropout's row number: (b * H + h) * Tq + i, or t * H + h where ragged.
   Strides dropout_rows() const { return ragged() ? Strides{0, 1, H} : statistics(); }

@@ -119,7 +119,7 @@ class Direct {
 // One query's results of `splits` parts, `stride` floats apart, in order.
 template <typename T>
 void merge(const float* results, int64_t stride, int64_t splits, int64_t Dv, float sink,
-           float factor, T* y, float* lse) {
+           float factor, T* y, float* lse, float* low) {
   const int64_t width = padded(Dv);
   float peak = -kInfinity, sum = 0.f;
   for (int64_t n = 0; n < splits; ++n) {
@@ -139,6 +139,7 @@ void merge(const float* results, int64_t stride, int64_t splits, int64_t Dv, flo
     store(y + d, out * (total.unseen ? 0.f : total.factor * factor), lanes);
   });
   *lse = total.lse;
+  *low = total.low;
 }
 
 // The sequences that is_direct() says.
@@ -194,7 +195,8 @@ void attend_directly(const Problem& p, const Variant& variant, const void* query
         merge(from, p.group() * queries * result_floats(p), number, p.Dv, variant.sink(head),
               kDropout ? dropout.scale : 1.f,
               (T*)y + at(p.contiguous(p.H, p.Tq, p.Dv), sequence.batch, head, token),
-              lse + at(p.statistics(), sequence.batch, head, token));
+              lse + at(p.statistics(), sequence.batch, head, token),
+              lse + p.rows() + at(p.statistics(), sequence.batch, head, token));
       }
     }
   });

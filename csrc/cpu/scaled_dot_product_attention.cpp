@@ -131,7 +131,9 @@ class Forward {
         const vfloat y = load(running.y + r * out_width + d, Full{});
         store(out + d, total.unseen ? vfloat{} : y * factor, n);
       });
-      lse_[at(p_.statistics(), sequence.batch, head, token)] = total.lse;
+      float* lse = lse_ + at(p_.statistics(), sequence.batch, head, token);
+      lse[0] = total.lse;
+      lse[p_.rows()] = total.low;
     }
   }
 

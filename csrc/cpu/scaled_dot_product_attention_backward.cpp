@@ -151,8 +151,9 @@ class Backward {
         return load(y + d, n) * load(dout_ + i * out_width + d, Full{});
       });
       delta_[i] -= dlse(sequence, head, begin + i);
-      const float lse = lse_of(sequence, head, begin + i);
-      if (sums_.sinks && lse != -kInfinity) *sums_.sinks -= double(::expf(sink_ - lse)) * delta_[i];
+      const float* lse = lse_of(sequence, head, begin + i);
+      if (sums_.sinks && *lse != -kInfinity)
+        *sums_.sinks -= double(::expf((sink_ - *lse) - lse[p_.rows()])) * delta_[i];
     }
   }
 
@@ -221,9 +222,9 @@ class Backward {
 
   void differentiate_row(const Sequence& sequence, int64_t head, int64_t i, int64_t first,
                          int64_t count, const Span& tile, float* s, float* dp) {
-    const float lse = lse_of(sequence, head, i);
+    const float* lse = lse_of(sequence, head, i);
     Span seen = p_.seen(sequence, i, i + 1, first, count);
-    if (lse == -kInfinity || seen.empty()) seen = {tile.end, tile.end};
+    if (*lse == -kInfinity || seen.empty()) seen = {tile.end, tile.end};
     fill(s, tile.begin, seen.begin, 0.f);
     fill(dp, tile.begin, seen.begin, 0.f);
     const Row row = {sequence, head, i, first + seen.begin, seen.end - seen.begin};
@@ -238,8 +239,8 @@ class Backward {
             scores, ds, row.n, sink_, dlse(sequence, head, i), dropout_, bits, row.first);
         if (sums_.sinks) *sums_.sinks += dsink;
       } else {
-        gradient_row<kDropout>(scores, ds, row.n, lse, delta_[i - begin_], dropout_, bits,
-                               row.first);
+        gradient_row<kDropout>(scores, ds, row.n, *lse, lse[p_.rows()], delta_[i - begin_],
+                               dropout_, bits, row.first);
       }
       if constexpr (kModified) collect(row, ds);
     }
@@ -261,8 +262,8 @@ class Backward {
       });
   }
 
-  float lse_of(const Sequence& sequence, int64_t head, int64_t i) const {
-    return o_.lse[at(p_.statistics(), sequence.batch, head, sequence.q_begin + i)];
+  const float* lse_of(const Sequence& sequence, int64_t head, int64_t i) const {
+    return o_.lse + at(p_.statistics(), sequence.batch, head, sequence.q_begin + i);
   }
   float dlse(const Sequence& sequence, int64_t head, int64_t i) const {
     return o_.dlse ? o_.dlse[at(p_.dlse, sequence.batch, head, sequence.q_begin + i)] : 0.f;

@@ -7,6 +7,7 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
+from slimkernels.dispatch import may_skip_dispatcher
 from slimkernels.ops._attention_variant import (
     AttentionVariant,
     Call,
@@ -23,6 +24,8 @@ from slimkernels.ops._checks import (
 )
 
 NAME = "scaled_dot_product_attention"
+# Of offsets and windows: kernels add two of them to a position in 32 bits.
+_FARTHEST = 2**29
 
 
 def call_of(
@@ -44,7 +47,7 @@ def call_of(
     variant = AttentionVariant() if variant is None else variant
     if not isinstance(variant, AttentionVariant):
         _refuse("variant", "an AttentionVariant", type(variant).__name__)
-    flags = ("is_causal", is_causal), ("enable_gqa", enable_gqa)
+    flags = ("is_causal", is_causal), ("enable_gqa", enable_gqa), ("return_lse", return_lse)
     for name, flag in (*flags, ("variant.batch_invariant", variant.batch_invariant)):
         check_flag(NAME, name, flag)
     ragged = cu_seqlens is not None
@@ -147,6 +150,11 @@ def _check_integers(name, value, query, size):
         raise ValueError(f"{NAME}: {name} must have shape {expected}; got {tuple(value.shape)}")
 
 
+def _check_dense(name, value):
+    if value.is_nested or value.layout != torch.strided:
+        _refuse(name, "a dense tensor", "a nested tensor" if value.is_nested else value.layout)
+
+
 def _check_device(name, value, query):
     if value.device != query.device:
         _refuse(name, f"on {query.device} like query", value.device)
@@ -163,15 +171,16 @@ def _check_parameter(name, value, query):
 
 
 def _readable(values: Tensor) -> bool:
-    """Whether the host may look at the values: not on a GPU, not while torch.compile traces."""
-    return values.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether the host may look at the values: not on a GPU, not while somebody traces."""
+    return values.device.type == "cpu" and may_skip_dispatcher((values,))
 
 
 def _boundaries(cu_seqlens, query, key):
     """cu_seqlens of the queries and of the keys, checked."""
-    pair = cu_seqlens if isinstance(cu_seqlens, tuple) else (cu_seqlens, cu_seqlens)
-    if len(pair) != 2:
-        raise ValueError(f"{NAME}: cu_seqlens must be a tensor or a pair; got {len(pair)} of them")
+    pair = cu_seqlens if isinstance(cu_seqlens, tuple | list) else (cu_seqlens, cu_seqlens)
+    if len(pair) != 2 or (pair is cu_seqlens and not all(isinstance(t, Tensor) for t in pair)):
+        of = ", ".join(type(t).__name__ for t in pair[:3])
+        _refuse("cu_seqlens", "a tensor or a pair of them", f"{type(pair).__name__} of {of}")
     _check_boundaries(pair[0], "query", query)
     _check_boundaries(pair[1], "key", key)
     if pair[0].shape != pair[1].shape:
@@ -212,6 +221,9 @@ def _mask_and_bias(attn_mask, bias, query, sizes):
     if attn_mask is not None:
         if not isinstance(attn_mask, Tensor):
             _refuse("attn_mask", "a tensor", type(attn_mask).__name__)
+        if type(attn_mask).__name__ == "CausalBias":  # torch.nn.attention.bias's, without values
+            _refuse("attn_mask", "a tensor (is_causal is this one)", "CausalBias")
+        _check_dense("attn_mask", attn_mask)
         if attn_mask.dtype != torch.bool and attn_mask.dtype not in FLOATING:
             _refuse("attn_mask", "bool, True where a key is seen, or floating", attn_mask.dtype)
         if attn_mask.dtype != torch.bool:
@@ -247,25 +259,28 @@ def _window(window, is_causal):
         if not isinstance(window, tuple | list) or len(window) != 2:
             _refuse("variant.window", "(left, right)", repr(window))
         if not all(side is None or _is_reach(side) for side in window):
-            expected = "(left, right), each an integer from 0 to below 2^30 or None for no limit"
+            expected = "(left, right), each an integer from 0 to 2^29 or None for no limit"
             _refuse("variant.window", expected, repr(window))
         left, right = (-1 if side is None else side for side in window)
     return left, 0 if is_causal else right
 
 
 def _is_reach(side):
-    # Kernels add it to positions in 32 bits.
     whole = isinstance(side, (Integral, torch.SymInt)) and not isinstance(side, bool)
-    return whole and 0 <= side < 2**30
+    return whole and 0 <= side <= _FARTHEST
 
 
 def _offset(offset, query, B):
     if isinstance(offset, Tensor):
         _check_integers("variant.causal_offset", offset, query, B)
+        if _readable(offset) and offset.numel():
+            low, high = (int(value) for value in offset.aminmax())
+            if low < -_FARTHEST or high > _FARTHEST:
+                _refuse("variant.causal_offset", "at most 2^29 in size", f"{low} to {high}")
         return 0, offset
     check_integer(NAME, "variant.causal_offset", offset)
-    if not -(2**30) < offset < 2**30:
-        _refuse("variant.causal_offset", "below 2^30 in size", offset)
+    if not -_FARTHEST <= offset <= _FARTHEST:
+        _refuse("variant.causal_offset", "at most 2^29 in size", offset)
     return offset, None
 
 
@@ -301,6 +316,8 @@ def _softcap(softcap):
     check_number(NAME, "variant.softcap", softcap)
     if softcap <= 0:
         _refuse("variant.softcap", "above 0, or None", softcap)
+    if softcap < 1e-30:  # which scores are divided by, in float32
+        _refuse("variant.softcap", "at least 1e-30, or None", softcap)
     return float(softcap)
 
 

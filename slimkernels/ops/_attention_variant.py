@@ -66,6 +66,9 @@ class ScoreFunction:
         self.name = f"{len(self.known)}:{getattr(score or mask, '__name__', 'function')}"
         self.known[self.name] = self
 
+    def __deepcopy__(self, memo: dict) -> ScoreFunction:
+        return self  # a function, of which a copied model needs no second one
+
 
 class RelativeBias(NamedTuple):
     """A learned bias that depends on how far the key is from the query, read from a small table.
@@ -87,7 +90,7 @@ def t5_relative_bias(
     table          (buckets, H): T5's relative_attention_bias.weight
     bidirectional  an encoder's: half of the buckets are for keys after the query. False, as in a
                    decoder, puts all later keys, which causality hides, in bucket 0
-    max_distance   distances from here on share the last bucket
+    max_distance   distances from here on share the last bucket; 2 * max_distance + 1 integers
     Returns        a RelativeBias, for AttentionVariant.relative_bias
     Errors         ValueError for too few buckets or too small a max_distance
     """
@@ -107,17 +110,15 @@ def t5_relative_bias(
             f"t5_relative_bias: max_distance must be above the {exact} exact buckets of "
             f"table {tuple(table.shape)}; got {max_distance}"
         )
-    rows = []
-    for distance in range(-max_distance, max_distance + 1):
-        far = abs(distance) if bidirectional else max(-distance, 0)
-        if far < exact:
-            row = far
-        else:  # in float32 as the models that trained the table did, which decides the borders
-            ratio = torch.tensor(far / exact, dtype=torch.float32).log()
-            ratio = ratio / math.log(max_distance / exact) * (count - exact)
-            row = min(exact + int(ratio), count - 1)
-        rows.append(row + (count if bidirectional and distance > 0 else 0))
-    return RelativeBias(table, torch.tensor(rows, dtype=torch.int32, device=table.device))
+    distance = torch.arange(-max_distance, max_distance + 1, device=table.device)
+    far = distance.abs() if bidirectional else (-distance).clamp(min=0)
+    # In float32, as the models that trained the table did, which decides the borders.
+    ratio = (far.clamp(min=1).float() / exact).log() / math.log(max_distance / exact)
+    rows = (exact + (ratio * (count - exact)).int()).clamp(max=count - 1)
+    rows = torch.where(far < exact, far, rows)
+    if bidirectional:
+        rows = rows + count * (distance > 0)
+    return RelativeBias(table, rows.int())
 
 
 class AttentionVariant(NamedTuple):
@@ -215,7 +216,13 @@ class Call(NamedTuple):
     @classmethod
     def from_flat(cls, flat: tuple) -> Call:
         fixed = len(cls._fields) - 2
-        function = ScoreFunction.known.get(flat[fixed])
+        name = flat[fixed]
+        if name and name not in ScoreFunction.known:
+            raise ValueError(
+                f"scaled_dot_product_attention: the score function {name!r} of a saved graph must "
+                f"be made before it runs; there are {', '.join(ScoreFunction.known) or 'none'}"
+            )
+        function = ScoreFunction.known[name] if name else None
         return cls(*flat[:fixed], function, tuple(flat[fixed + 1 :]))
 
     def packed(self) -> tuple[list, list[float], list[int], str]:

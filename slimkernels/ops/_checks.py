@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 
+_LARGEST = torch.finfo(torch.float32).max
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -16,6 +16,9 @@ def check_tensor(op: str, name: str, value: object) -> None:
     """`value` must be a Tensor of a dtype that the ops compute in."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{op}: {name} must be a tensor; got {type(value).__name__}")
+    if value.is_nested or value.layout != torch.strided:
+        got = "a nested tensor" if value.is_nested else value.layout
+        raise ValueError(f"{op}: {name} must be a dense tensor; got {got}")
     if value.dtype not in FLOATING:
         raise ValueError(
             f"{op}: {name} must be float32, float16, bfloat16 or float64; got {value.dtype}"
@@ -107,8 +110,9 @@ def check_number(op: str, name: str, value: object) -> None:
     """`value` is a finite number."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise ValueError(f"{op}: {name} must be a number; got {value!r}")
-    if not math.isfinite(value):
-        raise ValueError(f"{op}: {name} must be finite; got {value}")
+    # Comparisons, which torch.compile can trace for a number that it does not know.
+    if not -_LARGEST <= value <= _LARGEST:
+        raise ValueError(f"{op}: {name} must be finite in float32; got {value}")
 
 
 def check_integer(op: str, name: str, value: object) -> None:

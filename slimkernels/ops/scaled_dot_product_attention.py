@@ -2,7 +2,7 @@
 
 The kernels never store the scores: they walk the keys in blocks with a running maximum and sum
 (Rabe and Staats 2021; Dao et al. 2022, FlashAttention) and recompute the probabilities in backward
-from one number a row, lse = log(sum(exp(scores))).
+from lse = log(sum(exp(scores))) of each row.
 """
 
 from __future__ import annotations
@@ -69,10 +69,12 @@ def scaled_dot_product_attention(
                  (float64 for float64). A query that sees no key, or only scores of -inf, gives
                  zero, as in torch 2.13, zero gradients, and an lse of -inf. lse is (B, H, Tq) or
                  (H, Tq), float32 (float64 for float64), in natural logarithm.
-    Saves        query, key, value, output and lse, one float32 a query and head: O(T) memory
+    Saves        query, key, value, output and two float32 a query and head: O(T) memory
     Caution      Nothing in another sequence or past key_lengths is ever seen, NaN included. But NaN
                  or infinity in a key or value that another mask hides may reach the queries that
                  do not see it, as in torch.
+                 Under autocast nothing is cast: the output has query's dtype. torch.func's grad,
+                 jvp and vmap, and second derivatives, want use_backend("torch").
                  The backend "torch" stores all scores, with cu_seqlens those between sequences too:
                  O(H * Tq * Tk) memory. explain() says when it runs, and why.
     Errors       ValueError naming the argument whose shape, dtype, device or value is wrong
@@ -84,17 +86,18 @@ def scaled_dot_product_attention(
         key_lengths=key_lengths,
         cu_seqlens=cu_seqlens,
         variant=variant,
+        return_lse=return_lse,
     )
     chosen = SCALED_DOT_PRODUCT_ATTENTION.select(*tensors, call, backend=backend)
     if dropout_p > 0:
         call = call._replace(seed=draw_seed(query.device))
     if chosen == "torch":
         y, lse = scaled_dot_product_attention_reference(*tensors, call)
-    elif needs_gradient(*tensors, *call[:3]):
-        y, lse = _Attention.apply(*distinct(*tensors, *call.flat()), chosen)
-    else:
-        y, lse = _forward(*tensors, call, chosen)
-    return (y, lse) if return_lse else y
+        return (y, lse) if return_lse else y
+    if needs_gradient(*tensors, *call[:3]):
+        return _Attention.apply(*distinct(*tensors, *call.flat()), return_lse, chosen)
+    y, lse = _forward(*tensors, call, chosen)
+    return (y, lse[0]) if return_lse else y
 
 
 # Order: triton before cuda until a table of GPU measurements says otherwise.
@@ -102,7 +105,7 @@ SCALED_DOT_PRODUCT_ATTENTION = Op(NAME, order=("triton", "cuda", "cpu"), argumen
 
 
 def _forward(query, key, value, call, backend):
-    """The output and lse; past the registered op, and its packing, where nobody needs it."""
+    """The output, and lse as kernels keep it; past the registered op where nobody needs it."""
     if may_skip_dispatcher((query, key, value, *call, *call.function_tensors)):
         module = SCALED_DOT_PRODUCT_ATTENTION.modules[backend]
         return on_device_of(query, module.forward, query, key, value, call)
@@ -112,18 +115,18 @@ def _forward(query, key, value, call, backend):
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, *flat_and_backend):
-        *flat, backend = flat_and_backend
+        *flat, return_lse, backend = flat_and_backend
         call = Call.from_flat(tuple(flat))
         y, lse = _forward(query, key, value, call, backend)
         tensors, *ctx.options = call.packed()
         ctx.save_for_backward(query, key, value, y, lse, *tensors)
         ctx.backend = backend  # backward never selects: the two must agree on what was saved
         ctx.set_materialize_grads(False)
-        return y, lse
+        return (y, lse[0].clone()) if return_lse else y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy, dlse):
+    def backward(ctx, dy, dlse=None):
         query, key, value, y, lse, *tensors = ctx.saved_tensors
         if dy is None:
             dy = torch.zeros_like(y)
@@ -144,7 +147,7 @@ def _forward_fake(query, key, value, tensors, floats, integers, function, backen
     ragged = Call.unpacked(tensors, floats, integers, function).ragged
     rows = (query.shape[1], query.shape[0]) if ragged else query.shape[:-1]
     y = query.new_empty(*query.shape[:-1], value.shape[-1])
-    return y, query.new_empty(rows, dtype=torch.float32)
+    return y, query.new_empty((2, *rows), dtype=torch.float32)
 
 
 @kernel_op("scaled_dot_product_attention_forward", _forward_fake)
@@ -158,6 +161,10 @@ def scaled_dot_product_attention_forward(
     function: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    """The output, and (2, ...) float32: lse, and what its rounding left out.
+
+    A mask of -1e9 that hides all keys alike moves lse to where one float32 cannot tell 1 from n.
+    """
     call = Call.unpacked(tensors, floats, integers, function)
     return SCALED_DOT_PRODUCT_ATTENTION.modules[backend].forward(query, key, value, call)
 

@@ -219,3 +219,23 @@ def test_the_definition_of_ragged_is_torch_on_each_sequence():
         for part in parts
     ]
     assert (ours - torch.cat(theirs)).abs().max() < 1e-14
+
+
+@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
+def test_sizes_and_numbers_that_torch_compile_does_not_know(backend):
+    inputs, options = dense_case("cross causal", torch.float32, device_of(backend))
+    skip_unsupported(NAME, backend, *inputs, **with_groups(inputs, options))
+
+    def attend(q, k, v, scale):
+        variant = sk.AttentionVariant(relative_bias=sk.t5_relative_bias(table, max_distance=20))
+        return sk.scaled_dot_product_attention(
+            q, k, v, scale=scale, dropout_p=0.0, is_causal=True, variant=variant, backend=backend
+        )
+
+    table = torch.randn(16, inputs[0].shape[1], device=inputs[0].device)
+    inputs = tuple(t.contiguous() for t in inputs)
+    k, v = (t.repeat_interleave(inputs[0].shape[1] // t.shape[1], 1) for t in inputs[1:])
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend="aot_eager")
+    for scale in (0.3, -0.7):
+        assert torch.equal(compiled(inputs[0], k, v, scale), attend(inputs[0], k, v, scale))

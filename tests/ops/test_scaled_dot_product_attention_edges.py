@@ -210,7 +210,11 @@ def ints(*values, dtype=torch.int32):
         ((Q, K, K), {"key_lengths": ints(3, 8)}, "key_lengths must be from 0 to the 7 keys; .* 8"),
         ((Q, K, K), {"key_lengths": ints(-1, 7)}, "key_lengths must be from 0 .*; got -1 to 7"),
         ((Q, K, K), {"cu_seqlens": ints(0, 2)}, r"query must be \(T, H, D\), as cu_seqlens asks"),
-        ((TOKENS,) * 3, {"cu_seqlens": [0, 6]}, "cu_seqlens must be a tensor; got list"),
+        (
+            (TOKENS,) * 3,
+            {"cu_seqlens": [0, 6]},
+            "cu_seqlens must be a tensor or a pair .*; got list of int, int",
+        ),
         ((TOKENS,) * 3, {"cu_seqlens": (ints(0, 6),) * 3}, "cu_seqlens must be a tensor or a pair"),
         ((TOKENS,) * 3, {"cu_seqlens": ints(0, 6).long()}, "cu_seqlens must be int32; got torch"),
         ((TOKENS,) * 3, {"cu_seqlens": ints(0, 6)[None]}, r"cu_seqlens must have .*; got \(1, 2\)"),

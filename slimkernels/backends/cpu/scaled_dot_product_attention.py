@@ -23,7 +23,7 @@ def forward(query, key, value, call):
     variant, _variant_tensors = _variant(call)
     y = query.new_empty(*query.shape[:-1], value.shape[-1])
     rows = (query.shape[1], query.shape[0]) if call.ragged else query.shape[:-1]
-    lse = query.new_empty(rows, dtype=torch.float32)
+    lse = query.new_empty((2, *rows), dtype=torch.float32)
     run(
         _cpu.scaled_dot_product_attention_forward,
         *(pointer(t) for t in (query, key, value, y, lse, call.seed)),

@@ -56,6 +56,7 @@ class Statistics(NamedTuple):
     """
 
     lse: Any
+    low: Any  # what lse lacks
     delta: Any
     total: Any
     dlse: Any
@@ -128,6 +129,13 @@ def key_extent(sequence, Tk, lengths):
 
 
 @triton.jit
+def load_offset(lengths, sequence):
+    """What is added to positions; within the bounds that ops/ checks where it can."""
+    offset = tl.load(lengths.offsets + sequence)
+    return tl.minimum(tl.maximum(offset, -(2**29)), 2**29)
+
+
+@triton.jit
 def query_tile(
     Tq,
     Tk,
@@ -155,7 +163,7 @@ def query_tile(
     batch, q_begin, q_count = extent(sequence, Tq, lengths.cu_q)
     k_begin, _, seen = key_extent(sequence, Tk, lengths)
     if lengths.offsets is not None:
-        offset = tl.load(lengths.offsets + sequence)
+        offset = load_offset(lengths, sequence)
     begin = 0
     whole_begin = 0
     end = seen
@@ -193,7 +201,7 @@ def key_tile(
     batch, q_begin, q_count = extent(sequence, Tq, lengths.cu_q)
     k_begin, k_count, seen = key_extent(sequence, Tk, lengths)
     if lengths.offsets is not None:
-        offset = tl.load(lengths.offsets + sequence)
+        offset = load_offset(lengths, sequence)
     begin = 0
     whole_begin = 0
     end = tl.where(first < seen, q_count, 0)

@@ -33,9 +33,9 @@ from slimkernels.backends.triton._attention import (
 from slimkernels.backends.triton._attention_scores import (
     added,
     bucket_of,
-    exp_of,
     load_lse,
     modified,
+    probability,
     scale_early,
     shown,
     through,
@@ -107,7 +107,7 @@ def _row_sums_kernel(
     present = i < q_count
     tokens = q_begin + i
     at = (batch * H + head) * Tq + tokens
-    lse = load_lse(statistics, at, present)
+    lse, low = load_lse(statistics, at, present)
     queries = load_tile(x.q, batch, head, q_begin + first, present, D, BLOCK_M, BLOCK_D)
     queries, late = scale_early(queries, scoring.scale)
     dys = load_tile(x.dy, batch, head, q_begin + first, present, DV, BLOCK_M, BLOCK_DV)
@@ -118,7 +118,7 @@ def _row_sums_kernel(
     delta = tl.sum(dys * ys, axis=1)
     total = tl.zeros((BLOCK_M,), tl.float32)
     if scoring.sinks is not None:  # a key whose dP is 0
-        total = exp_of(tl.load(scoring.sinks + head).to(tl.float32), 1.0, lse, tl.float32)
+        total = tl.exp((tl.load(scoring.sinks + head).to(tl.float32) - lse) - low)
     lacking = -delta * total
     for start in range(begin, end, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
@@ -132,7 +132,7 @@ def _row_sums_kernel(
             scores, outer, inner = modified(
                 scores, late, extra, i[:, None], j[None, :], place, scoring, SCORE, None
             )
-        p = exp_of(scores, 1.0 if MODIFIED else late, lse[:, None], values.dtype)
+        p = probability(scores, late, lse[:, None], low[:, None], MODIFIED, values.dtype)
         edge = (start < whole_begin) | (start + BLOCK_N > whole_end)
         p = shown(
             p,
@@ -209,7 +209,7 @@ def _dq_kernel(
     present = i < q_count
     tokens = q_begin + i
     at = (batch * H + head) * Tq + tokens
-    lse = load_lse(statistics, at, present)
+    lse, low = load_lse(statistics, at, present)
     delta = tl.load(statistics.delta + at, mask=present, other=0.0)
     if statistics.total is not None:
         total = tl.load(statistics.total + at, mask=present, other=1.0)
@@ -234,7 +234,7 @@ def _dq_kernel(
             scores, outer, inner = modified(
                 scores, late, extra, i[:, None], j[None, :], place, scoring, SCORE, DERIVATIVE
             )
-        p = exp_of(scores, 1.0 if MODIFIED else late, lse[:, None], values.dtype)
+        p = probability(scores, late, lse[:, None], low[:, None], MODIFIED, values.dtype)
         edge = (start < whole_begin) | (start + BLOCK_N > whole_end)
         p = shown(
             p,
@@ -262,9 +262,9 @@ def _dq_kernel(
             if statistics.dtable is not None:
                 # A tile's buckets are few but near the diagonal, where it has them all.
                 buckets = bucket_of(scoring.table, j[None, :] - (i + offset)[:, None])
-                low = tl.min(buckets)
-                high = tl.max(buckets)
-                for bucket in range(low, high + 1):
+                lowest = tl.min(buckets)
+                highest = tl.max(buckets)
+                for bucket in range(lowest, highest + 1):
                     share = tl.sum(tl.where(buckets == bucket, ds, 0.0))
                     dtable += tl.where(rows == bucket, share, 0.0)
             ds *= inner
@@ -330,7 +330,7 @@ def _dkdv_kernel(
             present = i < q_count
             tokens = q_begin + i
             at = (batch * H + head) * Tq + tokens
-            lse = load_lse(statistics, at, present)
+            lse, low = load_lse(statistics, at, present)
             delta = tl.load(statistics.delta + at, mask=present, other=0.0)
             queries = load_tile(x.q, batch, head, q_begin + start, present, D, BLOCK_M, BLOCK_D)
             queries, late = scale_early(queries, scoring.scale)
@@ -343,7 +343,7 @@ def _dkdv_kernel(
                 scores, outer, inner = modified(
                     scores, late, extra, i[None, :], j[:, None], place, scoring, SCORE, DERIVATIVE
                 )
-            p = exp_of(scores, 1.0 if MODIFIED else late, lse[None, :], values.dtype)
+            p = probability(scores, late, lse[None, :], low[None, :], MODIFIED, values.dtype)
             if statistics.total is not None:
                 total = tl.load(statistics.total + at, mask=present, other=1.0)
                 p = tl.div_rn(p, total[None, :])

@@ -14,13 +14,14 @@ from slimkernels.backends.triton._attention import (
     dropout_keys,
     extent,
     key_extent,
+    load_offset,
     load_tile,
 )
 from slimkernels.backends.triton._attention_scores import (
     added,
-    exp_of,
     load_lse,
     modified,
+    probability,
     scale_early,
     sees,
     through,
@@ -85,7 +86,7 @@ def _dbias_kernel(
         batch, q_begin, q_count = extent(sequence, Tq, lengths.cu_q)
         k_begin, _, seen = key_extent(sequence, Tk, lengths)
         if lengths.offsets is not None:
-            offset = tl.load(lengths.offsets + sequence)
+            offset = load_offset(lengths, sequence)
         place = (sequence, head, offset, left, right, q_count, seen)
         q_first = row
         q_end = tl.minimum(row + 1, q_count)
@@ -102,14 +103,20 @@ def _dbias_kernel(
             present = i < q_count
             tokens = q_begin + i
             at = (batch * H + head) * Tq + tokens
-            lse = load_lse(statistics, at, present)
+            lse, low = load_lse(statistics, at, present)
             delta = tl.load(statistics.delta + at, mask=present, other=0.0)
             if statistics.total is not None:
                 total = tl.load(statistics.total + at, mask=present, other=1.0)
             queries = load_tile(x.q, batch, head, q_begin + start, present, D, BLOCK_M, BLOCK_D)
             queries, late = scale_early(queries, scoring.scale)
             dys = load_tile(x.dy, batch, head, q_begin + start, present, DV, BLOCK_M, BLOCK_DV)
-            for first in range(k_first, k_end, BLOCK_N):
+            first_key = k_first
+            end_key = k_end
+            if HAS_RIGHT:  # the last key that one of these queries sees
+                end_key = tl.minimum(start + BLOCK_M + (offset + right), k_end)
+            if HAS_LEFT:
+                first_key = tl.maximum((start + (offset - left)) // BLOCK_N * BLOCK_N, k_first)
+            for first in range(first_key, end_key, BLOCK_N):
                 j = first + tl.arange(0, BLOCK_N)
                 here = j < seen
                 token = k_begin + first
@@ -120,8 +127,8 @@ def _dbias_kernel(
                 scores, outer, inner = modified(
                     scores, late, extra, i[:, None], j[None, :], place, scoring, SCORE, DERIVATIVE
                 )
-                p = exp_of(scores, 1.0, lse[:, None], tl.float32)
-                visible = sees(
+                p = probability(scores, late, lse[:, None], low[:, None], True, values.dtype)
+                visible = present[:, None] & sees(
                     i[:, None], j[None, :], place, scoring, HAS_LEFT, HAS_RIGHT, MASK, True
                 )
                 p = tl.where(visible, p, 0.0)

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from slimkernels.backends.triton._attention import dropout_keys, key_extent, load_tile
+from slimkernels.backends.triton._attention import dropout_keys, key_extent, load_offset, load_tile
 from slimkernels.backends.triton._attention_launch import Prepared
 from slimkernels.backends.triton._attention_scores import (
     LOWEST,
@@ -27,6 +27,7 @@ from slimkernels.backends.triton._attention_scores import (
     modified,
     scale_early,
     shown,
+    split_lse,
 )
 from slimkernels.backends.triton._common import keep_mask
 
@@ -38,11 +39,14 @@ _MOST_SPLITS = 128
 
 def applies(given: Prepared) -> bool:
     """Whether a call is decoding: from its shape without the batch, which must not decide."""
-    return not given.call.ragged and given.Tq <= MOST_QUERIES and given.Tk >= FEWEST_KEYS
+    if given.call.ragged or given.Tq > MOST_QUERIES:
+        return False
+    # The longest sequence of the batch decides Tk, and must not decide a row's bits.
+    return given.call.batch_invariant or given.Tk >= FEWEST_KEYS
 
 
 def forward(given: Prepared, y: torch.Tensor, lse: torch.Tensor) -> None:
-    """Fill y (B, H, Tq, DV) and lse (B, H, Tq), neither of them empty."""
+    """Fill y (B, H, Tq, DV) and lse (2, B, H, Tq), neither of them empty."""
     B, Hkv, rows = given.sequences, given.H // given.group, given.group * given.Tq
     launch = given.launch("forward")
     widest = max(launch["BLOCK_D"], launch["BLOCK_DV"])
@@ -60,13 +64,15 @@ def forward(given: Prepared, y: torch.Tensor, lse: torch.Tensor) -> None:
     parts, part_lse = y, lse
     if count > 1:
         parts = torch.empty(count, *y.shape, dtype=torch.float32, device=y.device)
-        part_lse = torch.empty(count, *lse.shape, dtype=torch.float32, device=y.device)
+        part_lse = torch.empty(2, count, *lse.shape[1:], dtype=torch.float32, device=y.device)
     _split_kernel[(B * count, Hkv, tiles)](
-        *(given.operands(), parts, part_lse, *given.shared(), split, B), **launch
+        *(given.operands(), parts, *part_lse.unbind(), *given.shared(), split, B), **launch
     )
     if count > 1:
         sizes = dict(DV=launch["DV"], BLOCK_DV=launch["BLOCK_DV"])
-        _merge_kernel[(lse.numel(),)](parts, part_lse, y, lse, count, **sizes)
+        _merge_kernel[(lse[0].numel(),)](
+            *(parts, *part_lse.unbind(), y, *lse.unbind(), count), **sizes
+        )
 
 
 def splits_of(programs: int, keys: int, BLOCK_N: int, multiprocessors: int) -> int:
@@ -98,6 +104,7 @@ def _split_kernel(
     x,
     parts,
     lse_ptr,
+    low_ptr,
     lengths,
     scoring,
     dropout,
@@ -132,13 +139,13 @@ def _split_kernel(
     H = tl.num_programs(1) * group
     k_begin, k_count, seen = key_extent(sequence, Tk, lengths)
     if lengths.offsets is not None:
-        offset = tl.load(lengths.offsets + sequence)
+        offset = load_offset(lengths, sequence)
     row = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     present = row < group * Tq
     row = tl.minimum(row, group * Tq - 1)  # absent ones repeat the last, and are not stored
     head = key_head * group + row // Tq
     i = row % Tq
-    at_q = batch * x.q.batch + head * x.q.head + i * x.q.token
+    at_q = batch * x.q.batch + head * x.q.head + i.to(tl.int64) * x.q.token
     dims = tl.arange(0, BLOCK_D)
     queries = tl.load(x.q.ptr + at_q[:, None] + dims[None, :], mask=dims[None, :] < D, other=0.0)
     queries, late = scale_early(queries, scoring.scale)
@@ -190,7 +197,7 @@ def _split_kernel(
         )
         scale = 1.0 if MODIFIED else late
         raised = tl.maximum(peak, tl.max(scores, axis=1) * scale)
-        p = exp_of(scores, scale, raised[:, None], queries.dtype)
+        p = exp_of(scores, scale, raised[:, None], tl.float32 if MODIFIED else queries.dtype)
         shrink = tl.exp(peak - raised)
         peak = raised
         total = total * shrink + tl.sum(p, axis=1)
@@ -203,16 +210,27 @@ def _split_kernel(
 
     total = tl.where(total == 0.0, 1.0, total)
     sums *= (dropout.factor / total)[:, None]
-    lse = tl.where(peak == LOWEST, -float("inf"), peak + tl.log(total))
+    lse, low = split_lse(peak, total)
     at = ((split.to(tl.int64) * B + batch) * H + head) * Tq + i
     cols = tl.arange(0, BLOCK_DV)
     mask = present[:, None] & (cols < DV)[None, :]
     tl.store(parts + at[:, None] * DV + cols[None, :], sums.to(parts.dtype.element_ty), mask=mask)
     tl.store(lse_ptr + at, lse, mask=present)
+    tl.store(low_ptr + at, low, mask=present)
 
 
 @triton.jit(do_not_specialize=["count"])
-def _merge_kernel(parts, part_lse, y_ptr, lse_ptr, count, DV: tl.constexpr, BLOCK_DV: tl.constexpr):
+def _merge_kernel(
+    parts,
+    part_lse,
+    part_low,
+    y_ptr,
+    lse_ptr,
+    low_ptr,
+    count,
+    DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
     """One query of one head: its splits' results, weighted by what they saw of the whole."""
     row = tl.program_id(0).to(tl.int64)
     rows = tl.num_programs(0)
@@ -220,14 +238,16 @@ def _merge_kernel(parts, part_lse, y_ptr, lse_ptr, count, DV: tl.constexpr, BLOC
     peak = tl.load(part_lse + row)
     for split in range(1, count):
         peak = tl.maximum(peak, tl.load(part_lse + split * rows + row))
-    shift = tl.maximum(peak, LOWEST)  # a query that sees nothing: exp(-inf + inf) would be NaN
+    peak = tl.maximum(peak, LOWEST)  # a query that sees nothing: exp(-inf + inf) would be NaN
     total = 0.0
     sums = tl.zeros((BLOCK_DV,), tl.float32)
     for split in range(0, count):
         at = split * rows + row
-        weight = tl.exp(tl.load(part_lse + at) - shift)
+        weight = tl.exp((tl.load(part_lse + at) - peak) + tl.load(part_low + at))
         total += weight
         sums += weight * tl.load(parts + at * DV + cols, mask=cols < DV, other=0.0)
-    y = sums / tl.where(total == 0.0, 1.0, total)
-    tl.store(y_ptr + row * DV + cols, y.to(y_ptr.dtype.element_ty), mask=cols < DV)
-    tl.store(lse_ptr + row, tl.where(total == 0.0, -float("inf"), peak + tl.log(total)))
+    total = tl.where(total == 0.0, 1.0, total)
+    tl.store(y_ptr + row * DV + cols, (sums / total).to(y_ptr.dtype.element_ty), mask=cols < DV)
+    lse, low = split_lse(peak, total)
+    tl.store(lse_ptr + row, lse)
+    tl.store(low_ptr + row, low)

@@ -75,7 +75,7 @@ class Prepared:
         )
         # What a bias leaves out past its end, where sequences are ragged, it hides.
         ends = call.ragged and call.bias is not None
-        masked = call.mask is not None or features["MASK"] is not None or ends
+        masked = call.mask is not None or call.function is not None or ends
         if kernel != "dbias":
             features |= dict(MASKED=masked, MODIFIED=call.is_modified)
         rich = masked or call.is_modified or call.dropout_p > 0
@@ -84,10 +84,10 @@ class Prepared:
 
     def statistics(self, lse: Tensor, dlse: Tensor | None) -> Statistics:
         """With room for what backward computes first; the sums of P in float32 only."""
-        lse = lse.contiguous()
+        lse, low = lse.contiguous().unbind()
         total = torch.empty_like(lse) if self.query.dtype == torch.float32 else None
         dlse = None if dlse is None else dlse.contiguous()
-        return Statistics(lse, torch.empty_like(lse), total, dlse, None)
+        return Statistics(lse, low, torch.empty_like(lse), total, dlse, None)
 
     def _scoring(self, scale: float) -> Scoring:
         call, table = self.call, None
@@ -128,13 +128,13 @@ def compiled(kernel, direction, D, dtype, *, dropout=False, scoring=None, consta
     """An entry of COMPILES: causal, ragged, one query head a key head."""
     is_float = dtype == torch.float32
     operand = Rows("*fp32" if is_float else "*bf16", "i32", "i32", "i32")
-    statistics = ["*fp32", "*fp32", "*fp32" if is_float else None, None, None]
+    statistics = ["*fp32", "*fp32", "*fp32", "*fp32" if is_float else None, None, None]
     if scoring is not None and scoring.table is not None and direction == "dq":
         statistics[-1] = "*fp32"
     types = {
         **dict.fromkeys(("y", "dy", "dq", "dk", "dv"), operand),
         **dict.fromkeys(("x",), Operands(*(operand,) * 5)),
-        **dict.fromkeys(("lse_ptr", "parts", "part_lse"), "*fp32"),
+        **dict.fromkeys(("lse_ptr", "low_ptr", "parts", "part_lse", "part_low"), "*fp32"),
         "y_ptr": "*bf16",
         "statistics": Statistics(*statistics),
         "lengths": Lengths(None, "*i32", "*i32", None),

@@ -14,6 +14,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 # Where a query's maximum starts, and stays if all its scores are -inf: exp(-inf - LOWEST) is 0, and
 # exp(-inf + inf) would be NaN. About the lowest float32 whose product with LOG2E is one, too.
 LOWEST = tl.constexpr(-2.3e38)
+LEAST = tl.constexpr(-2.2e38)  # of scores that are numbers
 
 
 class Plane(NamedTuple):
@@ -77,7 +78,8 @@ def load_plane(plane, sequence, head, i, j, inside):
 def bucket_of(table, distance):
     """The row of a relative bias for keys `distance` after their queries."""
     far = tl.minimum(tl.maximum(distance, -table.far), table.far)
-    return tl.load(table.buckets + (far + table.far))
+    bucket = tl.load(table.buckets + (far + table.far))
+    return tl.minimum(tl.maximum(bucket, 0), table.count - 1)  # on a GPU nobody has checked it
 
 
 @triton.jit
@@ -120,6 +122,8 @@ def modified(
         s = scoring.softcap * t
         inner = 1.0 - t * t
     s += extra
+    # A mask of -3e38 hides from other keys, but of nothing else every one is seen, as in torch.
+    s = tl.where((s < LEAST) & (s > -float("inf")), LEAST, s)
     if SCORE is not None:
         if DERIVATIVE is not None:
             outer = DERIVATIVE(s, sequence, head, i, j, scoring.tensors)
@@ -173,7 +177,9 @@ def shown(
     """`scores` with `hidden` where a query does not see a key: tiles that are no edge need nothing
     but a mask of their own."""
     if MASKED:
+        _, _, _, _, _, q_count, _ = place
         visible = sees(i, j, place, scoring, HAS_LEFT, HAS_RIGHT, MASK, KEYS_END)
+        visible = visible & (i < q_count)  # a user's function may give NaN for what is not there
         scores = tl.where(visible, scores, hidden)
     else:
         if edge:
@@ -208,9 +214,33 @@ def scale_early(queries, scale):
 
 
 @triton.jit
+def split_lse(peak, total):
+    """log(sum exp) of a row whose scores reach `peak`, and what its rounding leaves out.
+
+    One float32 cannot tell 1 from n where scores are all near -1e9, as masks have it.
+    """
+    log = tl.log(total)
+    lse = peak + log
+    nothing = peak == LOWEST
+    return tl.where(nothing, -float("inf"), lse), tl.where(nothing, 0.0, log - (lse - peak))
+
+
+@triton.jit
 def load_lse(statistics, at, present):
-    """lse, such that P is 0 for a query that sees nothing and for one that does not exist."""
-    return tl.maximum(tl.load(statistics.lse + at, mask=present, other=float("inf")), LOWEST)
+    """lse and its rest, such that P is 0 for a query that sees nothing and for an absent one."""
+    lse = tl.load(statistics.lse + at, mask=present, other=float("inf"))
+    low = tl.load(statistics.low + at, mask=present, other=0.0)
+    return tl.maximum(lse, LOWEST), low
+
+
+@triton.jit
+def probability(scores, late, lse, low, EXACT: tl.constexpr, dtype: tl.constexpr):
+    """exp(score - lse). EXACT  scores need no scale, and may be as large as a mask makes them"""
+    if EXACT or dtype == tl.float32:
+        p = tl.exp((scores - lse) - low)
+    else:
+        p = exp_of(scores, late, lse, dtype)
+    return p
 
 
 @triton.jit

@@ -51,6 +51,7 @@ from slimkernels.backends.triton._attention_scores import (
     modified,
     scale_early,
     shown,
+    split_lse,
 )
 from slimkernels.backends.triton._common import keep_mask, unsupported_tensor
 
@@ -71,13 +72,15 @@ def unsupported(query, key, value, call):
 def forward(query, key, value, call):
     given = Prepared(query, key, value, call, positive_scale=True)
     y = query.new_empty(*query.shape[:-1], value.shape[-1])
-    lse = query.new_empty(given.rows, dtype=torch.float32)
+    lse = query.new_empty((2, *given.rows), dtype=torch.float32)
     if y.numel() and _attention_decode.applies(given):
         _attention_decode.forward(given, y, lse)
     elif y.numel():
         launch = given.launch("forward")
         grid = tiles_of(query, call.cu_seqlens_q, launch["BLOCK_M"]), given.H
-        _forward_kernel[grid](given.operands(), rows_of(y), lse, *given.shared(), **launch)
+        _forward_kernel[grid](
+            *(given.operands(), rows_of(y), *lse.unbind(), *given.shared()), **launch
+        )
     return y, lse
 
 
@@ -89,7 +92,7 @@ def backward(dy, dlse, query, key, value, output, lse, call, wanted):
     dq, dtable = dq_of(given, operands, statistics, wanted[2])
     dk, dv = dkdv_of(given, operands, statistics)
     dbias = dbias_of(given, operands, statistics) if wanted[0] else None
-    dsinks = _dsinks(call.sinks, lse, statistics) if wanted[1] else None
+    dsinks = _dsinks(call.sinks, statistics) if wanted[1] else None
     return dq, dk, dv, dbias, dsinks, dtable
 
 
@@ -129,8 +132,8 @@ def dq_of(given, operands, statistics, with_table):
         )
     if not with_table:
         return dq, None
-    table = shares.sum(0)[:, : call.table.shape[0]].t()
-    return dq, table.to(call.table.dtype).contiguous()
+    table = shares.sum(0)[:, : call.table.shape[0]].t().to(call.table.dtype)
+    return dq, table.clone(memory_format=torch.contiguous_format)
 
 
 def dkdv_of(given, operands, statistics):
@@ -171,11 +174,12 @@ def _empty_like(x):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _dsinks(sinks, lse, statistics):
+def _dsinks(sinks, statistics):
     """A sink's dP is 0, so its dS is -P * delta."""
     wide = sinks.float()[:, None]
     # A row that sees nothing, not even a sink above -inf, has no P.
-    p = torch.where(lse == -torch.inf, 0.0, (wide - lse).exp())
+    p = ((wide - statistics.lse) - statistics.low).exp()
+    p = torch.where(statistics.lse == -torch.inf, 0.0, p)
     if statistics.total is not None:
         p = p / statistics.total
     of_rows = (p * statistics.delta).transpose(0, -2).flatten(1)  # (H, all rows)
@@ -188,6 +192,7 @@ def _forward_kernel(
     x,
     y,
     lse_ptr,
+    low_ptr,
     lengths,
     scoring,
     dropout,
@@ -264,7 +269,7 @@ def _forward_kernel(
         )
         scale = 1.0 if MODIFIED else late
         raised = tl.maximum(peak, tl.max(scores, axis=1) * scale)
-        p = exp_of(scores, scale, raised[:, None], queries.dtype)
+        p = exp_of(scores, scale, raised[:, None], tl.float32 if MODIFIED else queries.dtype)
         shrink = tl.exp(peak - raised)
         peak = raised
         total = total * shrink + tl.sum(p, axis=1)
@@ -278,8 +283,10 @@ def _forward_kernel(
     total = tl.where(total == 0.0, 1.0, total)  # no key, or only scores of -inf: y is 0
     sums *= (dropout.factor / total)[:, None]
     store_tile(sums, y, batch, head, q_begin + first, present, DV)
-    lse = tl.where(peak == LOWEST, -float("inf"), peak + tl.log(total))
-    tl.store(lse_ptr + (batch * H + head) * Tq + tokens, lse, mask=present)
+    lse, low = split_lse(peak, total)
+    at = (batch * H + head) * Tq + tokens
+    tl.store(lse_ptr + at, lse, mask=present)
+    tl.store(low_ptr + at, low, mask=present)
 
 
 # What tests/test_aot.py compiles, and the most that may come out.
