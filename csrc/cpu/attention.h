@@ -54,12 +54,13 @@ inline __attribute__((always_inline)) void softmax_row(float* s, int64_t n, floa
   total += sum(sums[0] + sums[1]);
 }
 
-// Of one row: probabilities p = exp(s - lse), where lse is the sum of `lse` and `low`, and with dropout's mask and scale in dp,
-// ds = p * (dp - delta). Leaves p after dropout in s, and ds in dp.
+// Of one row: probabilities p = exp(s - lse), where lse is the sum of `lse` and `low`, and with
+// dropout's mask and scale in dp, ds = p * (dp - delta). Leaves p after dropout in s, and ds in dp.
 template <bool kDropout>
 inline __attribute__((always_inline)) void gradient_row(float* s, float* dp, int64_t n, float lse,
-                                                        float low, float delta, const Dropout& dropout,
-                                                        const RowBits& bits, int64_t first_key) {
+                                                        float low, float delta,
+                                                        const Dropout& dropout, const RowBits& bits,
+                                                        int64_t first_key) {
   for_vectors(n, [&](int64_t i, auto lanes) {
     const vfloat p = exp_of_nonpositive((load(s + i, Full{}) - lse) - low);
     vfloat kept = p, g = load(dp + i, Full{});
@@ -115,7 +116,7 @@ inline __attribute__((always_inline)) float gradient_whole_row(float* s, float* 
 class Total {
  public:
   float lse, low, factor;  // low: what lse lacks; factor: 1 / the sum relative to the keys' peak
-  bool unseen;        // no key is seen, or only scores of -inf
+  bool unseen;             // no key is seen, or only scores of -inf
 
   Total(float peak, float sum, float sink) {
     unseen = peak == -kInfinity && sum == 0.f;  // NaN makes no peak, but a sum
