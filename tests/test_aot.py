@@ -6,7 +6,7 @@ bytes of shared memory), wgmma=True (a matrix kernel, which must use Hopper's in
 one at a time) and newer_may_wait=True (but a newer Triton may put loads between two of them).
 
 Neither the interpreter nor a GPU shares a process with the compiler, so each module is compiled
-once, whole, in a process of its own: this file run as a script.
+once, whole, in processes of its own: this file run as a script.
 """
 
 from __future__ import annotations
@@ -82,14 +82,24 @@ CASES = [
 ]
 
 
+PROCESSES = 2  # a module's configurations are shared among them
+
+
 @functools.cache
 def compiled(name: str) -> list[dict]:
     """The report, or the error, of every configuration of a module on every architecture."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, __file__, name]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    options = dict(env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    started = [
+        subprocess.Popen([sys.executable, __file__, name, str(part)], **options)
+        for part in range(PROCESSES)
+    ]
+    reports = []
+    for process in started:
+        output, errors = process.communicate(timeout=1200)
+        assert process.returncode == 0, errors[-3000:]
+        reports += json.loads(output.splitlines()[-1])
+    return reports
 
 
 @pytest.mark.parametrize("name, index, arch", CASES)
@@ -148,11 +158,11 @@ def test_declarations_are_complete(name):
         assert set(given) <= set(parameters) <= set(given) | defaults, config["kernel"]
 
 
-def compile_module(name: str) -> list[dict]:
+def compile_module(name: str, part: int) -> list[dict]:
     from aot_check import aot_check
 
     results = []
-    for index, config in enumerate(load(name).COMPILES):
+    for index, config in list(enumerate(load(name).COMPILES))[part::PROCESSES]:
         for arch in ARCHITECTURES:
             results.append({"index": index, "arch": arch})
             try:
@@ -174,4 +184,4 @@ def compile_module(name: str) -> list[dict]:
 if __name__ == "__main__":
     # Last, as in conftest.py: an installed slimkernels goes first.
     sys.path.append(str(Path(__file__).parent.parent))
-    print(json.dumps(compile_module(sys.argv[1])))
+    print(json.dumps(compile_module(sys.argv[1], int(sys.argv[2]))))

@@ -61,7 +61,7 @@ cross_entropy_forward(x, target, -100, "none", 0.0, "cpu")
 """,
     "list of sequences": """
 q = torch.zeros(16 * MiB, 1, 1, 1)
-room_for(192 * MiB)
+room_for(256 * MiB)
 sk.scaled_dot_product_attention(q, q, q)
 """,
     "attention": """
