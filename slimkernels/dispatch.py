@@ -153,8 +153,10 @@ def explain(op: str | Callable, *args, backend: str | None = None, **kwargs) -> 
     # A function of the same name elsewhere, as in torch.nn.functional, is no call of ours.
     is_ours = isinstance(op, str) or getattr(op, "__module__", "") == f"slimkernels.ops.{name}"
     if name not in OPS or not is_ours:
+        ours = f"; did you mean slimkernels.{name}?" if name in OPS else ""
         name = op if isinstance(op, str) else f"{getattr(op, '__module__', '')}.{name}"
-        raise ValueError(f"explain: unknown op {name!r}; the ops are {', '.join(sorted(OPS))}")
+        known = ", ".join(sorted(OPS))
+        raise ValueError(f"explain: unknown op {name!r}; the ops are {known}{ours}")
     return OPS[name].explain(*OPS[name].arguments(*args, **kwargs), backend=backend)
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from slimkernels.ops._checks import check_integer
+from slimkernels.ops._checks import check_flag, check_integer
 
 
 class ScoreFunction:
@@ -92,11 +92,13 @@ def t5_relative_bias(
                    decoder, puts all later keys, which causality hides, in bucket 0
     max_distance   distances from here on share the last bucket; 2 * max_distance + 1 integers
     Returns        a RelativeBias, for AttentionVariant.relative_bias
-    Errors         ValueError for too few buckets or too small a max_distance
+    Errors         ValueError for a bidirectional that is no bool, too few buckets or too small a
+                   max_distance
     """
     if not isinstance(table, Tensor) or table.dim() != 2:
         got = tuple(table.shape) if isinstance(table, Tensor) else type(table).__name__
         raise ValueError(f"t5_relative_bias: table must be (buckets, H); got {got}")
+    check_flag("t5_relative_bias", "bidirectional", bidirectional)
     count = table.shape[0] // 2 if bidirectional else table.shape[0]
     exact = count // 2
     if exact < 1:

@@ -244,6 +244,7 @@ def test_bad_score_function_is_one_sentence(functions, sentence):
         (zeros(1, 2), {"bidirectional": False}, "table must have 2 buckets or more; got 1"),
         (zeros(32, 2), {"max_distance": 8}, "max_distance must be above the 8 exact buckets .* 8"),
         (zeros(32, 2), {"max_distance": 9.5}, "max_distance must be an integer; got 9.5"),
+        (zeros(32, 2), {"bidirectional": "no"}, "bidirectional must be True or False; got 'no'"),
     ],
 )
 def test_bad_t5_bias_is_one_sentence(table, options, sentence):
