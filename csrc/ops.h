@@ -16,6 +16,10 @@ enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1 };
 // used, not once an instruction set.
 [[noreturn]] void out_of_memory();
 
+// Whether the chosen instruction set has AMX, which needs no code of its own outside a few products
+// and so no table: it is avx512bf16's, with this on.
+extern bool has_amx;
+
 struct Kernels {
   // layer_norm.cpp: x, y (M, N); weight, bias (N,) in parameter_dtype; mean, rstd (M,)
   void (*layer_norm_forward)(const void* x, const void* weight, const void* bias, void* y,

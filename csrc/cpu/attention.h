@@ -10,26 +10,33 @@ namespace slimkernels::SLIM_ISA {
 
 inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// The largest of n scores. Up to a whole vector, what no key stands behind becomes -inf, whose
-// exponential is zero.
-inline float peak_of(float* s, int64_t n) {
+// The largest of n scores, which are s times a positive scale. Up to a whole vector, what no key
+// stands behind becomes -inf, whose exponential is zero.
+inline float peak_of(float* s, int64_t n, float scale = 1.f) {
   if (n % kLanes) store(s + n, broadcast(-kInfinity), Part{int(kLanes - n % kLanes)});
   vfloat most[2] = {broadcast(-kInfinity), broadcast(-kInfinity)};
   int64_t i = 0;
   for (; i + 2 * kLanes <= n; i += 2 * kLanes)
-    for (int k = 0; k < 2; ++k) most[k] = vmax(load(s + i + k * kLanes, Full{}), most[k]);
-  for (; i < n; i += kLanes) most[0] = vmax(load(s + i, Full{}), most[0]);
+    for (int k = 0; k < 2; ++k) most[k] = vmax(load(s + i + k * kLanes, Full{}) * scale, most[k]);
+  for (; i < n; i += kLanes) most[0] = vmax(load(s + i, Full{}) * scale, most[0]);
   return max(vmax(most[0], most[1]));
 }
 
-// One row of scores to probabilities relative to the maximum so far. Inlined, as its gradients are:
-// the keys in RowBits would be read from memory for every vector otherwise.
-template <bool kDropout>
-inline __attribute__((always_inline)) void softmax_row(float* s, int64_t n, float& peak,
-                                                       float& total, float* y, int64_t width,
-                                                       const Dropout& dropout, const RowBits& bits,
-                                                       int64_t first_key) {
-  const float before = peak, here = peak_of(s, n);
+// s *= factor, up to a whole vector.
+inline void multiply_row(float* s, int64_t n, float factor) {
+  for (int64_t i = 0; i < n; i += kLanes) store(s + i, load(s + i, Full{}) * factor, Full{});
+}
+
+// One row of scores, s times a positive scale, to probabilities relative to the maximum so far,
+// which may overwrite the scores from their own start or from before it. Inlined, as its gradients
+// are: the keys in RowBits would be read from memory for every vector otherwise.
+template <bool kDropout, typename Probability>
+inline __attribute__((always_inline)) void softmax_row(float* s, float scale,
+                                                       Probability* probabilities, int64_t n,
+                                                       float& peak, float& total, float* y,
+                                                       int64_t width, const Dropout& dropout,
+                                                       const RowBits& bits, int64_t first_key) {
+  const float before = peak, here = peak_of(s, n, scale);
   peak = here > before ? here : before;
   // While all scores are -inf, they add exp(-inf - 0) = 0, not exp(-inf + inf) = NaN.
   const float shift = peak == -kInfinity ? 0.f : peak;
@@ -40,12 +47,12 @@ inline __attribute__((always_inline)) void softmax_row(float* s, int64_t n, floa
   }
   vfloat sums[2] = {};
   const auto exponential = [&](int64_t j, vfloat& sum) {
-    const vfloat p = exp_of_nonpositive(load(s + j, Full{}) - shift);
+    const vfloat p = exp_of_nonpositive(load(s + j, Full{}) * scale - shift);
     sum += p;
     if constexpr (kDropout)
-      store(s + j, bits.at(first_key + j) >= dropout.threshold ? p : vfloat{}, Full{});
+      store(probabilities + j, bits.at(first_key + j) >= dropout.threshold ? p : vfloat{}, Full{});
     else
-      store(s + j, p, Full{});
+      store(probabilities + j, p, Full{});
   };
   int64_t i = 0;
   for (; i + 2 * kLanes <= n; i += 2 * kLanes)
@@ -346,6 +353,10 @@ void with_kernel(int dtype, bool dropped, bool modified, Body body) {
 
 inline void fill(float* x, int64_t begin, int64_t end, float value) {
   for (int64_t i = begin; i < end; ++i) x[i] = value;
+}
+template <typename T>
+inline void clear(T* x, int64_t begin, int64_t end) {
+  if (begin < end) std::memset((void*)(x + begin), 0, (end - begin) * sizeof *x);
 }
 
 }  // namespace slimkernels::SLIM_ISA

@@ -4,6 +4,10 @@
 // the standard library must run on every machine; only what sits behind a Kernels table may use
 // more.
 #include <omp.h>
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -23,7 +27,7 @@ namespace slimkernels {
 SLIM_ISA_LIST(SLIM_EXTERN)
 
 struct InstructionSet {
-  const char* name;
+  std::string name;
   const Kernels* kernels;
   bool available;
 };
@@ -41,18 +45,38 @@ bool cpu_has(const std::string& isa) {
   return isa == "base";
 }
 
+// Linux gives a process AMX's registers only when it asks.
+bool cpu_has_amx() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr long kAskPermission = 0x1023,
+                 kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA
+  return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+         syscall(SYS_arch_prctl, kAskPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 const std::vector<InstructionSet>& instruction_sets() {
 #define SLIM_ENTRY(isa) {#isa, &kernels_##isa, cpu_has(#isa)},
-  static const std::vector<InstructionSet> sets = {SLIM_ISA_LIST(SLIM_ENTRY)};
+  static const std::vector<InstructionSet> sets = [] {
+    std::vector<InstructionSet> all = {SLIM_ISA_LIST(SLIM_ENTRY)};
+    const InstructionSet best = all.back();
+    if (best.name == "avx512bf16")
+      all.push_back({"amx", best.kernels, best.available && cpu_has_amx()});
+    return all;
+  }();
   return sets;
 }
 
 const InstructionSet* active = nullptr;
+bool has_amx = false;
 
 void set_isa(const std::string& name) {
   for (const auto& set : instruction_sets())
     if (name == set.name && set.available) {
       active = &set;
+      has_amx = name == "amx";
       return;
     }
   throw std::invalid_argument("no kernels for instruction set '" + name + "' on this machine");
@@ -94,7 +118,7 @@ void bind(py::module_& m, const char* name, void (*Kernels::*entry)(Args...)) {
 PYBIND11_MODULE(_cpu, m) {
   using namespace slimkernels;
   for (const auto& set : instruction_sets())
-    if (set.available) active = &set;
+    if (set.available) set_isa(set.name);
 
   m.def("isas_built", [] {
     std::vector<std::string> names;
@@ -107,7 +131,7 @@ PYBIND11_MODULE(_cpu, m) {
       if (set.available) names.push_back(set.name);
     return names;
   });
-  m.def("isa", [] { return active ? active->name : ""; });
+  m.def("isa", [] { return active ? active->name : std::string(); });
   m.def("set_isa", &set_isa);
 
   bind(m, "layer_norm_forward", &Kernels::layer_norm_forward);

@@ -3,16 +3,18 @@
 // scaled_dot_product_attention_backward.cpp, sequences of few queries in attention_direct.h.
 //
 // Tiling   An item of work is one head of one sequence and kQueriesPerItem queries. It packs blocks
-//          of keys and values once (float32, keys transposed) and walks them with tiles of
-//          kForwardRows queries, whose scores stay in L1. Keys that none of an item's queries sees
-//          are not read, those that none of a tile's sees not multiplied. Items are handed out
-//          dynamically, since lengths differ.
+//          of keys and values once (attention_blocks.h) and walks them with tiles of kRows queries,
+//          whose scores stay in L1. Keys that none of an item's queries sees are not read, those
+//          that none of a tile's sees not multiplied. Items are handed out dynamically, since
+//          lengths differ.
 // Traffic  Each operand is read once an item, through its own strides; O(T * D) scratch a thread.
-// Numerics Everything is float32 whatever the storage is. scale is multiplied into the queries when
-//          they are packed, which backward's dkey needs as well. Survivors of dropout are scaled
-//          once, in the output. No item writes what another writes and tiles do not change the
-//          order of sums: the same bits for any number of threads, and for a sequence whatever its
-//          neighbours hold.
+// Numerics Scores, their softmax and all sums are float32 whatever the storage is. So are the
+//          factors, but for bfloat16 on processors that multiply it: there the probabilities are
+//          rounded before they meet the values. Survivors of dropout are scaled once, in the
+//          output. No item writes what another writes and tiles do not change the order of sums:
+//          the same bits for any number of threads, and for a sequence whatever its neighbours
+//          hold.
+#include "attention_blocks.h"
 #include "attention_direct.h"
 #include "attention_scores.h"
 #include "kernels.h"
@@ -20,7 +22,13 @@
 namespace slimkernels::SLIM_ISA {
 namespace {
 
-inline constexpr int64_t kQueriesPerItem = 256, kForwardRows = 24;
+inline constexpr int64_t kQueriesPerItem = 256;
+
+// A type as a value, which chooses a template's instance inside a function.
+template <typename Type>
+struct Chosen {
+  using type = Type;
+};
 
 struct Item {
   int64_t batch, first_query;
@@ -31,7 +39,7 @@ struct Running {
   float *peak, *sum, *y;
 };
 
-template <typename T, bool kDropout, bool kModified>
+template <typename T, typename Blocks, bool kDropout, bool kModified>
 class Forward {
  public:
   Forward(const Problem& problem, const Variant& variant, const void* query, const void* key,
@@ -46,49 +54,42 @@ class Forward {
         scale_(scale),
         dropout_(dropout) {}
 
-  bool run(const Item& item, int64_t head, Scratch& scratch) {
+  bool run(const Item& item, int64_t head, Scratch& scratch) const {
     const Sequence sequence = p_.sequence(item.batch);
-    const int64_t begin = item.first_query, width = padded(p_.D), out_width = padded(p_.Dv);
+    const int64_t begin = item.first_query, out_width = padded(p_.Dv);
     const int64_t end = clamp(begin + kQueriesPerItem, begin, sequence.q_count);
     const Span keys = p_.seen(sequence, begin, end, 0, sequence.k_count);
-    const int64_t block = clamp(keys.end - keys.begin, 1, p_.block_keys());
-    const int64_t queries = end - begin, stride = score_stride(block);
-    if (!scratch.reserve(2 * Scratch::rounded(queries) + queries * (width + out_width) + 64 +
-                         block_floats(p_.D, block) + block * out_width + kForwardRows * stride +
-                         64))
+    const int64_t queries = end - begin;
+    Blocks blocks(p_, queries, keys.end - keys.begin);
+    const int64_t block = blocks.keys(), stride = score_stride(block);
+    if (!scratch.reserve(2 * Scratch::rounded(queries) + blocks.rows() * out_width +
+                         Blocks::kRows * stride + blocks.floats() + 32))
       return false;
     Running running = {scratch.take(queries), scratch.take(queries),
-                       scratch.take(queries * out_width)};
-    float* q = scratch.take(queries * width);
-    float* k = scratch.take(block_floats(p_.D, block));
-    float* v = scratch.take(block * out_width);
-    float* scores = scratch.take(kForwardRows * stride);
+                       scratch.take(blocks.rows() * out_width)};
+    float* scores = scratch.take(Blocks::kRows * stride);
+    blocks.place(scratch);
 
     fill(running.peak, 0, queries, -kInfinity);
     fill(running.sum, 0, queries, 0.f);
-    pack_rows(query_ + at(p_.query, sequence.batch, head, sequence.q_begin + begin), p_.query.token,
-              queries, p_.D, scale_, q);
+    blocks.pack_queries(query_ + at(p_.query, sequence.batch, head, sequence.q_begin + begin),
+                        p_.query.token, scale_);
     const int64_t key_head = head / p_.group();
     for (int64_t first = keys.begin; first < keys.end; first += block) {
       const int64_t count = clamp(keys.end - first, 0, block), token = sequence.k_begin + first;
-      pack_transposed(key_ + at(p_.key, sequence.batch, key_head, token), p_.key.token, count, p_.D,
-                      k);
-      pack_rows(value_ + at(p_.value, sequence.batch, key_head, token), p_.value.token, count,
-                p_.Dv, 1.f, v);
-      const Panels panels = panels_of_block(k, p_.D, count);
-      for (int64_t row = 0; row < queries; row += kForwardRows) {
-        const int64_t rows = clamp(queries - row, 0, kForwardRows), i = begin + row;
+      blocks.pack_keys(key_ + at(p_.key, sequence.batch, key_head, token), p_.key.token,
+                       value_ + at(p_.value, sequence.batch, key_head, token), p_.value.token,
+                       count);
+      for (int64_t row = 0; row < queries; row += Blocks::kRows) {
+        const int64_t rows = clamp(queries - row, 0, Blocks::kRows), i = begin + row;
         Span seen = p_.seen(sequence, i, i + rows, first, count);
         if (seen.empty()) continue;
-        seen.begin -= seen.begin % panels.columns();
-        gemm(rows, seen.end - seen.begin, p_.D, q + row * width, width, panels.from(seen.begin),
-             scores + seen.begin, stride, false);
+        seen = blocks.whole(seen);
+        blocks.score(row, rows, seen, scores, stride);
         softmax(sequence, head, i, rows, first, count, seen, scores, stride,
                 {running.peak + row, running.sum + row, running.y + row * out_width});
         const bool seen_before = p_.low(sequence, i) < first;
-        gemm(rows, out_width, seen.end - seen.begin, scores + seen.begin, stride,
-             panels_of_rows(v + seen.begin * out_width, out_width, out_width),
-             running.y + row * out_width, out_width, seen_before);
+        blocks.weigh(rows, seen, scores, stride, running.y + row * out_width, seen_before);
       }
     }
     write(sequence, head, begin, queries, running);
@@ -99,27 +100,34 @@ class Forward {
   // Of the keys that the tile sees, a row may see fewer.
   void softmax(const Sequence& sequence, int64_t head, int64_t i, int64_t rows, int64_t first,
                int64_t count, const Span& tile, float* scores, int64_t stride,
-               const Running& running) {
+               const Running& running) const {
     const int64_t out_width = padded(p_.Dv);
     for (int64_t r = 0; r < rows; ++r, scores += stride) {
       const Span seen = p_.seen(sequence, i + r, i + r + 1, first, count);
       const int64_t token = sequence.q_begin + i + r, n = seen.end - seen.begin;
+      auto* p = (typename Blocks::Probability*)scores;
       if (n) {
         float* s = scores + seen.begin;
+        float scale = Blocks::kScaled ? 1.f : scale_;
+        if (!Blocks::kScaled && (kModified || !(scale > 0.f))) {
+          multiply_row(s, n, scale);
+          scale = 1.f;
+        }
         if constexpr (kModified)
           modify(variant_, {sequence, head, i + r, first + seen.begin, n}, s, nullptr);
         const RowBits bits(dropout_.seed,
                            kDropout ? at(p_.dropout_rows(), sequence.batch, head, token) : 0);
-        softmax_row<kDropout>(s, n, running.peak[r], running.sum[r], running.y + r * out_width,
-                              out_width, dropout_, bits, first + seen.begin);
+        softmax_row<kDropout>(s, scale, p + seen.begin, n, running.peak[r], running.sum[r],
+                              running.y + r * out_width, out_width, dropout_, bits,
+                              first + seen.begin);
       }
-      fill(scores, tile.begin, n ? seen.begin : tile.end, 0.f);
-      fill(scores, n ? seen.end : tile.end, tile.end, 0.f);
+      clear(p, tile.begin, n ? seen.begin : tile.end);
+      clear(p, n ? seen.end : tile.end, tile.end);
     }
   }
 
   void write(const Sequence& sequence, int64_t head, int64_t begin, int64_t rows,
-             const Running& running) {
+             const Running& running) const {
     const int64_t out_width = padded(p_.Dv);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t token = sequence.q_begin + begin + r;
@@ -179,11 +187,19 @@ void scaled_dot_product_attention_forward(const void* query, const void* key, co
     if (any_direct)
       attend_directly<T, kDropout, kModified>(problem, variant, query, key, value, y, lse, scale,
                                               dropout);
-    for_items(tiles * problem.H, problem, kModified, [&](int64_t n, Scratch& scratch) {
-      Forward<T, kDropout, kModified> kernel(problem, variant, query, key, value, y, lse, scale,
-                                             dropout);
-      return kernel.run(items[n / problem.H], n % problem.H, scratch);
-    });
+    const auto attend = [&](auto blocks) {
+      using Blocks = typename decltype(blocks)::type;
+      const Forward<T, Blocks, kDropout, kModified> kernel(problem, variant, query, key, value, y,
+                                                           lse, scale, dropout);
+      for_items(tiles * problem.H, problem, kModified, [&](int64_t n, Scratch& scratch) {
+        return kernel.run(items[n / problem.H], n % problem.H, scratch);
+      });
+    };
+#if defined(__AVX512BF16__)
+    if constexpr (sizeof(T) == 2)
+      if (has_amx) return attend(Chosen<Bf16Blocks>{});
+#endif
+    attend(Chosen<FloatBlocks>{});
   });
 }
 
