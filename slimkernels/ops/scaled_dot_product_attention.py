@@ -130,17 +130,13 @@ class _Attention(torch.autograd.Function):
         query, key, value, y, lse, *tensors = saved
         if dy is None:
             dy = torch.zeros_like(y)
-        wanted = [int(needed) for needed in ctx.needs_input_grad[3:6]]
-        dq, dk, dv, *others = scaled_dot_product_attention_backward(
+        wanted = [int(needed) for needed in ctx.needs_input_grad[:6]]
+        gradients = scaled_dot_product_attention_backward(
             *(dy, dlse, query, key, value, y, lse, tensors),
             *(*ctx.options, wanted, ctx.backend),
         )
-        others = [g if w else None for g, w in zip(others, wanted, strict=True)]
-        return dq, dk, dv, *others, *(None,) * (len(ctx.needs_input_grad) - 6)
-
-
-def _contiguous_like(x):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+        gradients = [g if w else None for g, w in zip(gradients, wanted, strict=True)]
+        return *gradients, *(None,) * (len(ctx.needs_input_grad) - 6)
 
 
 def _forward_fake(query, key, value, tensors, floats, integers, function, backend):
@@ -185,11 +181,10 @@ def _backward_fake(
     backend,
 ):
     call = Call.unpacked(tensors, floats, integers, function)
-    others = [
-        _contiguous_like(t) if t is not None and w else query.new_empty(0)
-        for t, w in zip(call[:3], wanted, strict=True)
-    ]
-    return tuple(_contiguous_like(t) for t in (query, key, value)) + tuple(others)
+    return tuple(
+        torch.empty_like(t, memory_format=torch.contiguous_format) if w else query.new_empty(0)
+        for t, w in zip((query, key, value, *call[:3]), wanted, strict=True)
+    )
 
 
 @kernel_op("scaled_dot_product_attention_backward", _backward_fake)
@@ -208,9 +203,13 @@ def scaled_dot_product_attention_backward(
     wanted: Sequence[int],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv, and of bias, sinks and table those wanted; an empty tensor for the others."""
+    """Gradients of query, key, value, bias, sinks and table; an empty tensor for each not wanted.
+
+    A product that nothing needs (frozen keys and values of an encoder) is left out.
+    """
     call = Call.unpacked(tensors, floats, integers, function)
     gradients = SCALED_DOT_PRODUCT_ATTENTION.modules[backend].backward(
         dy, dlse, query, key, value, output, lse, call, tuple(bool(w) for w in wanted)
     )
-    return tuple(query.new_empty(0) if g is None else g for g in gradients)
+    # A kernel may make one that nobody wants beside one that somebody does.
+    return tuple(g if w else query.new_empty(0) for g, w in zip(gradients, wanted, strict=True))
