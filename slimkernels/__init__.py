@@ -6,9 +6,9 @@ from slimkernels.info import info
 from slimkernels.ops._attention_variant import (
     AttentionVariant,
     RelativeBias,
-    ScoreFunction,
     t5_relative_bias,
 )
+from slimkernels.ops._score_function import ScoreFunction
 from slimkernels.ops.add_layer_norm import add_layer_norm
 from slimkernels.ops.cross_entropy import cross_entropy
 from slimkernels.ops.gelu import gelu

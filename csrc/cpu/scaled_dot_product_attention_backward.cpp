@@ -9,6 +9,8 @@
 //          pass of its own: an item owns some of its rows and walks all that share them, since
 //          (B, H, Tq, Tk) would have to be stored otherwise. Broadcast over queries or keys it is
 //          summed along the way, a small sum a sequence and head, and these are added at the end.
+//          The products of a gradient that is not wanted are left out; what is left has the same
+//          bits.
 // Traffic  Each operand is read once an item; O(T * D) scratch a thread.
 // Numerics As in scaled_dot_product_attention.cpp. Sums over sequences and heads are in float64.
 #include "attention_scores.h"
@@ -22,13 +24,15 @@ inline constexpr int64_t kBackwardRows = 48;
 struct Operands {
   const void *dy, *query, *key, *value, *y;
   const float *dlse, *lse;
-  void *dquery, *dkey, *dvalue;
+  void *dquery, *dkey, *dvalue;  // null where not wanted
 };
 
 // What is summed for the variant's parameters; null where that is not wanted.
 struct Sums {
   double *bias, *relative, *sinks;  // of one (sequence, head) each
   void* dbias;                      // of a bias that is broadcast over nothing
+
+  bool any() const { return bias || relative || sinks || dbias; }
 };
 
 template <typename T, bool kDropout, bool kModified>
@@ -45,36 +49,36 @@ class Backward {
     const int64_t queries = sequence.q_count, width = padded(p_.D), out_width = padded(p_.Dv);
     const Span keys = p_.seen(sequence, 0, queries, 0, sequence.k_count);
     const int64_t count = keys.end - keys.begin, block = clamp(count, 1, p_.block_keys());
-    if (!scratch.reserve(floats(queries, block) + queries * width + count * (width + out_width) +
-                         block * width + 64))
+    const int64_t dq_size = o_.dquery ? queries * width : 0, k_size = o_.dquery ? block * width : 0;
+    const int64_t dk_size = o_.dkey ? count * width : 0,
+                  dv_size = o_.dvalue ? count * out_width : 0;
+    if (!scratch.reserve(floats(queries, block) + dq_size + dk_size + dv_size + k_size + 64))
       return false;
     take(scratch, queries, block);
     cut(keys, block);
-    dq_ = scratch.take(queries * width);
-    dk_ = scratch.take(count * width);
-    dv_ = scratch.take(count * out_width);
-    k_ = scratch.take(block * width);
+    dq_ = scratch.take(dq_size);
+    dk_ = scratch.take(dk_size);
+    dv_ = scratch.take(dv_size);
+    k_ = scratch.take(k_size);
 
-    fill(dk_, 0, count * width, 0.f);
-    fill(dv_, 0, count * out_width, 0.f);
+    fill(dk_, 0, dk_size, 0.f);
+    fill(dv_, 0, dv_size, 0.f);
     const int64_t group = p_.group();
     for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head) {
       sums_ = sums_of(head);
+      needs_dscores_ = o_.dquery || o_.dkey || sums_.any();
       load_queries(sequence, head, 0, queries);
-      fill(dq_, 0, queries * width, 0.f);
+      fill(dq_, 0, dq_size, 0.f);
       for (int64_t first = keys.begin; first < keys.end; first += block)
         add_block(sequence, head, keys, first, clamp(keys.end - first, 0, block));
-      const Strides strides = p_.contiguous(p_.H, p_.Tq, p_.D);
-      write(dq_, {0, queries}, p_.D, scale_,
-            (T*)o_.dquery + at(strides, sequence.batch, head, sequence.q_begin), strides.token,
-            queries);
+      write(dq_, {0, queries}, p_.D, scale_, o_.dquery, p_.contiguous(p_.H, p_.Tq, p_.D),
+            sequence.batch, head, sequence.q_begin, queries);
     }
     // The gradients have rows for the keys that were not seen, too.
-    const Strides k = p_.contiguous(p_.Hkv, p_.Tk, p_.D), v = p_.contiguous(p_.Hkv, p_.Tk, p_.Dv);
-    write(dk_, keys, p_.D, 1.f, (T*)o_.dkey + at(k, sequence.batch, key_head, sequence.k_begin),
-          k.token, sequence.k_rows);
-    write(dv_, keys, p_.Dv, kDropout ? dropout_.scale : 1.f,
-          (T*)o_.dvalue + at(v, sequence.batch, key_head, sequence.k_begin), v.token,
+    write(dk_, keys, p_.D, 1.f, o_.dkey, p_.contiguous(p_.Hkv, p_.Tk, p_.D), sequence.batch,
+          key_head, sequence.k_begin, sequence.k_rows);
+    write(dv_, keys, p_.Dv, kDropout ? dropout_.scale : 1.f, o_.dvalue,
+          p_.contiguous(p_.Hkv, p_.Tk, p_.Dv), sequence.batch, key_head, sequence.k_begin,
           sequence.k_rows);
     return true;
   }
@@ -85,6 +89,7 @@ class Backward {
     const int64_t rows = clamp(variant_.bias_size[2] - i, 0, kBackwardRows);
     if (!scratch.reserve(floats(kBackwardRows, block) + 2 * rows * columns + 16)) return false;
     take(scratch, kBackwardRows, block);
+    needs_dscores_ = true;
     sums_ = {(double*)scratch.take(2 * rows * columns), nullptr, nullptr, nullptr};
     for (int64_t n = 0; n < rows * columns; ++n) sums_.bias[n] = 0;
     for (int64_t b = sequences.begin; b < sequences.end; ++b) {
@@ -179,8 +184,9 @@ class Backward {
     const Span queries = p_.seeing(sequence, first, count);
     if (queries.empty()) return;
     load_keys(sequence, key_head, first, count);
-    pack_rows((const T*)o_.key + at(p_.key, sequence.batch, key_head, sequence.k_begin + first),
-              p_.key.token, count, p_.D, 1.f, k_);
+    if (o_.dquery)
+      pack_rows((const T*)o_.key + at(p_.key, sequence.batch, key_head, sequence.k_begin + first),
+                p_.key.token, count, p_.D, 1.f, k_);
     float *dk = dk_ + (first - keys.begin) * width, *dv = dv_ + (first - keys.begin) * out_width;
     const int64_t aligned = queries.begin - queries.begin % kBackwardRows;
     for (int64_t row = aligned; row < queries.end; row += kBackwardRows) {
@@ -189,13 +195,16 @@ class Backward {
       if (seen.empty()) continue;
       const int64_t n = seen.end - seen.begin;
       const float *p = scores_ + seen.begin, *ds = dscores_ + seen.begin;
-      gemm(rows, width, n, ds, stride_, panels_of_rows(k_ + seen.begin * width, width, width),
-           dq_ + row * width, width, true);
-      gemm<true>(n, out_width, rows, p, stride_,
-                 panels_of_rows(dout_ + row * out_width, out_width, out_width),
-                 dv + seen.begin * out_width, out_width, true);
-      gemm<true>(n, width, rows, ds, stride_, panels_of_rows(q_ + row * width, width, width),
-                 dk + seen.begin * width, width, true);
+      if (o_.dquery)
+        gemm(rows, width, n, ds, stride_, panels_of_rows(k_ + seen.begin * width, width, width),
+             dq_ + row * width, width, true);
+      if (o_.dvalue)
+        gemm<true>(n, out_width, rows, p, stride_,
+                   panels_of_rows(dout_ + row * out_width, out_width, out_width),
+                   dv + seen.begin * out_width, out_width, true);
+      if (o_.dkey)
+        gemm<true>(n, width, rows, ds, stride_, panels_of_rows(q_ + row * width, width, width),
+                   dk + seen.begin * width, width, true);
     }
   }
 
@@ -212,8 +221,11 @@ class Backward {
     const int64_t n = tile.end - tile.begin;
     gemm(rows, n, p_.D, q_ + row * width, width, keys.from(tile.begin), scores_ + tile.begin,
          stride_, false);
-    gemm(rows, n, p_.Dv, dout_ + row * out_width, out_width, values.from(tile.begin),
-         dscores_ + tile.begin, stride_, false);
+    if (needs_dscores_)
+      gemm(rows, n, p_.Dv, dout_ + row * out_width, out_width, values.from(tile.begin),
+           dscores_ + tile.begin, stride_, false);
+    else
+      fill(dscores_, 0, rows * stride_, 0.f);
     for (int64_t r = 0; r < rows; ++r)
       differentiate_row(sequence, head, i + r, first, count, tile, scores_ + r * stride_,
                         dscores_ + r * stride_);
@@ -269,14 +281,17 @@ class Backward {
     return o_.dlse ? o_.dlse[at(p_.dlse, sequence.batch, head, sequence.q_begin + i)] : 0.f;
   }
 
-  // Row n of x is row rows.begin + n of out; all others, up to `all`, are zero.
-  void write(const float* x, Span rows, int64_t columns, float factor, T* out, int64_t stride,
-             int64_t all) {
+  // Row n of x is row rows.begin + n of out from `token` on, if out is wanted; all others, up to
+  // `all`, are zero.
+  void write(const float* x, Span rows, int64_t columns, float factor, void* gradient,
+             const Strides& strides, int64_t batch, int64_t head, int64_t token, int64_t all) {
+    if (!gradient) return;
+    T* out = (T*)gradient + at(strides, batch, head, token);
     for (int64_t row = 0; row < all; ++row) {
       const bool there = rows.begin <= row && row < rows.end;
       const float* from = x + (there ? row - rows.begin : 0) * padded(columns);
       for_vectors(columns, [&](int64_t d, auto n) {
-        store(out + row * stride + d, there ? load(from + d, Full{}) * factor : vfloat{}, n);
+        store(out + row * strides.token + d, there ? load(from + d, Full{}) * factor : vfloat{}, n);
       });
     }
   }
@@ -288,6 +303,7 @@ class Backward {
   const Dropout& dropout_;
   Sums sums_;
   float sink_;
+  bool needs_dscores_;              // dscores_ is read
   bool one_block_;                  // all that is seen is in one
   Span keys_;                       // what is seen, cut from its begin into blocks of
   int64_t block_, stride_, begin_;  // keys; of the scores; the query that row 0 of q_ is
@@ -336,7 +352,9 @@ void scaled_dot_product_attention_backward(const void* dy, const float* dlse, co
   };
   with_kernel(dtype, seed, variant.modifies, [&](auto zero, auto dropped, auto modified) {
     using Kernel = Backward<decltype(zero), decltype(dropped)::value, decltype(modified)::value>;
-    for_items(B * problem.Hkv, problem, variant.modifies, [&](int64_t n, Scratch& scratch) {
+    const bool is_first_pass_wanted = dquery || dkey || dvalue || sums_of(0, 0).any();
+    const int64_t items = is_first_pass_wanted ? B * problem.Hkv : 0;
+    for_items(items, problem, variant.modifies, [&](int64_t n, Scratch& scratch) {
       const int64_t b = n / problem.Hkv;
       Kernel kernel(problem, variant, operands, scale, dropout);
       return kernel.run(b, n % problem.Hkv, scratch, [&](int64_t h) { return sums_of(b, h); });

@@ -12,7 +12,6 @@ from slimkernels.ops._attention_variant import (
     AttentionVariant,
     Call,
     RelativeBias,
-    ScoreFunction,
 )
 from slimkernels.ops._checks import (
     FLOATING,
@@ -22,6 +21,7 @@ from slimkernels.ops._checks import (
     check_number,
     check_tensor,
 )
+from slimkernels.ops._score_function import ScoreFunction
 
 NAME = "scaled_dot_product_attention"
 # Of offsets and windows: kernels add two of them to a position in 32 bits.

@@ -104,7 +104,7 @@ def _visible(pairs: Pairs, call: Call) -> Tensor:
     if call.bias is not None and call.ragged:
         visible = visible & _within(call.bias, pairs)
     if call.function is not None and call.function.torch_mask is not None:
-        visible = visible & call.function.torch_mask(
+        visible = visible & call.function.seen(
             *(pairs.sequence, pairs.head, pairs.i, j), call.function_tensors
         )
     return visible
@@ -126,7 +126,7 @@ def _modified(scores: Tensor, pairs: Pairs, call: Call) -> Tensor:
         rows = call.buckets[distance.clamp(-m, m) + m]
         scores = scores + call.table.to(scores.dtype)[rows, pairs.head]
     if call.function is not None and call.function.torch_score is not None:
-        changed = call.function.torch_score(
+        changed = call.function.changed(
             *(scores, pairs.sequence, pairs.head, pairs.i, pairs.j), call.function_tensors
         )
         scores = changed.to(scores.dtype)  # its tensors may have a wider one

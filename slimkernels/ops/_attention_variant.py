@@ -3,71 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from slimkernels.ops._checks import check_flag, check_integer
-
-
-class ScoreFunction:
-    """Your own change of the scores, or your own mask, inside the kernels.
-
-    Make it once, outside what torch.compile traces. The Triton functions are called on a tile and
-    must broadcast; `score` is float32, and `batch`, `head`, `i` (query) and `j` (key) are integers,
-    counted within the sequence, in shapes that broadcast to score's. `tensors` is the tuple
-    AttentionVariant.score_tensors, pointers in Triton.
-
-    score       @triton.jit (score, batch, head, i, j, tensors) -> the new score
-    derivative  @triton.jit, the same parameters -> d new score / d score; where query, key or bias
-                need gradients
-    mask        @triton.jit (batch, head, i, j, tensors) -> whether query i sees key j
-    torch_score, torch_mask   the same in PyTorch: the definition, and what the backend "torch" runs
-    Errors      ValueError for a function without its counterpart
-
-    What FlexAttention (Dong et al. 2024) calls score_mod and mask_mod.
-    """
-
-    known: dict[str, ScoreFunction] = {}
-
-    def __init__(
-        self,
-        *,
-        score: Any = None,
-        derivative: Any = None,
-        torch_score: Callable | None = None,
-        mask: Any = None,
-        torch_mask: Callable | None = None,
-    ) -> None:
-        for what, kernel, definition in (
-            ("score", score, torch_score),
-            ("mask", mask, torch_mask),
-        ):
-            if (kernel is None) != (definition is None):
-                missing = f"torch_{what}" if definition is None else what
-                raise ValueError(f"ScoreFunction: {missing} is missing: {what} needs both forms")
-        if score is None and mask is None:
-            raise ValueError("ScoreFunction: score or mask must be given")
-        if derivative is not None and score is None:
-            raise ValueError("ScoreFunction: derivative must be None without score")
-        for what, kernel in (("score", score), ("derivative", derivative), ("mask", mask)):
-            if kernel is not None and not hasattr(kernel, "fn"):  # triton is not everywhere
-                got = getattr(kernel, "__name__", type(kernel).__name__)
-                raise ValueError(f"ScoreFunction: {what} must be a @triton.jit function; got {got}")
-        for what, definition in (("torch_score", torch_score), ("torch_mask", torch_mask)):
-            if definition is not None and not callable(definition):
-                got = type(definition).__name__
-                raise ValueError(f"ScoreFunction: {what} must be a function; got {got}")
-        self.score, self.derivative, self.mask = score, derivative, mask
-        self.torch_score, self.torch_mask = torch_score, torch_mask
-        # A registered op takes no objects: torch.compile's graph names the function.
-        self.name = f"{len(self.known)}:{getattr(score or mask, '__name__', 'function')}"
-        self.known[self.name] = self
-
-    def __deepcopy__(self, memo: dict) -> ScoreFunction:
-        return self  # a function, of which a copied model needs no second one
+from slimkernels.ops._score_function import ScoreFunction
 
 
 class RelativeBias(NamedTuple):
@@ -219,12 +161,7 @@ class Call(NamedTuple):
     def from_flat(cls, flat: tuple) -> Call:
         fixed = len(cls._fields) - 2
         name = flat[fixed]
-        if name and name not in ScoreFunction.known:
-            raise ValueError(
-                f"scaled_dot_product_attention: the score function {name!r} of a saved graph must "
-                f"be made before it runs; there are {', '.join(ScoreFunction.known) or 'none'}"
-            )
-        function = ScoreFunction.known[name] if name else None
+        function = ScoreFunction.named(name) if name else None
         return cls(*flat[:fixed], function, tuple(flat[fixed + 1 :]))
 
     def packed(self) -> tuple[list, list[float], list[int], str]:

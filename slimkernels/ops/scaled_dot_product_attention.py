@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from slimkernels.dispatch import (
     Op,
@@ -25,6 +24,8 @@ from slimkernels.ops._attention_arguments import NAME, call_of
 from slimkernels.ops._attention_reference import scaled_dot_product_attention_reference
 from slimkernels.ops._attention_variant import AttentionVariant, Call
 from slimkernels.ops._dropout import draw_seed
+from slimkernels.ops._first_order import first_order
+from slimkernels.ops._score_function import run_kernels
 
 
 def scaled_dot_product_attention(
@@ -108,7 +109,8 @@ def _forward(query, key, value, call, backend):
     """The output, and lse as kernels keep it; past the registered op where nobody needs it."""
     if may_skip_dispatcher((query, key, value, *call, *call.function_tensors)):
         module = SCALED_DOT_PRODUCT_ATTENTION.modules[backend]
-        return on_device_of(query, module.forward, query, key, value, call)
+        given = query, module.forward, query, key, value, call
+        return run_kernels(on_device_of, *given, function=call.function)
     return scaled_dot_product_attention_forward(query, key, value, *call.packed(), backend)
 
 
@@ -120,32 +122,31 @@ class _Attention(torch.autograd.Function):
         y, lse = _forward(query, key, value, call, backend)
         tensors, *ctx.options = call.packed()
         ctx.save_for_backward(query, key, value, y, lse, *tensors)
+        ctx.function = call.function  # of which options have but the name
         ctx.backend = backend  # backward never selects: the two must agree on what was saved
         ctx.set_materialize_grads(False)
         return (y, lse[0].clone()) if return_lse else y
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dy, dlse=None):
-        query, key, value, y, lse, *tensors = ctx.saved_tensors
+    @first_order(NAME)
+    def backward(ctx, saved, dy, dlse=None):
+        query, key, value, y, lse, *tensors = saved
         if dy is None:
             dy = torch.zeros_like(y)
-        wanted = [int(needed) for needed in ctx.needs_input_grad[3:6]]
-        dq, dk, dv, *others = scaled_dot_product_attention_backward(
+        wanted = [int(needed) for needed in ctx.needs_input_grad[:6]]
+        gradients = scaled_dot_product_attention_backward(
             *(dy, dlse, query, key, value, y, lse, tensors),
             *(*ctx.options, wanted, ctx.backend),
         )
-        others = [g if w else None for g, w in zip(others, wanted, strict=True)]
-        return dq, dk, dv, *others, *(None,) * (len(ctx.needs_input_grad) - 6)
-
-
-def _contiguous_like(x):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+        gradients = [g if w else None for g, w in zip(gradients, wanted, strict=True)]
+        return *gradients, *(None,) * (len(ctx.needs_input_grad) - 6)
 
 
 def _forward_fake(query, key, value, tensors, floats, integers, function, backend):
-    ragged = Call.unpacked(tensors, floats, integers, function).ragged
-    rows = (query.shape[1], query.shape[0]) if ragged else query.shape[:-1]
+    call = Call.unpacked(tensors, floats, integers, function)
+    if call.function is not None:
+        call.function.keep()  # a graph is being made
+    rows = (query.shape[1], query.shape[0]) if call.ragged else query.shape[:-1]
     y = query.new_empty(*query.shape[:-1], value.shape[-1])
     return y, query.new_empty((2, *rows), dtype=torch.float32)
 
@@ -166,7 +167,8 @@ def scaled_dot_product_attention_forward(
     A mask of -1e9 that hides all keys alike moves lse to where one float32 cannot tell 1 from n.
     """
     call = Call.unpacked(tensors, floats, integers, function)
-    return SCALED_DOT_PRODUCT_ATTENTION.modules[backend].forward(query, key, value, call)
+    module = SCALED_DOT_PRODUCT_ATTENTION.modules[backend]
+    return run_kernels(module.forward, query, key, value, call, function=call.function)
 
 
 def _backward_fake(
@@ -185,11 +187,10 @@ def _backward_fake(
     backend,
 ):
     call = Call.unpacked(tensors, floats, integers, function)
-    others = [
-        _contiguous_like(t) if t is not None and w else query.new_empty(0)
-        for t, w in zip(call[:3], wanted, strict=True)
-    ]
-    return tuple(_contiguous_like(t) for t in (query, key, value)) + tuple(others)
+    return tuple(
+        torch.empty_like(t, memory_format=torch.contiguous_format) if w else query.new_empty(0)
+        for t, w in zip((query, key, value, *call[:3]), wanted, strict=True)
+    )
 
 
 @kernel_op("scaled_dot_product_attention_backward", _backward_fake)
@@ -208,9 +209,15 @@ def scaled_dot_product_attention_backward(
     wanted: Sequence[int],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv, and of bias, sinks and table those wanted; an empty tensor for the others."""
+    """Gradients of query, key, value, bias, sinks and table; an empty tensor for each not wanted.
+
+    A product that nothing needs (frozen keys and values of an encoder) is left out.
+    """
     call = Call.unpacked(tensors, floats, integers, function)
-    gradients = SCALED_DOT_PRODUCT_ATTENTION.modules[backend].backward(
-        dy, dlse, query, key, value, output, lse, call, tuple(bool(w) for w in wanted)
+    gradients = run_kernels(
+        SCALED_DOT_PRODUCT_ATTENTION.modules[backend].backward,
+        *(dy, dlse, query, key, value, output, lse, call, tuple(bool(w) for w in wanted)),
+        function=call.function,
     )
-    return tuple(query.new_empty(0) if g is None else g for g in gradients)
+    # A kernel may make one that nobody wants beside one that somebody does.
+    return tuple(g if w else query.new_empty(0) for g, w in zip(gradients, wanted, strict=True))

@@ -38,9 +38,10 @@ def backward(dy, dlse, query, key, value, output, lse, call, wanted):
     problem, _problem_tensors = _problem(query, key, value, call, dy, dlse)
     variant, variant_tensors = _variant(call)
     gradients = [
-        torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)
+        torch.empty_like(t, memory_format=torch.contiguous_format) if w else None
+        for t, w in zip((query, key, value), wanted[:3], strict=True)
     ]
-    bias, sinks, table = (t if w else None for t, w in zip(call[:3], wanted, strict=True))
+    bias, sinks, table = (t if w else None for t, w in zip(call[:3], wanted[3:], strict=True))
     dbias = dsinks = drelative = dtable = None
     if bias is not None:
         dbias = torch.zeros_like(bias, memory_format=torch.contiguous_format)

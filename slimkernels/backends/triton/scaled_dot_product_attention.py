@@ -89,10 +89,13 @@ def backward(dy, dlse, query, key, value, output, lse, call, wanted):
     operands = given.operands(with_whole_rows(dy), output.contiguous())
     statistics = given.statistics(lse, dlse)
     sum_rows(given, operands, statistics)
-    dq, dtable = dq_of(given, operands, statistics, wanted[2])
-    dk, dv = dkdv_of(given, operands, statistics)
-    dbias = dbias_of(given, operands, statistics) if wanted[0] else None
-    dsinks = _dsinks(call.sinks, statistics) if wanted[1] else None
+    dq = dk = dv = dtable = None
+    if wanted[0] or wanted[5]:
+        dq, dtable = dq_of(given, operands, statistics, wanted[5])
+    if wanted[1] or wanted[2]:
+        dk, dv = dkdv_of(given, operands, statistics)
+    dbias = dbias_of(given, operands, statistics) if wanted[3] else None
+    dsinks = _dsinks(call.sinks, statistics) if wanted[4] else None
     return dq, dk, dv, dbias, dsinks, dtable
 
 
