@@ -106,7 +106,7 @@ SCALED_DOT_PRODUCT_ATTENTION = Op(NAME, order=("triton", "cuda", "cpu"), argumen
 
 def _forward(query, key, value, call, backend):
     """The output, and lse as kernels keep it; past the registered op where nobody needs it."""
-    if may_skip_dispatcher((query, key, value, *call, *call.function_tensors)):
+    if may_skip_dispatcher((query, key, value, *call.tensors)):
         module = SCALED_DOT_PRODUCT_ATTENTION.modules[backend]
         return on_device_of(query, module.forward, query, key, value, call)
     return scaled_dot_product_attention_forward(query, key, value, *call.packed(), backend)
