@@ -1,8 +1,8 @@
 """What one call costs the host: python -m benchmarks.host_time
 
 Tensors so small that Python, checks and the choice of a backend take as long as the numbers do.
-Microseconds a call, of the op as it runs by itself and of torch's own functions, which take turns of
-a few calls each: medians; the ratio is that of the turns, above 1 where ours is faster. "With
+Microseconds a call, of the op as it runs by itself and of torch's own functions, which take turns
+of a few calls each: medians; the ratio is that of the turns, above 1 where ours is faster. "With
 backward" is forward and the gradient of every floating input.
 """
 

@@ -253,6 +253,7 @@ def test_bad_t5_bias_is_one_sentence(table, options, sentence):
         t5_relative_bias(table, **options)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_a_remembered_call_answers_for_no_other():
     """What equals it in shapes, or as a key of a dict, and yet is another call."""
     q, k = Q.clone(), K.clone()
