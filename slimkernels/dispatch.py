@@ -23,7 +23,7 @@ import contextlib
 import functools
 import importlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 
@@ -105,7 +105,9 @@ class Op:
         """Why `backend` cannot run this call, in a sentence; None if it can."""
         if backend == "torch":
             return None
-        module = self.modules.get(backend, f"{self.name} has no {backend} kernel")
+        module = self.modules.get(backend)
+        if module is None:
+            return f"{self.name} has no {backend} kernel"
         return module if isinstance(module, str) else module.unsupported(*args)
 
     def _refusal(self, backend: str, *args) -> str | None:
@@ -117,12 +119,14 @@ class Op:
 
     def select(self, *args, backend: str | None = None) -> str:
         """The backend that will run this call. Pure: no imports, logs, warnings or env reads."""
-        wanted = _known(backend) or _known(_forced, " in SLIMKERNELS_BACKEND")
-        if wanted is None:
-            for candidate in self.order:
+        if backend is None and _forced is None:
+            # What a GPU's backends say of tensors on the CPU would take longer than a small call.
+            order = ("cpu",) if args and args[0].is_cpu else self.order
+            for candidate in order:
                 if self._refusal(candidate, *args) is None:
                     return candidate
             return "torch"
+        wanted = _known(backend) or _known(_forced, " in SLIMKERNELS_BACKEND")
         reason = self.unsupported(wanted, *args)
         if reason is not None and self.is_bonus and backend is None:
             return "torch"
@@ -167,12 +171,15 @@ def needs_gradient(*tensors: torch.Tensor | None) -> bool:
     """
     if forward_ad._current_level >= 0:
         return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    # A list: the generator that any() would else take costs more than all the rest.
+    return torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
 
 
-def distinct(*args) -> list:
+def distinct(*args) -> Sequence:
     """`args` with a view in place of a tensor that came before: torch.compile cannot trace a
     Function that is given one tensor twice, as self-attention and tied parameters do."""
+    if not torch.compiler.is_compiling():
+        return args
     return [
         t.view_as(t) if isinstance(t, torch.Tensor) and any(t is s for s in args[:i]) else t
         for i, t in enumerate(args)
@@ -204,7 +211,7 @@ def kernel_op(name: str, fake: Callable) -> Callable[[Callable], Callable]:
         def call(*args):
             if not may_skip_dispatcher(args):
                 return op(*args)
-            return run(*args)
+            return on_device_of(args[0], function, *args)
 
         call.op = op  # for torch.library.opcheck
         return call
@@ -217,14 +224,13 @@ def on_device_of(tensor: torch.Tensor, function: Callable, *args):
 
     Triton launches on the current device, whatever its arguments are on.
     """
-    place = tensor.device
-    if place.type != "cuda" or place.index == torch.cuda.current_device():
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
         return function(*args)
-    with torch.cuda.device(place):
+    with torch.cuda.device(tensor.device):
         return function(*args)
 
 
-def may_skip_dispatcher(args: tuple) -> bool:
+def may_skip_dispatcher(args: Sequence) -> bool:
     """Whether a kernel may run at once rather than as a registered op.
 
     That is, whether nobody traces or records the call, and all tensors are memory to be read as it
@@ -239,6 +245,12 @@ def may_skip_dispatcher(args: tuple) -> bool:
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    flat = [a for arg in args for a in (arg if isinstance(arg, list) else (arg,))]
-    tensors = [a for a in flat if isinstance(a, torch.Tensor)]
-    return all(type(t) in _PLAIN and not t.is_neg() for t in tensors)
+    for arg in args:
+        if arg is None:
+            continue
+        if type(arg) in _PLAIN:
+            if arg.is_neg():
+                return False
+        elif isinstance(arg, torch.Tensor) or (type(arg) is list and not may_skip_dispatcher(arg)):
+            return False
+    return True

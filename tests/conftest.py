@@ -27,12 +27,13 @@ def poison_uninitialised_memory():
 
 @pytest.fixture(autouse=True)
 def run_kernels_where_eager_is_faster(monkeypatch):
-    """The CPU's norms must be right at the small sizes that they leave to ATen, too."""
+    """The CPU's kernels must be right at the small sizes that they leave to ATen, too."""
     from slimkernels.dispatch import OPS
 
-    for op in ("layer_norm", "add_layer_norm"):
+    least = {"layer_norm": "MIN_FLOAT32", "add_layer_norm": "MIN_FLOAT32", "softmax": "MIN_PLAIN"}
+    for op, name in least.items():
         if op in OPS and not isinstance(OPS[op].modules["cpu"], str):
-            monkeypatch.setattr(OPS[op].modules["cpu"], "MIN_FLOAT32", 0)
+            monkeypatch.setattr(OPS[op].modules["cpu"], name, 0)
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from slimkernels.dispatch import may_skip_dispatcher
 from slimkernels.ops._attention_variant import (
     AttentionVariant,
     Call,
@@ -20,12 +19,21 @@ from slimkernels.ops._checks import (
     check_integer,
     check_number,
     check_tensor,
+    is_readable,
+    value_range,
 )
 from slimkernels.ops._score_function import ScoreFunction
 
 NAME = "scaled_dot_product_attention"
 # Of offsets and windows: kernels add two of them to a position in 32 bits.
 _FARTHEST = 2**29
+
+# Checked calls without further tensors, by _signature(): to look one up takes a third of the time
+# that the checks take, which is that of a small call's numbers.
+_known_calls: dict[tuple, Call] = {}
+_MOST_KNOWN = 1024
+# The types of _signature's options. Others, such as 1 for True, are refused or equal to these.
+_ORDINARY = {(float, bool, kind, bool, bool) for kind in (type(None), float)}
 
 
 def call_of(
@@ -44,6 +52,41 @@ def call_of(
     return_lse=False,
 ) -> tuple[Tensor, Tensor, Tensor, Call]:
     """What the op, the definition and every backend take, without dropout's seed."""
+    options = dropout_p, is_causal, scale, enable_gqa, return_lse
+    is_plain = attn_mask is cu_seqlens is variant is None
+    signature = _signature(query, key, value, options) if is_plain else None
+    call = None if signature is None else _known_calls.get(signature)
+    if call is None:
+        call = _checked(query, key, value, attn_mask, cu_seqlens, variant, options)
+        if signature is not None:
+            if len(_known_calls) >= _MOST_KNOWN:
+                _known_calls.clear()
+            _known_calls[signature] = call
+    if key_lengths is not None:
+        _check_key_lengths(key_lengths, query, key, call)
+        call = call._replace(key_lengths=key_lengths)
+    return query, key, value, call
+
+
+def _signature(query, key, value, options):
+    """All that a plain call's checks look at; None where some of it is out of the ordinary."""
+    if torch.compiler.is_compiling() or tuple(map(type, options)) not in _ORDINARY:
+        return None
+    if not type(query) is type(key) is type(value) is Tensor:
+        return None
+    if query.is_nested or key.is_nested or value.is_nested:  # which have no shape
+        return None
+    return (
+        *(query.shape, query.dtype, query.device, query.layout),
+        *(key.shape, key.dtype, key.device, key.layout),
+        *(value.shape, value.dtype, value.device, value.layout),
+        options,
+    )
+
+
+def _checked(query, key, value, attn_mask, cu_seqlens, variant, options):
+    """The Call of these arguments, all checked; without key_lengths."""
+    dropout_p, is_causal, scale, enable_gqa, return_lse = options
     variant = AttentionVariant() if variant is None else variant
     if not isinstance(variant, AttentionVariant):
         _refuse("variant", "an AttentionVariant", type(variant).__name__)
@@ -55,17 +98,10 @@ def call_of(
     check_dropout(NAME, dropout_p)
     cu_q = cu_k = None
     if ragged:
-        if key_lengths is not None:
-            raise ValueError(
-                f"{NAME}: key_lengths must be None with cu_seqlens, which has the lengths"
-            )
         cu_q, cu_k = _boundaries(cu_seqlens, query, key)
         B, H, Tq, Tk = cu_q.shape[0] - 1, query.shape[1], None, None
     else:
         (B, H, Tq, _), Tk = query.shape, key.shape[2]
-        if key_lengths is not None:
-            _check_integers("key_lengths", key_lengths, query, B)
-            _check_key_lengths(key_lengths, Tk)
     if scale is not None:
         check_number(NAME, "scale", scale)
     sizes = B, H, Tq, Tk
@@ -74,14 +110,14 @@ def call_of(
     offset, offsets = _offset(variant.causal_offset, query, B)
     table, buckets = _relative_bias(variant.relative_bias, query, H)
     function, function_tensors = _function(variant, query)
-    call = Call(
+    return Call(
         bias=bias,
         sinks=_sinks(variant.sinks, query, H),
         table=table,
         buckets=buckets,
         mask=mask,
         alibi_slopes=_slopes(variant.alibi_slopes, query, B, H),
-        key_lengths=key_lengths,
+        key_lengths=None,
         causal_offsets=offsets,
         cu_seqlens_q=cu_q,
         cu_seqlens_k=cu_k,
@@ -97,7 +133,6 @@ def call_of(
         function=function,
         function_tensors=function_tensors,
     )
-    return query, key, value, call
 
 
 def _refuse(name, expected, got):
@@ -110,26 +145,32 @@ def _check_tensors(query, key, value, ragged, enable_gqa):
         check_tensor(NAME, name, tensor)
         if tensor.dim() != (3 if ragged else 4):
             _refuse(name, layout, tuple(tensor.shape))
-        for what in ("dtype", "device"):
-            expected, actual = getattr(query, what), getattr(tensor, what)
-            if expected != actual:
-                raise ValueError(
-                    f"{NAME}: {name} must have query's {what} {expected}; got {actual}"
-                )
-    shape, heads = tuple(query.shape), -2 if ragged else -3
-    if query.shape[-1] == 0:
-        raise ValueError(f"{NAME}: query {shape} has no elements in a head")
-    if key.shape[-1] != query.shape[-1] or (not ragged and key.shape[0] != query.shape[0]):
+        if tensor.dtype != query.dtype:
+            _refuse_unlike(name, "dtype", query.dtype, tensor.dtype)
+        if tensor.device != query.device:
+            _refuse_unlike(name, "device", query.device, tensor.device)
+    _check_shapes(query.shape, key.shape, value.shape, ragged, enable_gqa)
+
+
+def _refuse_unlike(name, what, expected, got):
+    raise ValueError(f"{NAME}: {name} must have query's {what} {expected}; got {got}")
+
+
+def _check_shapes(query, key, value, ragged, enable_gqa):
+    if query[-1] == 0:
+        raise ValueError(f"{NAME}: query {tuple(query)} has no elements in a head")
+    if key[-1] != query[-1] or (not ragged and key[0] != query[0]):
         what = "width" if ragged else "batch and width"
-        raise ValueError(f"{NAME}: key must have query's {what} {shape}; got {tuple(key.shape)}")
-    if value.shape[:-1] != key.shape[:-1]:
+        raise ValueError(f"{NAME}: key must have query's {what} {tuple(query)}; got {tuple(key)}")
+    if value[:-1] != key[:-1]:
         raise ValueError(
-            f"{NAME}: value must have key's shape {tuple(key.shape)} but for the width; "
-            f"got {tuple(value.shape)}"
+            f"{NAME}: value must have key's shape {tuple(key)} but for the width; "
+            f"got {tuple(value)}"
         )
-    if value.shape[-1] == 0:
-        raise ValueError(f"{NAME}: value {tuple(value.shape)} has no elements in a head")
-    H, Hkv = query.shape[heads], key.shape[heads]
+    if value[-1] == 0:
+        raise ValueError(f"{NAME}: value {tuple(value)} has no elements in a head")
+    heads = -2 if ragged else -3
+    H, Hkv = query[heads], key[heads]
     if Hkv == 0 or H % Hkv:
         raise ValueError(f"{NAME}: query's heads must be a multiple of key's {Hkv}; got {H}")
     if Hkv != H and not enable_gqa:
@@ -170,11 +211,6 @@ def _check_parameter(name, value, query):
     _check_device(name, value, query)
 
 
-def _readable(values: Tensor) -> bool:
-    """Whether the host may look at the values: not on a GPU, not while somebody traces."""
-    return values.device.type == "cpu" and may_skip_dispatcher((values,))
-
-
 def _boundaries(cu_seqlens, query, key):
     """cu_seqlens of the queries and of the keys, checked."""
     pair = cu_seqlens if isinstance(cu_seqlens, tuple | list) else (cu_seqlens, cu_seqlens)
@@ -195,7 +231,7 @@ def _check_boundaries(cu_seqlens, of, tensor):
     _check_integers("cu_seqlens", cu_seqlens, tensor, "(sequences + 1,)")
     if cu_seqlens.shape[0] == 0:
         raise ValueError(f"{NAME}: cu_seqlens must have shape (sequences + 1,); got (0,)")
-    if not _readable(cu_seqlens):
+    if not is_readable(cu_seqlens):
         return
     values, T = cu_seqlens.tolist(), tensor.shape[0]
     if values[0] != 0 or values[-1] != T:
@@ -207,13 +243,16 @@ def _check_boundaries(cu_seqlens, of, tensor):
         raise ValueError(f"{NAME}: cu_seqlens of {of} must not fall; got {values}")
 
 
-def _check_key_lengths(key_lengths, Tk):
-    if not _readable(key_lengths) or key_lengths.numel() == 0:
+def _check_key_lengths(key_lengths, query, key, call):
+    if call.ragged:
+        raise ValueError(f"{NAME}: key_lengths must be None with cu_seqlens, which has the lengths")
+    _check_integers("key_lengths", key_lengths, query, query.shape[0])
+    if not is_readable(key_lengths) or key_lengths.numel() == 0:
         return
-    low, high = (int(value) for value in key_lengths.aminmax())
-    if low < 0 or high > Tk:
+    low, high = value_range(key_lengths)
+    if low < 0 or high > key.shape[2]:
         raise ValueError(
-            f"{NAME}: key_lengths must be from 0 to the {Tk} keys; got {low} to {high}"
+            f"{NAME}: key_lengths must be from 0 to the {key.shape[2]} keys; got {low} to {high}"
         )
 
 
@@ -273,8 +312,8 @@ def _is_reach(side):
 def _offset(offset, query, B):
     if isinstance(offset, Tensor):
         _check_integers("variant.causal_offset", offset, query, B)
-        if _readable(offset) and offset.numel():
-            low, high = (int(value) for value in offset.aminmax())
+        if is_readable(offset) and offset.numel():
+            low, high = value_range(offset)
             if low < -_FARTHEST or high > _FARTHEST:
                 _refuse("variant.causal_offset", "at most 2^29 in size", f"{low} to {high}")
         return 0, offset
@@ -334,8 +373,8 @@ def _relative_bias(relative, query, H):
     _check_integers(name, buckets, query, shape)
     if buckets.shape[0] % 2 == 0:
         raise ValueError(f"{NAME}: {name} must have shape {shape}; got {tuple(buckets.shape)}")
-    if _readable(buckets):
-        low, high = (int(value) for value in buckets.aminmax())
+    if is_readable(buckets):
+        low, high = value_range(buckets)
         if low < 0 or high >= table.shape[0]:
             _refuse(name, f"rows of table, from 0 to {table.shape[0] - 1}", f"{low} to {high}")
     return table, buckets

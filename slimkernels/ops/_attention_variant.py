@@ -142,6 +142,10 @@ class Call(NamedTuple):
         return self.cu_seqlens_q is not None
 
     @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self[:_TENSORS] + self.function_tensors
+
+    @property
     def is_modified(self) -> bool:
         """Whether scores are more than scale * query @ key^T."""
         return bool(self.softcap) or any(
@@ -167,7 +171,7 @@ class Call(NamedTuple):
     def packed(self) -> tuple[list, list[float], list[int], str]:
         """The parameters of a registered op: tensors, floats, integers, the function's name."""
         flat = self.flat()
-        tensors = [*flat[:_TENSORS], *self.function_tensors]
+        tensors = list(self.tensors)
         floats, integers = flat[_TENSORS : _TENSORS + 3], flat[_TENSORS + 3 : _TENSORS + 8]
         return tensors, list(floats), [int(n) for n in integers], flat[_TENSORS + 8]
 

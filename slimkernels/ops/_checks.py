@@ -8,6 +8,8 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
+from slimkernels.dispatch import may_skip_dispatcher
+
 _LARGEST = torch.finfo(torch.float32).max
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -30,7 +32,7 @@ def check_parameter(op: str, name: str, value: object, x: Tensor, size: int) -> 
     if value is None:
         return
     check_tensor(op, name, value)
-    if tuple(value.shape) != (size,):
+    if value.shape != (size,):
         raise ValueError(
             f"{op}: {name} must have shape ({size},), the normalized dimension of input "
             f"{tuple(x.shape)}; got {tuple(value.shape)}"
@@ -53,10 +55,10 @@ def normalized_rows(
     """`input`, `weight` and `bias` with the normalized dimensions, checked, flattened into one."""
     check_tensor(op, "input", input)
     row = normalized_shape
-    row = tuple(row) if isinstance(row, Sequence) else (row,)
+    row = (row,) if isinstance(row, int) or not isinstance(row, Sequence) else tuple(row)
     for size in row:
         check_integer(op, "normalized_shape", size)
-    if not row or tuple(input.shape[-len(row) :]) != row:
+    if not row or input.shape[-len(row) :] != row:
         raise ValueError(
             f"{op}: normalized_shape must be the last dimensions of input "
             f"{tuple(input.shape)}; got {row}"
@@ -108,7 +110,7 @@ def check_mask(op: str, mask: object, input: Tensor) -> None:
 
 def check_number(op: str, name: str, value: object) -> None:
     """`value` is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if isinstance(value, bool) or not isinstance(value, (float, int, Real)):
         raise ValueError(f"{op}: {name} must be a number; got {value!r}")
     # Comparisons, which torch.compile can trace for a number that it does not know.
     if not -_LARGEST <= value <= _LARGEST:
@@ -117,7 +119,7 @@ def check_number(op: str, name: str, value: object) -> None:
 
 def check_integer(op: str, name: str, value: object) -> None:
     """`value` is a whole number; what torch.compile counts symbolically is one, too."""
-    if isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt)):
+    if isinstance(value, bool) or not isinstance(value, (int, Integral, torch.SymInt)):
         raise ValueError(f"{op}: {name} must be an integer; got {value!r}")
 
 
@@ -135,6 +137,20 @@ def check_dropout(op: str, dropout_p: float) -> None:
         raise ValueError(f"{op}: dropout_p must be in [0, 1); got {dropout_p}")
 
 
+def is_readable(values: Tensor) -> bool:
+    """Whether the host may look at the values: not on a GPU, not while somebody traces."""
+    return values.is_cpu and may_skip_dispatcher((values,))
+
+
+def value_range(values: Tensor) -> tuple[int, int]:
+    """The least and the greatest of integers that the host may look at, at least one."""
+    if values.numel() <= 256:  # a list is made sooner than two tensors
+        listed = values.flatten().tolist()
+        return min(listed), max(listed)
+    low, high = values.aminmax()
+    return int(low), int(high)
+
+
 def autocast_device(x: Tensor) -> str:
     """The device type whose autocast x's products would follow; meta tensors have none."""
-    return "cpu" if x.device.type == "meta" else x.device.type
+    return "cpu" if x.is_cpu or x.is_meta else x.device.type

@@ -74,7 +74,7 @@ def add_layer_norm(
         y, total = _AddLayerNorm.apply(*distinct(*args), seed, chosen)
     else:
         y, total, _, _ = add_layer_norm_forward(*args, seed, chosen)
-    return y.view(input.shape), total.view(input.shape)
+    return (y, total) if args[0] is input else (y.view(input.shape), total.view(input.shape))
 
 
 def _arguments(
@@ -85,7 +85,8 @@ def _arguments(
     check_alike("add_layer_norm", "residual", residual, input)
     check_number("add_layer_norm", "eps", eps)
     check_dropout("add_layer_norm", dropout_p)
-    return x, residual.reshape(x.shape), weight, bias, eps, dropout_p
+    residual = residual if x is input else residual.reshape(x.shape)
+    return x, residual, weight, bias, eps, dropout_p
 
 
 # Order: triton before cuda until a table of GPU measurements says otherwise.

@@ -7,7 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slimkernels.dispatch import Op, kernel_op, needs_gradient
-from slimkernels.ops._checks import autocast_device, check_integer, check_number, check_tensor
+from slimkernels.ops._checks import (
+    autocast_device,
+    check_integer,
+    check_number,
+    check_tensor,
+    is_readable,
+    value_range,
+)
 from slimkernels.ops._first_order import first_order
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -69,7 +76,7 @@ def cross_entropy(
         loss = _CrossEntropy.apply(*args, chosen)
     else:
         loss = cross_entropy_forward(*args, chosen)[0]
-    return loss.view(target.shape) if reduction == "none" else loss
+    return loss.view(target.shape) if reduction == "none" and input.dim() != 2 else loss
 
 
 def _by_torch(x, target, ignore_index, reduction, label_smoothing):
@@ -95,9 +102,10 @@ def _arguments(input, target, *, ignore_index=-100, reduction="mean", label_smoo
         )
     if input.dim() == 0:
         raise ValueError("cross_entropy: input must have a dimension of classes; got shape ()")
-    x = input.unsqueeze(0) if input.dim() == 1 else input.movedim(1, -1)
-    expected = tuple(x.shape[:-1]) if input.dim() > 1 else ()
-    if tuple(target.shape) != expected:
+    rank = input.dim()
+    x = input if rank == 2 else input.unsqueeze(0) if rank == 1 else input.movedim(1, -1)
+    expected = tuple(x.shape[:-1]) if rank > 1 else ()
+    if target.shape != expected:
         raise ValueError(
             f"cross_entropy: target must have shape {expected}, that of input "
             f"{tuple(input.shape)} without its classes; got {tuple(target.shape)}"
@@ -117,13 +125,17 @@ def _arguments(input, target, *, ignore_index=-100, reduction="mean", label_smoo
     if x.shape[-1] == 0:
         raise ValueError(f"cross_entropy: input {tuple(input.shape)} has no classes")
     _check_labels(target, x.shape[-1], ignore_index)
-    x = x.reshape(-1, x.shape[-1])
-    return x, target.reshape(-1).to(torch.int64), ignore_index, reduction, label_smoothing
+    if rank != 2:
+        x, target = x.reshape(-1, x.shape[-1]), target.reshape(-1)
+    target = target if target.dtype == torch.int64 else target.to(torch.int64)
+    return x, target, ignore_index, reduction, label_smoothing
 
 
 def _check_labels(target, V, ignore_index):
-    """Where reading the labels costs nothing: not on a GPU, not while compiling."""
-    if target.device.type != "cpu" or torch.compiler.is_compiling():
+    if not is_readable(target) or target.numel() == 0:
+        return
+    low, high = value_range(target)
+    if low >= 0 and high < V:  # the common case, in one pass over the labels
         return
     wrong = ((target < 0) | (target >= V)) & (target != ignore_index)
     if not wrong.any():

@@ -51,7 +51,8 @@ def gelu(
     if chosen == "torch":
         # The definition in torch's one fused kernel, which is what eager code would call.
         z = x if bias is None else x.to(torch.promote_types(x.dtype, torch.float32)) + bias
-        return F.gelu(z, approximate=approximate).to(x.dtype)
+        y = F.gelu(z, approximate=approximate)
+        return y if y.dtype == x.dtype else y.to(x.dtype)
     if needs_gradient(x, bias):
         return _GELU.apply(*distinct(*args), chosen)
     return gelu_forward(*args, chosen)

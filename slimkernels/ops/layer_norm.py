@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from slimkernels.dispatch import Op, distinct, kernel_op, needs_gradient
@@ -47,24 +46,27 @@ def layer_norm(
     x, weight, bias, _ = args = _arguments(input, normalized_shape, weight, bias, eps)
     chosen = LAYER_NORM.select(*args, backend=backend)
     if chosen == "torch":
-        return layer_norm_by_torch(*args).view(input.shape)
-    if needs_gradient(x, weight, bias):
-        return _LayerNorm.apply(*distinct(*args), chosen).view(input.shape)
-    return layer_norm_forward(*args, chosen)[0].view(input.shape)
+        y = layer_norm_by_torch(*args)
+    elif needs_gradient(x, weight, bias):
+        y = _LayerNorm.apply(*distinct(*args), chosen)
+    else:
+        y = layer_norm_forward(*args, chosen)[0]
+    return y if x is input else y.view(input.shape)
 
 
 def layer_norm_by_torch(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
     """The definition in torch's one fused kernel, where it is as exact and takes the dtypes."""
-    if x.dtype == torch.float64 or any(
-        p is not None and p.dtype != x.dtype for p in (weight, bias)
-    ):
+    for parameter in (weight, bias):
+        if parameter is not None and parameter.dtype != x.dtype:
+            return layer_norm_reference(x, weight, bias, eps)
+    if x.dtype == torch.float64:
         return layer_norm_reference(x, weight, bias, eps)
     if not torch.is_autocast_enabled(autocast_device(x)):  # leaving it costs more than a small norm
-        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+        return torch.layer_norm(x, x.shape[-1:], weight, bias, eps)
     with torch.autocast(autocast_device(x), enabled=False):  # which would return float32
-        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+        return torch.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
 def _arguments(input, normalized_shape, weight=None, bias=None, eps=1e-5):

@@ -107,7 +107,7 @@ SCALED_DOT_PRODUCT_ATTENTION = Op(NAME, order=("triton", "cuda", "cpu"), argumen
 
 def _forward(query, key, value, call, backend):
     """The output, and lse as kernels keep it; past the registered op where nobody needs it."""
-    if may_skip_dispatcher((query, key, value, *call, *call.function_tensors)):
+    if may_skip_dispatcher((query, key, value, *call.tensors)):
         module = SCALED_DOT_PRODUCT_ATTENTION.modules[backend]
         given = query, module.forward, query, key, value, call
         return run_kernels(on_device_of, *given, function=call.function)

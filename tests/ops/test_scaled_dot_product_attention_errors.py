@@ -13,6 +13,7 @@ from op_cases import KERNEL_BACKENDS, device_of
 
 import slimkernels as sk
 from slimkernels.dispatch import OPS
+from slimkernels.ops import _attention_arguments
 from slimkernels.ops._attention_variant import (
     AttentionVariant,
     RelativeBias,
@@ -250,6 +251,36 @@ def test_bad_score_function_is_one_sentence(functions, sentence):
 def test_bad_t5_bias_is_one_sentence(table, options, sentence):
     with pytest.raises(ValueError, match=f"^t5_relative_bias: {sentence}"):
         t5_relative_bias(table, **options)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_remembered_call_answers_for_no_other():
+    """What equals it in shapes, or as a key of a dict, and yet is another call."""
+    q, k = Q.clone(), K.clone()
+    options = {"scale": 1.0, "is_causal": True, "enable_gqa": True}
+    for _ in range(2):
+        first = OPS[NAME].arguments(q, k, k, **options)[-1]
+        assert (first.scale, first.right, first.key_lengths) == (1.0, 0, None)
+        lengths = ints(3, 7)
+        assert (
+            OPS[NAME].arguments(q, k, k, **options, key_lengths=lengths)[-1].key_lengths is lengths
+        )
+        assert OPS[NAME].arguments(q, k, k, **options | {"is_causal": False})[-1].right == -1
+        assert OPS[NAME].arguments(q, k, k, **options | {"scale": 2.0})[-1].scale == 2.0
+        for wrong in ({"is_causal": 1}, {"enable_gqa": 1}, {"scale": True}, {"dropout_p": False}):
+            (name,) = wrong
+            with pytest.raises(ValueError, match=f"^{NAME}: {name} must be"):
+                sk.scaled_dot_product_attention(q, k, k, **options | wrong)
+        for other in (k.to_sparse(), k.double(), k.to("meta"), torch.nested.nested_tensor([k[0]])):
+            with pytest.raises(ValueError, match=f"^{NAME}: key must "):
+                sk.scaled_dot_product_attention(q, other, k, **options)
+
+
+def test_few_calls_are_remembered():
+    known, most = _attention_arguments._known_calls, _attention_arguments._MOST_KNOWN
+    for n in range(most + 10):
+        OPS[NAME].arguments(Q, Q, Q, scale=1.0 + n)
+        assert len(known) <= most
 
 
 @pytest.mark.parametrize("leaf", ["query", "key", "bias", "table", "value", None])

@@ -321,3 +321,24 @@ def test_bad_input_is_one_sentence(backend, arguments, sentence):
 def test_parameters_of_torchs_softmax_that_are_absent():
     with pytest.raises(TypeError, match="dtype"):
         sk.softmax(X, -1, dtype=torch.float64)
+
+
+def test_small_plain_calls_are_left_to_aten(monkeypatch):
+    cpu = pytest.importorskip("slimkernels.backends.cpu.softmax")
+    monkeypatch.setattr(cpu, "MIN_PLAIN", 100)
+    x = torch.randn(9, 11)
+    assert torch.equal(sk.softmax(x), torch.softmax(x, -1))
+    with pytest.raises(sk.BackendError, match="faster below 100 elements .*, and input has 99"):
+        sk.softmax(x, backend="cpu")
+    for options in ({"scale": 0.5}, {"is_causal": True}, {"mask": x > 0}):
+        assert sk.explain(sk.softmax, x, **options).startswith("softmax runs on cpu")
+    assert sk.explain(sk.softmax, torch.randn(10, 11)).startswith("softmax runs on cpu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_torch_backend_keeps_the_dtype_under_autocast(dtype):
+    x = torch.randn(9, 40).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = sk.softmax(x, backend="torch")
+    eager, truth = (softmax_reference(t, 1.0, None, False) for t in (x, x.double()))
+    assert_no_worse(actual, eager, truth)

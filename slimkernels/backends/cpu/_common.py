@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterator
 
 import torch
@@ -25,7 +26,7 @@ _ISAS_BUILT = ", ".join(_cpu.isas_built())
 
 def unsupported_tensor(x: Tensor) -> str | None:
     """The refusals that do not depend on the op: device, dtype, instruction set."""
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return f"it needs CPU tensors and input is on {x.device}"
     if x.dtype not in DTYPES:
         return f"it is written for float32 and bfloat16 and input is {x.dtype}"
@@ -44,6 +45,15 @@ def pointer(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
+def pointers(*tensors: Tensor | None) -> list[int]:
+    return [0 if x is None else x.data_ptr() for x in tensors]
+
+
+def address(numbers: array | None) -> int:
+    """Where a struct of 64-bit integers lies, which its array must outlive; 0 stands for None."""
+    return 0 if numbers is None else numbers.buffer_info()[0]
+
+
 def empty_gradient(parameter: Tensor | None, x: Tensor) -> Tensor:
     """Room for the gradient of a parameter; an empty tensor for one that was not given."""
     return x.new_empty(0) if parameter is None else torch.empty_like(parameter)
@@ -55,7 +65,7 @@ def norm_parameters(
     """weight and bias without gaps, and their dtype's number; of two dtypes both become float32."""
     dtypes = {p.dtype for p in (weight, bias) if p is not None}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-    weight, bias = (None if p is None else _to(p, dtype).contiguous() for p in (weight, bias))
+    weight, bias = (None if p is None else as_dtype(p, dtype).contiguous() for p in (weight, bias))
     return weight, bias, DTYPES[dtype]
 
 
@@ -64,10 +74,10 @@ def as_wanted(
 ) -> Iterator[Tensor]:
     """The gradients of what norm_parameters made, in the dtypes that came."""
     for gradient, parameter in zip(gradients, parameters, strict=True):
-        yield gradient if parameter is None else _to(gradient, parameter.dtype)
+        yield gradient if parameter is None else as_dtype(gradient, parameter.dtype)
 
 
-def _to(x: Tensor, dtype: torch.dtype) -> Tensor:
+def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
     # Tensor.to takes microseconds to find that it has nothing to do.
     return x if x.dtype == dtype else x.to(dtype)
 
@@ -75,10 +85,13 @@ def _to(x: Tensor, dtype: torch.dtype) -> Tensor:
 __all__ = [
     "DTYPES",
     "_cpu",
+    "address",
+    "as_dtype",
     "as_wanted",
     "empty_gradient",
     "norm_parameters",
     "pointer",
+    "pointers",
     "run",
     "unsupported_tensor",
 ]

@@ -9,7 +9,7 @@ from slimkernels.backends.cpu._common import (
     as_wanted,
     empty_gradient,
     norm_parameters,
-    pointer,
+    pointers,
     run,
     unsupported_tensor,
 )
@@ -39,7 +39,7 @@ def forward(x, residual, weight, bias, eps, dropout_p, seed):
     rstd = torch.empty_like(mean)
     run(
         _cpu.add_layer_norm_forward,
-        *(pointer(t) for t in (x, residual, weight, bias, y, total, mean, rstd, seed)),
+        *pointers(x, residual, weight, bias, y, total, mean, rstd, seed),
         *(x.numel() // N, N, eps, dropout_p, threshold(dropout_p)),
         *(DTYPES[x.dtype], parameter_dtype),
     )
@@ -58,7 +58,7 @@ def backward(dy, dsum, total, weight, bias, mean, rstd, dropout_p, seed):
     tensors = dy, dsum, total, weight, mean, rstd, dx, dresidual, dweight, dbias, seed
     run(
         _cpu.add_layer_norm_backward,
-        *(pointer(t) for t in tensors),
+        *pointers(*tensors),
         *(total.numel() // N, N, dropout_p, threshold(dropout_p)),
         *(DTYPES[total.dtype], parameter_dtype),
     )

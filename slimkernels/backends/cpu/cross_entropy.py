@@ -2,7 +2,15 @@
 
 import torch
 
-from slimkernels.backends.cpu._common import DTYPES, _cpu, pointer, run, unsupported_tensor
+from slimkernels.backends.cpu._common import (
+    DTYPES,
+    _cpu,
+    as_dtype,
+    pointer,
+    pointers,
+    run,
+    unsupported_tensor,
+)
 
 
 def unsupported(x, target, ignore_index, reduction, label_smoothing):
@@ -18,22 +26,22 @@ def forward(x, target, ignore_index, reduction, label_smoothing):
     count = x.new_empty(1, dtype=torch.float32)
     run(
         _cpu.cross_entropy_forward,
-        *(pointer(t) for t in (x, target, losses, total, lse, count)),
+        *pointers(x, target, losses, total, lse, count),
         *(M, V, ignore_index, label_smoothing, int(reduction == "mean"), DTYPES[x.dtype]),
     )
-    return (losses if reduction == "none" else total).to(x.dtype), lse, count
+    return as_dtype(losses if reduction == "none" else total, x.dtype), lse, count
 
 
 def backward(dy, x, target, lse, count, ignore_index, reduction, label_smoothing):
     x, target = x.contiguous(), target.contiguous()
     M, V = x.shape
     dx = torch.empty_like(x)
-    dy = dy.to(torch.float32).contiguous()
+    dy = as_dtype(dy, torch.float32).contiguous()
     divisor = count if reduction == "mean" else None
     run(
         _cpu.cross_entropy_backward,
         *(pointer(dy), int(reduction == "none")),
-        *(pointer(t) for t in (x, target, lse, divisor, dx)),
+        *pointers(x, target, lse, divisor, dx),
         *(M, V, ignore_index, label_smoothing, DTYPES[x.dtype]),
     )
     return dx

@@ -6,7 +6,7 @@ from slimkernels.backends.cpu._common import (
     DTYPES,
     _cpu,
     empty_gradient,
-    pointer,
+    pointers,
     run,
     unsupported_tensor,
 )
@@ -23,7 +23,7 @@ def unsupported(x, bias, approximate):
 def forward(x, bias, approximate):
     x, bias, how = _prepared(x, bias, approximate)
     y = torch.empty_like(x)
-    run(_cpu.gelu_forward, *(pointer(t) for t in (x, bias, y)), *how)
+    run(_cpu.gelu_forward, *pointers(x, bias, y), *how)
     return y
 
 
@@ -33,7 +33,7 @@ def backward(dy, x, bias, approximate):
     dx = torch.empty_like(x)
     dbias = empty_gradient(bias, x)
     given = [dy, x, bias, dx, None if bias is None else dbias]
-    run(_cpu.gelu_backward, *(pointer(t) for t in given), *how)
+    run(_cpu.gelu_backward, *pointers(*given), *how)
     return dx, dbias
 
 

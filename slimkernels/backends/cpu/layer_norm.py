@@ -8,7 +8,7 @@ from slimkernels.backends.cpu._common import (
     as_wanted,
     empty_gradient,
     norm_parameters,
-    pointer,
+    pointers,
     run,
     unsupported_tensor,
 )
@@ -37,7 +37,7 @@ def forward(x, weight, bias, eps):
     rstd = torch.empty_like(mean)
     run(
         _cpu.layer_norm_forward,
-        *(pointer(t) for t in (x, weight, bias, y, mean, rstd)),
+        *pointers(x, weight, bias, y, mean, rstd),
         *(x.numel() // N, N, eps, DTYPES[x.dtype], parameter_dtype),
     )
     return y, mean, rstd
@@ -52,7 +52,7 @@ def backward(dy, x, weight, bias, mean, rstd):
     dweight, dbias = (empty_gradient(p, x) for p in (weight, bias))
     run(
         _cpu.layer_norm_backward,
-        *(pointer(t) for t in (dy, x, weight, mean, rstd, dx, dweight, dbias)),
+        *pointers(dy, x, weight, mean, rstd, dx, dweight, dbias),
         *(x.numel() // N, N, DTYPES[x.dtype], parameter_dtype),
     )
     return dx, *as_wanted((dweight, dbias), given)

@@ -35,7 +35,7 @@ _HAS_BOTH = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_avail
 
 
 def unsupported(x, weight, bias):
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return f"it needs CPU tensors and input is on {x.device}"
     if torch.is_autocast_enabled("cpu"):
         return "under autocast torch's own linear converts and multiplies"
