@@ -14,6 +14,8 @@ namespace slimkernels::SLIM_ISA {
 
 inline constexpr int64_t kTile = 16, kDepth = 32, kTileElements = kTile * kDepth;
 
+typedef uint16_t vshort2 __attribute__((vector_size(64)));
+
 inline int64_t steps_for(int64_t depth) { return (depth + kDepth - 1) / kDepth; }
 inline int64_t tiles_for(int64_t columns) { return (columns + kTile - 1) / kTile; }
 
@@ -122,6 +124,21 @@ inline void pack_left(const bf16* x, int64_t stride, int64_t rows, int64_t colum
   std::memset((void*)out, 0, (tiles_for(rows) * kTile - rows) * width * sizeof *x);
 }
 
+// x (rows, columns)'s transpose as A: rows, its columns, padded with zeros to `padded`, and columns
+// to whole tiles.
+inline void pack_left_transposed(const bf16* x, int64_t stride, int64_t rows, int64_t columns,
+                                 int64_t padded, bf16* out) {
+  for (int64_t row = 0; row < padded; row += kTile)
+    for_vectors(columns, [&](int64_t column, auto n) {
+      vfloat square[kTile];
+#pragma GCC unroll 16
+      for (int i = 0; i < kTile; ++i)
+        square[i] = row + i < rows ? load(x + (row + i) * stride + column, n) : vfloat{};
+      transpose_step<kLanes / 2>(square, EveryLane{});
+      for (int i = 0; i < kTile; ++i) store(out + (column + i) * padded + row, square[i], Full{});
+    });
+}
+
 // x (rows, columns)'s transpose as B, its columns, which are x's rows, padded with zeros to
 // `padded`.
 inline Tiles pack_right_transposed(const bf16* x, int64_t stride, int64_t rows, int64_t columns,
@@ -161,6 +178,34 @@ inline Tiles pack_right(const bf16* x, int64_t stride, int64_t rows, int64_t col
     });
   }
   return {out, kTileElements, tiles * kTileElements};
+}
+
+// x (rows, columns) in float32 as B, rows padded with zeros to whole steps of at most `most_rows`,
+// and, where `left` is not null, as A as well, which may be x's own memory.
+inline Tiles pack_right_pairs(const float* x, int64_t stride, int64_t rows, int64_t columns,
+                              int64_t most_rows, bf16* left, bf16* out) {
+  const int64_t column_stride = steps_for(most_rows) * kTileElements;
+  const int64_t left_rows = left ? tiles_for(rows) * kTile : 0;
+  vshort2 even_odd;
+  for (int i = 0; i < kDepth; ++i) even_odd[i] = uint16_t(i % 2 * kTile + i / 2);
+  for (int64_t row = 0; row < steps_for(rows) * kDepth; row += 2) {
+    const float* even = x + row * stride;
+    bf16* at = out + row / kDepth * kTileElements + row % kDepth / 2 * kDepth;
+    for (int64_t column = 0; column < columns; column += kTile, at += column_stride) {
+      const vfloat a = row < rows ? load(even + column, Full{}) : vfloat{};
+      const vfloat b = row + 1 < rows ? load(even + stride + column, Full{}) : vfloat{};
+      const auto both = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+      const __m512i pairs = _mm512_permutexvar_epi16((__m512i)even_odd, both);
+      std::memcpy(at, &pairs, sizeof pairs);
+      if (row < left_rows) {
+        bf16* row_of_left = left + row * 2 * stride + column;
+        std::memcpy(row_of_left, &both, sizeof both / 2);
+        std::memcpy(row_of_left + 2 * stride, (const char*)&both + sizeof both / 2,
+                    sizeof both / 2);
+      }
+    }
+  }
+  return {out, column_stride, kTileElements};
 }
 
 }  // namespace slimkernels::SLIM_ISA

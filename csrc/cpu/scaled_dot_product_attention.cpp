@@ -24,12 +24,6 @@ namespace {
 
 inline constexpr int64_t kQueriesPerItem = 256;
 
-// A type as a value, which chooses a template's instance inside a function.
-template <typename Type>
-struct Chosen {
-  using type = Type;
-};
-
 struct Item {
   int64_t batch, first_query;
 };

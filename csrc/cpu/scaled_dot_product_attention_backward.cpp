@@ -4,7 +4,7 @@
 //
 // Tiling   An item is one key head of one sequence with every query head that reads it: dkey and
 //          dvalue are summed without atomics. It walks blocks of keys, and in each the tiles of
-//          kBackwardRows queries that see one of them.
+//          kRows queries that see one of them (attention_gradients.h).
 //          A bias that is broadcast over sequences or heads, but not over queries or keys, has a
 //          pass of its own: an item owns some of its rows and walks all that share them, since
 //          (B, H, Tq, Tk) would have to be stored otherwise. Broadcast over queries or keys it is
@@ -12,14 +12,14 @@
 //          The products of a gradient that is not wanted are left out; what is left has the same
 //          bits.
 // Traffic  Each operand is read once an item; O(T * D) scratch a thread.
-// Numerics As in scaled_dot_product_attention.cpp. Sums over sequences and heads are in float64.
+// Numerics As in scaled_dot_product_attention.cpp; by AMX ds is rounded as probabilities are. Sums
+//          over sequences and heads are in float64.
+#include "attention_gradients.h"
 #include "attention_scores.h"
 #include "kernels.h"
 
 namespace slimkernels::SLIM_ISA {
 namespace {
-
-inline constexpr int64_t kBackwardRows = 48;
 
 struct Operands {
   const void *dy, *query, *key, *value, *y;
@@ -35,9 +35,11 @@ struct Sums {
   bool any() const { return bias || relative || sinks || dbias; }
 };
 
-template <typename T, bool kDropout, bool kModified>
+template <typename T, typename Gradients, bool kDropout, bool kModified>
 class Backward {
  public:
+  static constexpr int64_t kRows = Gradients::kRows;
+
   Backward(const Problem& problem, const Variant& variant, const Operands& operands, float scale,
            const Dropout& dropout)
       : p_(problem), variant_(variant), o_(operands), scale_(scale), dropout_(dropout) {}
@@ -46,64 +48,53 @@ class Backward {
   template <typename SumsOf>
   bool run(int64_t batch, int64_t key_head, Scratch& scratch, SumsOf sums_of) {
     const Sequence sequence = p_.sequence(batch);
-    const int64_t queries = sequence.q_count, width = padded(p_.D), out_width = padded(p_.Dv);
+    const int64_t queries = sequence.q_count;
     const Span keys = p_.seen(sequence, 0, queries, 0, sequence.k_count);
-    const int64_t count = keys.end - keys.begin, block = clamp(count, 1, p_.block_keys());
-    const int64_t dq_size = o_.dquery ? queries * width : 0, k_size = o_.dquery ? block * width : 0;
-    const int64_t dk_size = o_.dkey ? count * width : 0,
-                  dv_size = o_.dvalue ? count * out_width : 0;
-    if (!scratch.reserve(floats(queries, block) + dq_size + dk_size + dv_size + k_size + 64))
-      return false;
-    take(scratch, queries, block);
-    cut(keys, block);
-    dq_ = scratch.take(dq_size);
-    dk_ = scratch.take(dk_size);
-    dv_ = scratch.take(dv_size);
-    k_ = scratch.take(k_size);
-
-    fill(dk_, 0, dk_size, 0.f);
-    fill(dv_, 0, dv_size, 0.f);
-    const int64_t group = p_.group();
-    for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head) {
+    Gradients gradients(p_, queries, keys.end - keys.begin,
+                        {o_.dquery != nullptr, o_.dkey != nullptr, o_.dvalue != nullptr});
+    if (!take(scratch, keys, queries, 0, gradients)) return false;
+    for (int64_t head = key_head * p_.group(); head < (key_head + 1) * p_.group(); ++head) {
       sums_ = sums_of(head);
       needs_dscores_ = o_.dquery || o_.dkey || sums_.any();
-      load_queries(sequence, head, 0, queries);
-      fill(dq_, 0, dq_size, 0.f);
-      for (int64_t first = keys.begin; first < keys.end; first += block)
-        add_block(sequence, head, keys, first, clamp(keys.end - first, 0, block));
-      write(dq_, {0, queries}, p_.D, scale_, o_.dquery, p_.contiguous(p_.H, p_.Tq, p_.D),
-            sequence.batch, head, sequence.q_begin, queries);
+      load_queries(sequence, head, 0, queries, gradients);
+      for (int64_t first = keys.begin; first < keys.end; first += block_)
+        add_block(sequence, head, first, clamp(keys.end - first, 0, block_), gradients);
+      if (o_.dquery)
+        write(gradients.dq(), {0, queries}, p_.D, scale_, o_.dquery,
+              p_.contiguous(p_.H, p_.Tq, p_.D), sequence.batch, head, sequence.q_begin, queries);
     }
     // The gradients have rows for the keys that were not seen, too.
-    write(dk_, keys, p_.D, 1.f, o_.dkey, p_.contiguous(p_.Hkv, p_.Tk, p_.D), sequence.batch,
-          key_head, sequence.k_begin, sequence.k_rows);
-    write(dv_, keys, p_.Dv, kDropout ? dropout_.scale : 1.f, o_.dvalue,
-          p_.contiguous(p_.Hkv, p_.Tk, p_.Dv), sequence.batch, key_head, sequence.k_begin,
-          sequence.k_rows);
+    if (o_.dkey)
+      write(gradients.dk(), keys, p_.D, Gradients::kScaled ? 1.f : scale_, o_.dkey,
+            p_.contiguous(p_.Hkv, p_.Tk, p_.D), sequence.batch, key_head, sequence.k_begin,
+            sequence.k_rows);
+    if (o_.dvalue)
+      write(gradients.dv(), keys, p_.Dv, kDropout ? dropout_.scale : 1.f, o_.dvalue,
+            p_.contiguous(p_.Hkv, p_.Tk, p_.Dv), sequence.batch, key_head, sequence.k_begin,
+            sequence.k_rows);
     return true;
   }
 
   // Rows from i of dbias (Tq, Tk), which these sequences and heads share.
   bool run_bias(Span sequences, Span heads, int64_t i, void* dbias, Scratch& scratch) {
-    const int64_t columns = variant_.bias_size[3], block = p_.block_keys();
-    const int64_t rows = clamp(variant_.bias_size[2] - i, 0, kBackwardRows);
-    if (!scratch.reserve(floats(kBackwardRows, block) + 2 * rows * columns + 16)) return false;
-    take(scratch, kBackwardRows, block);
+    const int64_t columns = variant_.bias_size[3];
+    const int64_t rows = clamp(variant_.bias_size[2] - i, 0, kRows);
+    Gradients gradients(p_, kRows, p_.block_keys(), {});
+    if (!take(scratch, {}, kRows, 2 * rows * columns, gradients)) return false;
     needs_dscores_ = true;
-    sums_ = {(double*)scratch.take(2 * rows * columns), nullptr, nullptr, nullptr};
+    sums_ = {(double*)extra_, nullptr, nullptr, nullptr};
     for (int64_t n = 0; n < rows * columns; ++n) sums_.bias[n] = 0;
     for (int64_t b = sequences.begin; b < sequences.end; ++b) {
       const Sequence sequence = p_.sequence(b);
       const int64_t count = clamp(sequence.seeing - i, 0, rows);
-      const Span keys = p_.seen(sequence, i, i + count, 0, sequence.k_count);
-      if (count == 0 || keys.empty()) continue;
-      cut(keys, block);
+      keys_ = p_.seen(sequence, i, i + count, 0, sequence.k_count);
+      if (count == 0 || keys_.empty()) continue;
       for (int64_t head = heads.begin; head < heads.end; ++head) {
-        load_queries(sequence, head, i, count);
-        for (int64_t first = keys.begin; first < keys.end; first += block) {
-          const int64_t n = clamp(keys.end - first, 0, block);
-          load_keys(sequence, head / p_.group(), first, n);
-          differentiate(sequence, head, 0, count, first, n);
+        load_queries(sequence, head, i, count, gradients);
+        for (int64_t first = keys_.begin; first < keys_.end; first += block_) {
+          const int64_t n = clamp(keys_.end - first, 0, block_);
+          load_keys(sequence, head / p_.group(), first, n, gradients);
+          differentiate(sequence, head, 0, count, first, n, gradients);
         }
       }
     }
@@ -115,46 +106,37 @@ class Backward {
   }
 
  private:
-  // Memory that both passes need.
-  int64_t floats(int64_t queries, int64_t block) const {
-    return Scratch::rounded(queries) + queries * (padded(p_.D) + padded(p_.Dv)) +
-           block_floats(p_.D, block) + block_floats(p_.Dv, block) +
-           (2 * kBackwardRows + 1) * score_stride(block) + 128;
-  }
-  void take(Scratch& scratch, int64_t queries, int64_t block) {
-    stride_ = score_stride(block);
-    delta_ = scratch.take(queries);
-    q_ = scratch.take(queries * padded(p_.D));
-    dout_ = scratch.take(queries * padded(p_.Dv));
-    k_transposed_ = scratch.take(block_floats(p_.D, block));
-    v_transposed_ = scratch.take(block_floats(p_.Dv, block));
-    scores_ = scratch.take(kBackwardRows * stride_);
-    dscores_ = scratch.take(kBackwardRows * stride_);
-    slopes_ = scratch.take(stride_);
-  }
-
-  void cut(const Span& keys, int64_t block) {
+  bool take(Scratch& scratch, const Span& keys, int64_t queries, int64_t extra,
+            Gradients& gradients) {
     keys_ = keys;
-    block_ = block;
-    one_block_ = keys.end - keys.begin <= block;
+    block_ = gradients.block();
+    stride_ = score_stride(block_);
+    if (!scratch.reserve(gradients.floats() + queries + (2 * kRows + 1) * stride_ + extra + 96))
+      return false;
+    gradients.place(scratch);
+    delta_ = scratch.take(queries);
+    scores_ = scratch.take(kRows * stride_);
+    dscores_ = scratch.take(kRows * stride_);
+    slopes_ = scratch.take(stride_);
+    extra_ = scratch.take(extra);
+    return true;
   }
 
   // `queries` of them from query `begin` on.
-  void load_queries(const Sequence& sequence, int64_t head, int64_t begin, int64_t queries) {
-    const int64_t out_width = padded(p_.Dv), token = sequence.q_begin + begin;
+  void load_queries(const Sequence& sequence, int64_t head, int64_t begin, int64_t queries,
+                    Gradients& gradients) {
+    const int64_t token = sequence.q_begin + begin;
     begin_ = begin;
     sink_ = variant_.sink(head);
-    pack_rows((const T*)o_.query + at(p_.query, sequence.batch, head, token), p_.query.token,
-              queries, p_.D, scale_, q_);
-    pack_rows((const T*)o_.dy + at(p_.dy, sequence.batch, head, token), p_.dy.token, queries, p_.Dv,
-              1.f, dout_);
+    const T* dy = (const T*)o_.dy + at(p_.dy, sequence.batch, head, token);
+    gradients.pack_queries((const T*)o_.query + at(p_.query, sequence.batch, head, token),
+                           p_.query.token, dy, p_.dy.token, queries, scale_);
     const Strides strides = p_.contiguous(p_.H, p_.Tq, p_.Dv);
     const T* y = (const T*)o_.y + at(strides, sequence.batch, head, token);
-    for (int64_t i = 0; i < queries; ++i, y += strides.token) {
+    for (int64_t i = 0; i < queries; ++i, y += strides.token, dy += p_.dy.token) {
       if (is_whole(sequence, begin + i)) continue;
-      delta_[i] = sum_over(p_.Dv, [&](int64_t d, auto n) {
-        return load(y + d, n) * load(dout_ + i * out_width + d, Full{});
-      });
+      delta_[i] =
+          sum_over(p_.Dv, [&](int64_t d, auto n) { return load(y + d, n) * load(dy + d, n); });
       delta_[i] -= dlse(sequence, head, begin + i);
       const float* lse = lse_of(sequence, head, begin + i);
       if (sums_.sinks && *lse != -kInfinity)
@@ -165,67 +147,45 @@ class Backward {
   // Whether all keys that a query sees are in one block.
   bool is_whole(const Sequence& sequence, int64_t i) const {
     const Span seen = p_.seen(sequence, i, i + 1, 0, sequence.k_count);
-    if (seen.empty() || one_block_) return !seen.empty();
+    if (seen.empty()) return false;
     return (seen.begin - keys_.begin) / block_ == (seen.end - 1 - keys_.begin) / block_;
   }
 
-  void load_keys(const Sequence& sequence, int64_t key_head, int64_t first, int64_t count) {
+  void load_keys(const Sequence& sequence, int64_t key_head, int64_t first, int64_t count,
+                 Gradients& gradients) {
     const int64_t token = sequence.k_begin + first;
-    pack_transposed((const T*)o_.key + at(p_.key, sequence.batch, key_head, token), p_.key.token,
-                    count, p_.D, k_transposed_);
-    pack_transposed((const T*)o_.value + at(p_.value, sequence.batch, key_head, token),
-                    p_.value.token, count, p_.Dv, v_transposed_);
+    gradients.pack_keys(
+        (const T*)o_.key + at(p_.key, sequence.batch, key_head, token), p_.key.token,
+        (const T*)o_.value + at(p_.value, sequence.batch, key_head, token), p_.value.token, count);
   }
 
-  // Of `count` keys from `first`, of all those in `keys`.
-  void add_block(const Sequence& sequence, int64_t head, const Span& keys, int64_t first,
-                 int64_t count) {
-    const int64_t width = padded(p_.D), out_width = padded(p_.Dv), key_head = head / p_.group();
+  // Of `count` keys from `first`, of all those in keys_.
+  void add_block(const Sequence& sequence, int64_t head, int64_t first, int64_t count,
+                 Gradients& gradients) {
     const Span queries = p_.seeing(sequence, first, count);
     if (queries.empty()) return;
-    load_keys(sequence, key_head, first, count);
-    if (o_.dquery)
-      pack_rows((const T*)o_.key + at(p_.key, sequence.batch, key_head, sequence.k_begin + first),
-                p_.key.token, count, p_.D, 1.f, k_);
-    float *dk = dk_ + (first - keys.begin) * width, *dv = dv_ + (first - keys.begin) * out_width;
-    const int64_t aligned = queries.begin - queries.begin % kBackwardRows;
-    for (int64_t row = aligned; row < queries.end; row += kBackwardRows) {
-      const int64_t rows = clamp(queries.end - row, 0, kBackwardRows);
-      const Span seen = differentiate(sequence, head, row, rows, first, count);
-      if (seen.empty()) continue;
-      const int64_t n = seen.end - seen.begin;
-      const float *p = scores_ + seen.begin, *ds = dscores_ + seen.begin;
-      if (o_.dquery)
-        gemm(rows, width, n, ds, stride_, panels_of_rows(k_ + seen.begin * width, width, width),
-             dq_ + row * width, width, true);
-      if (o_.dvalue)
-        gemm<true>(n, out_width, rows, p, stride_,
-                   panels_of_rows(dout_ + row * out_width, out_width, out_width),
-                   dv + seen.begin * out_width, out_width, true);
-      if (o_.dkey)
-        gemm<true>(n, width, rows, ds, stride_, panels_of_rows(q_ + row * width, width, width),
-                   dk + seen.begin * width, width, true);
+    load_keys(sequence, head / p_.group(), first, count, gradients);
+    for (int64_t row = queries.begin - queries.begin % kRows; row < queries.end; row += kRows) {
+      const int64_t rows = clamp(queries.end - row, 0, kRows);
+      const Span seen = differentiate(sequence, head, row, rows, first, count, gradients);
+      if (!seen.empty())
+        gradients.add(row, rows, seen, first - keys_.begin, scores_, dscores_, stride_);
     }
   }
 
   // Leaves the probabilities of a tile after dropout in scores_, the gradient of the products in
   // dscores_, both from the first to the last key that one of its rows sees, which it returns.
   Span differentiate(const Sequence& sequence, int64_t head, int64_t row, int64_t rows,
-                     int64_t first, int64_t count) {
-    const int64_t i = begin_ + row, width = padded(p_.D), out_width = padded(p_.Dv);
+                     int64_t first, int64_t count, const Gradients& gradients) {
+    const int64_t i = begin_ + row;
     Span tile = p_.seen(sequence, i, i + rows, first, count);
     if (tile.empty()) return tile;
-    const Panels keys = panels_of_block(k_transposed_, p_.D, count);
-    const Panels values = panels_of_block(v_transposed_, p_.Dv, count);
-    tile.begin -= tile.begin % keys.columns();
-    const int64_t n = tile.end - tile.begin;
-    gemm(rows, n, p_.D, q_ + row * width, width, keys.from(tile.begin), scores_ + tile.begin,
-         stride_, false);
+    tile = gradients.whole(tile);
+    gradients.score(row, rows, tile, scores_, stride_);
     if (needs_dscores_)
-      gemm(rows, n, p_.Dv, dout_ + row * out_width, out_width, values.from(tile.begin),
-           dscores_ + tile.begin, stride_, false);
+      gradients.differentiate(row, rows, tile, dscores_, stride_);
     else
-      fill(dscores_, 0, rows * stride_, 0.f);
+      clear(dscores_, 0, rows * stride_);
     for (int64_t r = 0; r < rows; ++r)
       differentiate_row(sequence, head, i + r, first, count, tile, scores_ + r * stride_,
                         dscores_ + r * stride_);
@@ -245,8 +205,9 @@ class Backward {
           dropout_.seed,
           kDropout ? at(p_.dropout_rows(), sequence.batch, head, sequence.q_begin + i) : 0);
       float *scores = s + seen.begin, *ds = dp + seen.begin;
+      if constexpr (!Gradients::kScaled) multiply_row(scores, row.n, scale_);
       if constexpr (kModified) modify(variant_, row, scores, slopes_);
-      if (one_block_ || is_whole(sequence, i)) {
+      if (is_whole(sequence, i)) {
         const float dsink = gradient_whole_row<kDropout>(
             scores, ds, row.n, sink_, dlse(sequence, head, i), dropout_, bits, row.first);
         if (sums_.sinks) *sums_.sinks += dsink;
@@ -281,11 +242,10 @@ class Backward {
     return o_.dlse ? o_.dlse[at(p_.dlse, sequence.batch, head, sequence.q_begin + i)] : 0.f;
   }
 
-  // Row n of x is row rows.begin + n of out from `token` on, if out is wanted; all others, up to
-  // `all`, are zero.
+  // Row n of x is row rows.begin + n of the gradient from `token` on; all others, up to `all`, are
+  // zero.
   void write(const float* x, Span rows, int64_t columns, float factor, void* gradient,
              const Strides& strides, int64_t batch, int64_t head, int64_t token, int64_t all) {
-    if (!gradient) return;
     T* out = (T*)gradient + at(strides, batch, head, token);
     for (int64_t row = 0; row < all; ++row) {
       const bool there = rows.begin <= row && row < rows.end;
@@ -304,11 +264,9 @@ class Backward {
   Sums sums_;
   float sink_;
   bool needs_dscores_;              // dscores_ is read
-  bool one_block_;                  // all that is seen is in one
   Span keys_;                       // what is seen, cut from its begin into blocks of
-  int64_t block_, stride_, begin_;  // keys; of the scores; the query that row 0 of q_ is
-  float *delta_, *q_, *dout_, *dq_, *dk_, *dv_, *k_transposed_, *v_transposed_, *k_, *scores_,
-      *dscores_, *slopes_;
+  int64_t block_, stride_, begin_;  // keys; of the scores; the query that row 0 of a tile is
+  float *delta_, *scores_, *dscores_, *slopes_, *extra_;
 };
 
 // How the gradient of a bias is made: see Tiling.
@@ -350,8 +308,9 @@ void scaled_dot_product_attention_backward(const void* dy, const float* dlse, co
                 dsinks ? sink_sums.get() + n : nullptr,
                 bias == BiasGradient::kWhole ? dbias : nullptr};
   };
-  with_kernel(dtype, seed, variant.modifies, [&](auto zero, auto dropped, auto modified) {
-    using Kernel = Backward<decltype(zero), decltype(dropped)::value, decltype(modified)::value>;
+  const auto differentiate = [&](auto gradients, auto zero, auto dropped, auto modified) {
+    using Kernel = Backward<decltype(zero), typename decltype(gradients)::type,
+                            decltype(dropped)::value, decltype(modified)::value>;
     const bool is_first_pass_wanted = dquery || dkey || dvalue || sums_of(0, 0).any();
     const int64_t items = is_first_pass_wanted ? B * problem.Hkv : 0;
     for_items(items, problem, variant.modifies, [&](int64_t n, Scratch& scratch) {
@@ -361,7 +320,7 @@ void scaled_dot_product_attention_backward(const void* dy, const float* dlse, co
     });
     if (bias != BiasGradient::kShared) return;
     const int64_t* size = variant.bias_size;
-    const int64_t tiles = (size[2] + kBackwardRows - 1) / kBackwardRows;
+    const int64_t tiles = (size[2] + Kernel::kRows - 1) / Kernel::kRows;
     const int64_t bytes = variant.bias_dtype == int64_t(Dtype::kFloat32) ? 4 : 2;
     for_items(size[0] * size[1] * tiles, problem, variant.modifies,
               [&](int64_t n, Scratch& scratch) {
@@ -369,9 +328,16 @@ void scaled_dot_product_attention_backward(const void* dy, const float* dlse, co
                 Kernel kernel(problem, variant, operands, scale, dropout);
                 return kernel.run_bias(size[0] == 1 ? Span{0, B} : Span{b, b + 1},
                                        size[1] == 1 ? Span{0, H} : Span{h, h + 1},
-                                       n % tiles * kBackwardRows,
+                                       n % tiles * Kernel::kRows,
                                        (char*)dbias + n / tiles * narrow * bytes, scratch);
               });
+  };
+  with_kernel(dtype, seed, variant.modifies, [&](auto zero, auto dropped, auto modified) {
+#if defined(__AVX512BF16__)
+    if constexpr (sizeof zero == 2)
+      if (has_amx) return differentiate(Chosen<Bf16Gradients>{}, zero, dropped, modified);
+#endif
+    differentiate(Chosen<FloatGradients>{}, zero, dropped, modified);
   });
   if (bias == BiasGradient::kNarrow)
     with_type(int(variant.bias_dtype), [&](auto zero) {
