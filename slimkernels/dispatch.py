@@ -177,8 +177,10 @@ def needs_gradient(*tensors: torch.Tensor | None) -> bool:
 
 def distinct(*args) -> Sequence:
     """`args` with a view in place of a tensor that came before: torch.compile cannot trace a
-    Function that is given one tensor twice, as self-attention and tied parameters do."""
-    if not torch.compiler.is_compiling():
+    Function that is given one tensor twice, as self-attention and tied parameters do. Eager calls
+    do the same: gradients are summed in the same order, to the same bits."""
+    tensors = [t for t in args if isinstance(t, torch.Tensor)]
+    if all([t is not s for i, t in enumerate(tensors) for s in tensors[:i]]):
         return args
     return [
         t.view_as(t) if isinstance(t, torch.Tensor) and any(t is s for s in args[:i]) else t
