@@ -169,9 +169,9 @@ struct Span {
 // slimkernels/backends/cpu/scaled_dot_product_attention.py.
 struct Problem {
   int64_t sequences, H, Hkv, Tq, Tk, D, Dv;
-  int64_t left, right;                   // query i sees keys i - left to i + right; -1: no limit
-  int64_t offset;                        // where offsets is null
-  int64_t limit_q, limit_k;              // queries and keys at and after these see, are seen not
+  int64_t left, right;       // query i sees keys i - left to i + right; -1: no limit
+  int64_t offset;            // where offsets is null
+  int64_t limit_q, limit_k;  // queries and keys at and after these see, are seen not
   Strides query, key, value, dy, dlse;
   const int32_t *key_lengths, *offsets;  // (sequences,), or null
   const int32_t *cu_seqlens_q, *cu_seqlens_k;
