@@ -175,13 +175,9 @@ def needs_gradient(*tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
 
 
-def distinct(*args) -> Sequence:
+def distinct(*args) -> list:
     """`args` with a view in place of a tensor that came before: torch.compile cannot trace a
-    Function that is given one tensor twice, as self-attention and tied parameters do. Eager calls
-    do the same: gradients are summed in the same order, to the same bits."""
-    tensors = [t for t in args if isinstance(t, torch.Tensor)]
-    if all([t is not s for i, t in enumerate(tensors) for s in tensors[:i]]):
-        return args
+    Function that is given one tensor twice, as self-attention and tied parameters do."""
     return [
         t.view_as(t) if isinstance(t, torch.Tensor) and any(t is s for s in args[:i]) else t
         for i, t in enumerate(args)

@@ -57,7 +57,6 @@ def _arguments(input, weight, bias=None):
                 f"linear: bias must have shape {tuple(weight.shape[:1])}, the rows of weight "
                 f"{tuple(weight.shape)}; got {tuple(bias.shape)}"
             )
-    converts = torch.is_autocast_enabled(input.device.type)
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is None:
             continue
@@ -65,7 +64,7 @@ def _arguments(input, weight, bias=None):
             raise ValueError(
                 f"linear: {name} must be on {input.device} like input; got {parameter.device}"
             )
-        if parameter.dtype != input.dtype and not converts:
+        if parameter.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
             raise ValueError(
                 f"linear: {name} must be {input.dtype} like input; got {parameter.dtype}"
             )
