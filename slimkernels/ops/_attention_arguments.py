@@ -63,8 +63,10 @@ def call_of(
                 _known_calls.clear()
             _known_calls[signature] = call
     if key_lengths is not None:
-        _check_key_lengths(key_lengths, query, key, call)
+        _check_key_lengths(key_lengths, query, call)
         call = call._replace(key_lengths=key_lengths)
+    if key_lengths is not None or not is_plain:
+        check_values(query, key, call)
     return query, key, value, call
 
 
@@ -133,6 +135,26 @@ def _checked(query, key, value, attn_mask, cu_seqlens, variant, options):
         function=function,
         function_tensors=function_tensors,
     )
+
+
+def check_values(query: Tensor, key: Tensor, call: Call) -> None:
+    """Look at the integers in the call's tensors, where the host may.
+
+    Where somebody traces it may not, so the registered op looks when it runs.
+    """
+    if call.ragged:
+        _check_boundary_values(call.cu_seqlens_q, "query", query)
+        _check_boundary_values(call.cu_seqlens_k, "key", key)
+    if call.key_lengths is not None:
+        Tk = key.shape[2]
+        _check_range("key_lengths", f"from 0 to the {Tk} keys", call.key_lengths, 0, Tk)
+    if call.causal_offsets is not None:
+        what = "variant.causal_offset", "at most 2^29 in size"
+        _check_range(*what, call.causal_offsets, -_FARTHEST, _FARTHEST)
+    if call.buckets is not None:
+        last = call.table.shape[0] - 1
+        expected = f"rows of table, from 0 to {last}"
+        _check_range("variant.relative_bias.buckets", expected, call.buckets, 0, last)
 
 
 def _refuse(name, expected, got):
@@ -211,14 +233,22 @@ def _check_parameter(name, value, query):
     _check_device(name, value, query)
 
 
+def _check_range(name, expected, values, low, high):
+    if not is_readable(values) or values.numel() == 0:
+        return
+    least, most = value_range(values)
+    if least < low or most > high:
+        _refuse(name, expected, f"{least} to {most}")
+
+
 def _boundaries(cu_seqlens, query, key):
     """cu_seqlens of the queries and of the keys, checked."""
     pair = cu_seqlens if isinstance(cu_seqlens, tuple | list) else (cu_seqlens, cu_seqlens)
     if len(pair) != 2 or (pair is cu_seqlens and not all(isinstance(t, Tensor) for t in pair)):
         of = ", ".join(type(t).__name__ for t in pair[:3])
         _refuse("cu_seqlens", "a tensor or a pair of them", f"{type(pair).__name__} of {of}")
-    _check_boundaries(pair[0], "query", query)
-    _check_boundaries(pair[1], "key", key)
+    _check_boundaries(pair[0], query)
+    _check_boundaries(pair[1], key)
     if pair[0].shape != pair[1].shape:
         raise ValueError(
             f"{NAME}: cu_seqlens of query and key must have one length; got "
@@ -227,10 +257,13 @@ def _boundaries(cu_seqlens, query, key):
     return pair
 
 
-def _check_boundaries(cu_seqlens, of, tensor):
+def _check_boundaries(cu_seqlens, tensor):
     _check_integers("cu_seqlens", cu_seqlens, tensor, "(sequences + 1,)")
     if cu_seqlens.shape[0] == 0:
         raise ValueError(f"{NAME}: cu_seqlens must have shape (sequences + 1,); got (0,)")
+
+
+def _check_boundary_values(cu_seqlens, of, tensor):
     if not is_readable(cu_seqlens):
         return
     values, T = cu_seqlens.tolist(), tensor.shape[0]
@@ -243,17 +276,10 @@ def _check_boundaries(cu_seqlens, of, tensor):
         raise ValueError(f"{NAME}: cu_seqlens of {of} must not fall; got {values}")
 
 
-def _check_key_lengths(key_lengths, query, key, call):
+def _check_key_lengths(key_lengths, query, call):
     if call.ragged:
         raise ValueError(f"{NAME}: key_lengths must be None with cu_seqlens, which has the lengths")
     _check_integers("key_lengths", key_lengths, query, query.shape[0])
-    if not is_readable(key_lengths) or key_lengths.numel() == 0:
-        return
-    low, high = value_range(key_lengths)
-    if low < 0 or high > key.shape[2]:
-        raise ValueError(
-            f"{NAME}: key_lengths must be from 0 to the {key.shape[2]} keys; got {low} to {high}"
-        )
 
 
 def _mask_and_bias(attn_mask, bias, query, sizes):
@@ -312,10 +338,6 @@ def _is_reach(side):
 def _offset(offset, query, B):
     if isinstance(offset, Tensor):
         _check_integers("variant.causal_offset", offset, query, B)
-        if is_readable(offset) and offset.numel():
-            low, high = value_range(offset)
-            if low < -_FARTHEST or high > _FARTHEST:
-                _refuse("variant.causal_offset", "at most 2^29 in size", f"{low} to {high}")
         return 0, offset
     check_integer(NAME, "variant.causal_offset", offset)
     if not -_FARTHEST <= offset <= _FARTHEST:
@@ -373,10 +395,6 @@ def _relative_bias(relative, query, H):
     _check_integers(name, buckets, query, shape)
     if buckets.shape[0] % 2 == 0:
         raise ValueError(f"{NAME}: {name} must have shape {shape}; got {tuple(buckets.shape)}")
-    if is_readable(buckets):
-        low, high = value_range(buckets)
-        if low < 0 or high >= table.shape[0]:
-            _refuse(name, f"rows of table, from 0 to {table.shape[0] - 1}", f"{low} to {high}")
     return table, buckets
 
 

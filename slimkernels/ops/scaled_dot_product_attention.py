@@ -20,7 +20,7 @@ from slimkernels.dispatch import (
     needs_gradient,
     on_device_of,
 )
-from slimkernels.ops._attention_arguments import NAME, call_of
+from slimkernels.ops._attention_arguments import NAME, call_of, check_values
 from slimkernels.ops._attention_reference import scaled_dot_product_attention_reference
 from slimkernels.ops._attention_variant import AttentionVariant, Call
 from slimkernels.ops._dropout import draw_seed
@@ -62,7 +62,8 @@ def scaled_dot_product_attention(
                  (Tq, H, D), key and value (Tk, Hkv, D), and sequence b is the tokens from
                  cu_seqlens[b] up to cu_seqlens[b + 1]; it sees no other. A pair for queries and
                  keys where they differ. Starts with 0, ends with T, never falls: checked on the
-                 CPU in eager mode only, since on a GPU the check would wait for the device.
+                 CPU only, since on a GPU the check would wait for the device; there a token that
+                 no sequence has gets an undefined output and gradient.
     variant      an AttentionVariant: bias beside a mask, window, ALiBi, softcap, sinks, relative
                  bias, your own function, in any combination
     return_lse   also return lse, the log of softmax's denominator, through which gradients flow
@@ -167,6 +168,7 @@ def scaled_dot_product_attention_forward(
     A mask of -1e9 that hides all keys alike moves lse to where one float32 cannot tell 1 from n.
     """
     call = Call.unpacked(tensors, floats, integers, function)
+    check_values(query, key, call)
     module = SCALED_DOT_PRODUCT_ATTENTION.modules[backend]
     return run_kernels(module.forward, query, key, value, call, function=call.function)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from attention_cases import NAME
 from attention_drawn import FUNCTIONS
-from op_cases import KERNEL_BACKENDS, device_of
+from op_cases import KERNEL_BACKENDS, device_of, maybe_compiled, skip_unsupported
 
 import slimkernels as sk
 from slimkernels.dispatch import OPS
@@ -196,6 +196,47 @@ def test_bad_argument_of_ragged_sequences_is_one_sentence(backend, options, sent
     if "variant" in options:
         options["variant"] = AttentionVariant(**options["variant"])
     assert_refused((TOKENS,) * 3, options, sentence, backend)
+
+
+def attend(backend, given):
+    """A call of which nothing is wrong but, perhaps, the integers."""
+    given = dict(given)
+    variant = AttentionVariant(causal_offset=given.pop("offsets", 0))
+    if "buckets" in given:
+        relative = RelativeBias(zeros(4, 4), given.pop("buckets"))
+        variant = variant._replace(relative_bias=relative)
+    inputs = (TOKENS,) * 3 if "cu_seqlens" in given else (Q, K, K)
+    options = {"enable_gqa": True, "variant": variant, **given}
+    if not torch.compiler.is_compiling():
+        skip_unsupported(NAME, backend, *inputs, **options)
+    return sk.scaled_dot_product_attention(*inputs, **options, backend=backend)
+
+
+# Right values, which the graph is made with, wrong ones, and the sentence.
+TRACED = {
+    "cu_seqlens": [
+        (ints(0, 2, 6), ints(0, 2, 5), "cu_seqlens of query must go from 0 to its 6 .* 0 to 5"),
+        (ints(0, 2, 6), ints(1, 2, 6), "cu_seqlens of query must go from 0 to its 6 .* 1 to 6"),
+        (ints(0, 2, 4, 6), ints(0, 4, 2, 6), "cu_seqlens of query must not fall"),
+    ],
+    "key_lengths": [(ints(7, 3), ints(8, 3), "key_lengths must be from 0 to the 7 keys; got 3 to")],
+    "offsets": [(ints(1, 2), ints(1, 2**30), "variant.causal_offset must be at most 2.29 in size")],
+    "buckets": [(ints(0, 1, 3), ints(0, 1, 4), "variant.relative_bias.buckets must be rows of ta")],
+}
+
+
+@pytest.mark.parametrize(
+    "name, right, wrong, sentence", [(n, *case) for n, cases in TRACED.items() for case in cases]
+)
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_a_compiled_call_looks_at_integers_when_it_runs(backend, name, right, wrong, sentence):
+    if device_of(backend).type != "cpu":
+        pytest.skip("on a GPU the host would wait for them")
+    attend(backend, {name: right})  # skips where there is no kernel
+    run = maybe_compiled(lambda values: attend(backend, {name: values}), True)
+    assert run(right).isfinite().all()
+    with pytest.raises(ValueError, match=f"^{NAME}: {sentence}"):
+        run(wrong)
 
 
 @pytest.mark.parametrize("value", [K[:1], K[:, :1], K[:, :, :3]], ids=["batch", "heads", "length"])

@@ -72,7 +72,7 @@ def test_offsets_and_buckets_that_nobody_checked_touch_no_other_memory():
     offsets = torch.tensor([2**31 - 1, -(2**31)], dtype=torch.int32, device=table.device)
     call = call._replace(buckets=buckets, causal_offsets=offsets)
     y, lse = module.forward(*inputs, call)
-    gradients = module.backward(y, None, *inputs, y, lse, call, (False, False, True))
+    gradients = module.backward(y, None, *inputs, y, lse, call, (True,) * 3 + (False, False, True))
     for t in (y, *gradients[:3], gradients[5]):
         assert t.isfinite().all()
 
