@@ -10,10 +10,12 @@ from slimkernels.ops._attention_variant import (
     t5_relative_bias,
 )
 from slimkernels.ops.add_layer_norm import add_layer_norm
+from slimkernels.ops.add_rms_norm import add_rms_norm
 from slimkernels.ops.cross_entropy import cross_entropy
 from slimkernels.ops.gelu import gelu
 from slimkernels.ops.layer_norm import layer_norm
 from slimkernels.ops.linear import linear
+from slimkernels.ops.rms_norm import rms_norm
 from slimkernels.ops.scaled_dot_product_attention import scaled_dot_product_attention
 from slimkernels.ops.softmax import softmax
 
@@ -25,6 +27,7 @@ __all__ = [
     "RelativeBias",
     "ScoreFunction",
     "add_layer_norm",
+    "add_rms_norm",
     "cross_entropy",
     "explain",
     "gelu",
@@ -32,6 +35,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "nn",
+    "rms_norm",
     "scaled_dot_product_attention",
     "softmax",
     "t5_relative_bias",

@@ -1,0 +1,54 @@
+"""RMSNorm of residual + row_scale * dropout(x) on the CPU: csrc/cpu/add_rms_norm.cpp."""
+
+import torch
+
+from slimkernels.backends._dropout import threshold
+from slimkernels.backends.cpu._common import (
+    DTYPES,
+    _cpu,
+    empty_gradient,
+    norm_parameters,
+    pointer,
+    run,
+    unsupported_tensor,
+)
+
+
+def unsupported(x, residual, weight, eps, dropout_p, row_scale, zero_centered):
+    return unsupported_tensor(x)
+
+
+def forward(x, residual, weight, eps, dropout_p, row_scale, zero_centered, seed):
+    x, residual = x.contiguous(), residual.contiguous()
+    row_scale = None if row_scale is None else row_scale.contiguous()
+    weight, _, parameter_dtype = norm_parameters(weight, None)
+    N = x.shape[-1]
+    y, total = torch.empty_like(x), torch.empty_like(residual)
+    rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    run(
+        _cpu.add_rms_norm_forward,
+        *(pointer(t) for t in (x, residual, weight, y, total, rstd, seed, row_scale)),
+        *(x.numel() // N, N, eps, dropout_p, threshold(dropout_p), float(zero_centered)),
+        *(DTYPES[x.dtype], DTYPES[total.dtype], parameter_dtype),
+    )
+    return y, total, rstd
+
+
+def backward(
+    dy, dsum, total, weight, rstd, dropout_p, row_scale, zero_centered, seed, is_plain_sum
+):
+    dy, total = dy.contiguous(), total.contiguous()
+    dsum, row_scale = (None if t is None else t.contiguous() for t in (dsum, row_scale))
+    weight, _, parameter_dtype = norm_parameters(weight, None)
+    N = total.shape[-1]
+    dresidual = torch.empty_like(total)
+    dx = total.new_empty(0) if is_plain_sum else torch.empty_like(dy)
+    dweight = empty_gradient(weight, total)
+    tensors = dy, dsum, total, weight, rstd, dx, dresidual, dweight, seed, row_scale
+    run(
+        _cpu.add_rms_norm_backward,
+        *(pointer(t) for t in tensors),
+        *(total.numel() // N, N, dropout_p, threshold(dropout_p), float(zero_centered)),
+        *(DTYPES[dy.dtype], DTYPES[total.dtype], parameter_dtype),
+    )
+    return dx, dresidual, dweight
