@@ -30,9 +30,10 @@ def run_kernels_where_eager_is_faster(monkeypatch):
     """The CPU's norms must be right at the small sizes that they leave to ATen, too."""
     from slimkernels.dispatch import OPS
 
-    for op in ("layer_norm", "add_layer_norm"):
-        if op in OPS and not isinstance(OPS[op].modules["cpu"], str):
-            monkeypatch.setattr(OPS[op].modules["cpu"], "MIN_FLOAT32", 0)
+    for op in OPS.values():
+        for bound in ("MIN_FLOAT32", "MIN_ELEMENTS"):
+            if hasattr(op.modules.get("cpu"), bound):
+                monkeypatch.setattr(op.modules["cpu"], bound, 0)
 
 
 @pytest.fixture

@@ -169,6 +169,21 @@ def test_the_definition_is_torchs():
     assert (ours - F.rms_norm(x, (4, 5), weight.expand(4, 5))).abs().max() < 1e-14
 
 
+def test_few_elements_are_left_to_torch(monkeypatch):
+    cpu = pytest.importorskip("slimkernels.backends.cpu.rms_norm")
+    monkeypatch.setattr(cpu, "MIN_ELEMENTS", 100)
+    x, weight = torch.randn(9, 11), torch.randn(11)
+    assert torch.equal(sk.rms_norm(x, 11, weight), F.rms_norm(x, (11,), weight))
+    with pytest.raises(sk.BackendError, match="faster below 100 elements and input has 99"):
+        sk.rms_norm(x, 11, backend="cpu")
+    for args, options in (
+        ((torch.randn(10, 11), 11, weight), {}),
+        ((x, 11, weight), {"zero_centered": True}),
+        ((x.bfloat16(), 11, weight), {}),
+    ):
+        assert sk.explain(sk.rms_norm, *args, **options).startswith("rms_norm runs on cpu")
+
+
 X, W = torch.randn(4, 8), torch.ones(8)
 
 
