@@ -13,6 +13,7 @@ from slimkernels.ops.add_layer_norm import add_layer_norm
 from slimkernels.ops.add_rms_norm import add_rms_norm
 from slimkernels.ops.cross_entropy import cross_entropy
 from slimkernels.ops.gelu import gelu
+from slimkernels.ops.group_norm import group_norm
 from slimkernels.ops.layer_norm import layer_norm
 from slimkernels.ops.linear import linear
 from slimkernels.ops.rms_norm import rms_norm
@@ -31,6 +32,7 @@ __all__ = [
     "cross_entropy",
     "explain",
     "gelu",
+    "group_norm",
     "info",
     "layer_norm",
     "linear",

@@ -24,8 +24,8 @@ KERNEL_BACKENDS = [backend for backend in BACKENDS if backend != "torch"]
 
 PUBLIC_NAMES = {
     *("BackendError", "explain", "info", "nn", "use_backend"),
-    *("add_layer_norm", "add_rms_norm", "cross_entropy", "gelu", "layer_norm", "linear"),
-    *("rms_norm", "scaled_dot_product_attention", "softmax"),
+    *("add_layer_norm", "add_rms_norm", "cross_entropy", "gelu", "group_norm"),
+    *("layer_norm", "linear", "rms_norm", "scaled_dot_product_attention", "softmax"),
     *("AttentionVariant", "RelativeBias", "ScoreFunction", "t5_relative_bias"),
 }
 ENVIRONMENT = {"SLIMKERNELS_BACKEND", "TRITON_INTERPRET"}  # all in dispatch.py
@@ -203,6 +203,7 @@ def test_a_wrong_call_gets_the_same_sentence_from_every_backend(op, wrong):
 NUMBERS = {
     "layer_norm": {"normalized_shape": 8.0, "eps": "a"},
     "add_layer_norm": {"normalized_shape": [True], "eps": None, "dropout_p": "x"},
+    "group_norm": {"num_groups": 2.0, "eps": "a"},
     "rms_norm": {"normalized_shape": 8.0, "eps": "a", "zero_centered": 1},
     "add_rms_norm": {"normalized_shape": [True], "eps": "a", "dropout_p": "x"},
     "cross_entropy": {"ignore_index": 1.5, "label_smoothing": "a"},

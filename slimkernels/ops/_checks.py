@@ -25,15 +25,22 @@ def check_tensor(op: str, name: str, value: object) -> None:
         )
 
 
-def check_parameter(op: str, name: str, value: object, x: Tensor, size: int) -> None:
+def check_parameter(
+    op: str,
+    name: str,
+    value: object,
+    x: Tensor,
+    size: int,
+    of_what: str = "the normalized dimension",
+) -> None:
     """`value` is None or a (size,) vector on x's device, in x's dtype or float32."""
     if value is None:
         return
     check_tensor(op, name, value)
     if tuple(value.shape) != (size,):
         raise ValueError(
-            f"{op}: {name} must have shape ({size},), the normalized dimension of input "
-            f"{tuple(x.shape)}; got {tuple(value.shape)}"
+            f"{op}: {name} must have shape ({size},), {of_what} of input {tuple(x.shape)}; "
+            f"got {tuple(value.shape)}"
         )
     if value.device != x.device:
         raise ValueError(f"{op}: {name} must be on {x.device} like input; got {value.device}")

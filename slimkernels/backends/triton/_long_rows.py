@@ -16,11 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from slimkernels.backends.triton._common import row_block, row_programs
+from slimkernels.backends.triton._common import row_programs
 from slimkernels.backends.triton._residual import add_branch, dropout_numbers, store_gradients
 from slimkernels.backends.triton._rows import load_weight, partial_sums, scale_and_shift
 
-BLOCK = 4096
+BLOCK = 2048
+WARPS = 8  # 8 elements a lane: 128 bits of bfloat16
 
 
 def forward(x, weight, bias, y, mean, rstd, eps, zero_centered=False, *, branch=None, spread=None):
@@ -80,7 +81,7 @@ def backward(
 def _cut(x: Tensor) -> tuple[int, int, dict[str, int]]:
     """Rows, the parts of each, and what each kernel is launched with."""
     N = x.shape[-1]
-    return x.numel() // N, triton.cdiv(N, BLOCK), dict(BLOCK_N=BLOCK, num_warps=row_block(BLOCK)[1])
+    return x.numel() // N, triton.cdiv(N, BLOCK), dict(BLOCK_N=BLOCK, num_warps=WARPS)
 
 
 @triton.jit
@@ -282,12 +283,12 @@ _TYPES = {
 
 
 def compiles(*, is_rms: bool, adds: bool = False, grouped: bool = False) -> list[dict]:
-    """For an op's COMPILES: the kernels as it launches them, with 64 parts a row."""
+    """For an op's COMPILES: the kernels as it launches them, with 128 parts a row."""
     absent = set() if adds else {"residual_ptr", "total_ptr", "dsum_ptr", "dx_ptr"}
     absent |= set() if adds else {"seed_ptr", "row_scale_ptr"}
     absent |= {"mean_ptr", "bias_ptr", "dbias_ptr"} if is_rms else set()
     absent |= set() if grouped else {"groups", "S"}
-    constants = {"IS_RMS": is_rms, "PARTS": 64, "ZERO_CENTERED": False, "BLOCK_N": BLOCK}
+    constants = {"IS_RMS": is_rms, "PARTS": 128, "ZERO_CENTERED": False, "BLOCK_N": BLOCK}
     forward, backward = (_moments_kernel, _normalize_kernel), (_sums_kernel, _gradients_kernel)
     return [
         dict(
@@ -298,8 +299,8 @@ def compiles(*, is_rms: bool, adds: bool = False, grouped: bool = False) -> list
             constexprs={
                 n: constants.get(n) for n in kernel.arg_names if n in constants or n in absent
             },
-            num_warps=row_block(BLOCK)[1],
-            registers=168 if adds and kernel is _gradients_kernel else 128,
+            num_warps=WARPS,
+            registers=128,
         )
         for kernel in (forward if grouped else forward + backward)
     ]

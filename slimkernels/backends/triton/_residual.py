@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from slimkernels.backends._dropout import threshold
-from slimkernels.backends.triton._common import keep_mask, row_keys
+from slimkernels.backends.triton._common import keep_mask, row_block, row_keys
 from slimkernels.backends.triton._rows import MAX_ROW
 
 
-def longest_row(total: Tensor) -> int:
+def longest_row(dtype: torch.dtype) -> int:
     """Elements of the longest row that backward holds whole: more float32 ones spill registers."""
-    return MAX_ROW * 2 // total.element_size()
+    return MAX_ROW * 2 // dtype.itemsize
+
+
+def backward_block(N: int, dtype: torch.dtype) -> tuple[int, int]:
+    """row_block for backward, which needs more registers where the stream is float32."""
+    block, warps = row_block(N)
+    return block, min(warps * dtype.itemsize // 2, 16)
 
 
 def dropout_numbers(dropout_p: float) -> tuple[int, float]:

@@ -9,6 +9,8 @@ Numerics  the statistics are those of the sum as stored, so y is exactly layer_n
           from dresidual before it is rounded.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -17,6 +19,7 @@ from slimkernels.backends.triton import _long_rows
 from slimkernels.backends.triton._common import dense, row_block, unsupported_tensor
 from slimkernels.backends.triton._residual import (
     add_branch,
+    backward_block,
     dropout_numbers,
     longest_row,
     store_gradients,
@@ -113,7 +116,7 @@ def backward(
     M = total.numel() // N
     dresidual = torch.empty_like(total)
     dx = None if is_plain_sum else torch.empty_like(dy)
-    is_long = longest_row(total) < N
+    is_long = longest_row(total.dtype) < N
     if M and is_long:
         partials = _long_rows.backward(
             *(dy, total, weight, bias, mean, rstd, dx, zero_centered),
@@ -122,7 +125,7 @@ def backward(
     else:
         programs, partials = empty_partials(total, M, weight, bias)
     if M and not is_long:
-        BLOCK_N, num_warps = row_block(N)
+        BLOCK_N, num_warps = backward_block(N, total.dtype)
         _backward_kernel[(programs,)](
             *(dy, dsum, total, weight, mean, rstd, dx, dresidual, *partials),
             *(seed, row_scale, M, N, *dropout_numbers(dropout_p)),
@@ -203,14 +206,23 @@ COMPILES = [
             **{"ZERO_CENTERED": False, "BLOCK_N": BLOCK_N},
             **{n: None for n in absent if n in kernel.arg_names},
         },
-        num_warps=row_block(BLOCK_N)[1],
+        num_warps=block(BLOCK_N)[1],
         registers=registers if BLOCK_N == 1024 else 255,
     )
-    for kernel, registers in ((_forward_kernel, 64), (_backward_kernel, 168))
-    for types, absent in ((_TYPES, ()), (_TYPES, _OPTIONAL), (_TYPES | _WIDE, ()))
-    for BLOCK_N in (
-        1024,
-        MAX_ROW // 2 if types != _TYPES and kernel is _backward_kernel else MAX_ROW,
+    for types, absent, dtype in (
+        (_TYPES, (), torch.bfloat16),
+        (_TYPES, _OPTIONAL, torch.bfloat16),
+        (_TYPES | _WIDE, (), torch.float32),
     )
+    for kernel, block, longest, registers in (
+        (_forward_kernel, row_block, MAX_ROW, 64),
+        (
+            _backward_kernel,
+            functools.partial(backward_block, dtype=dtype),
+            longest_row(dtype),
+            168,
+        ),
+    )
+    for BLOCK_N in (1024, longest)
 ]
 COMPILES += _long_rows.compiles(is_rms=False, adds=True)
