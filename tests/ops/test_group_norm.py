@@ -9,7 +9,7 @@ from slimkernels.testing import assert_no_worse, assert_op_matches, run_with_gra
 
 # (N, C, *), groups
 CASES = [
-    ((30, 6), 2),
+    ((12, 6), 2),
     ((2, 6, 5), 3),
     ((2, 6, 5), 6),
     ((2, 6, 5), 1),
@@ -96,11 +96,12 @@ def test_non_contiguous_input_and_gradient(backend):
         return sk.group_norm(x, 3, weight, bias, backend=backend)
 
     dense = run_with_gradients(ours, (x,))
-    for strided in (
-        lambda x: ours(x.transpose(2, 3).contiguous().transpose(2, 3)),
-        lambda x: ours(x.contiguous(memory_format=torch.channels_last)),
-    ):
-        for name, expected in run_with_gradients(strided, (x,)).items():
+    layouts = [lambda x: x.transpose(2, 3).contiguous().transpose(2, 3)]
+    if backend != "cpu":
+        layouts.append(lambda x: x.contiguous(memory_format=torch.channels_last))
+    for layout in layouts:
+        results = run_with_gradients(lambda x, layout=layout: ours(layout(x)), (x,))
+        for name, expected in results.items():
             assert torch.equal(expected, dense[name]), name
 
 
@@ -181,6 +182,20 @@ def test_the_definition_is_torchs():
     x, weight, bias = inputs_of((3, 6, 4, 5), torch.float64, "cpu")
     theirs = F.group_norm(x, 3, weight, bias, eps=1e-3)
     assert (sk.group_norm(x, 3, weight, bias, eps=1e-3) - theirs).abs().max() < 1e-13
+
+
+def test_what_aten_does_faster_is_left_to_it(monkeypatch):
+    cpu = pytest.importorskip("slimkernels.backends.cpu.group_norm")
+    monkeypatch.setattr(cpu, "MIN_FLOAT32", 100)
+    monkeypatch.setattr(cpu, "MIN_ELEMENTS", 50)
+    x = torch.randn(2, 6, 2, 4)
+    assert torch.equal(sk.group_norm(x, 3), F.group_norm(x, 3))
+    with pytest.raises(sk.BackendError, match="faster below 100 .* torch.float32 .* has 96"):
+        sk.group_norm(x, 3, backend="cpu")
+    with pytest.raises(sk.BackendError, match="channels are last in memory"):
+        last = x.bfloat16().contiguous(memory_format=torch.channels_last)
+        sk.group_norm(last, 3, backend="cpu")
+    assert sk.explain(sk.group_norm, x.bfloat16(), 3).startswith("group_norm runs on cpu")
 
 
 X, W = torch.randn(2, 6, 5), torch.ones(6)
