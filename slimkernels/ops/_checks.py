@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 
 import torch
@@ -145,3 +145,12 @@ def check_dropout(op: str, dropout_p: float) -> None:
 def autocast_device(x: Tensor) -> str:
     """The device type whose autocast x's products would follow; meta tensors have none."""
     return "cpu" if x.device.type == "meta" else x.device.type
+
+
+def outside_autocast(function: Callable[..., Tensor], x: Tensor, *args) -> Tensor:
+    """function(x, *args) in x's own dtype: torch's norms return float32 under autocast."""
+    device = autocast_device(x)
+    if not torch.is_autocast_enabled(device):  # leaving it costs more than a small norm
+        return function(x, *args)
+    with torch.autocast(device, enabled=False):
+        return function(x, *args)

@@ -71,10 +71,8 @@ def add_layer_norm(
     Saves             sum, weight, mean and rstd (one float32 each a row), row_scale and the seed
     Errors            ValueError naming the argument whose shape, dtype or device is wrong
     """
-    args = _arguments(
-        *(input, residual, normalized_shape, weight, bias, eps),
-        **dict(dropout_p=dropout_p, row_scale=row_scale, zero_centered=zero_centered),
-    )
+    options = {"dropout_p": dropout_p, "row_scale": row_scale, "zero_centered": zero_centered}
+    args = _arguments(input, residual, normalized_shape, weight, bias, eps, **options)
     chosen = ADD_LAYER_NORM.select(*args, backend=backend)
     seed = draw_seed(input.device) if dropout_p > 0 else None
     if chosen == "torch" and is_plain_sum(*args[:2], row_scale, seed):
@@ -102,8 +100,15 @@ def _arguments(
     zero_centered=False,
 ):
     *tensors, row_scale = residual_arguments(
-        *("add_layer_norm", input, residual, normalized_shape, weight, bias),
-        **dict(dropout_p=dropout_p, row_scale=row_scale, zero_centered=zero_centered),
+        "add_layer_norm",
+        input,
+        residual,
+        normalized_shape,
+        weight,
+        bias,
+        dropout_p=dropout_p,
+        row_scale=row_scale,
+        zero_centered=zero_centered,
     )
     check_number("add_layer_norm", "eps", eps)
     return *tensors, eps, dropout_p, row_scale, zero_centered

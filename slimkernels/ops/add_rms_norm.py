@@ -65,10 +65,8 @@ def add_rms_norm(
     Saves             sum, weight, rstd (one float32 a row), row_scale and the seed
     Errors            ValueError naming the argument whose shape, dtype or device is wrong
     """
-    args = _arguments(
-        *(input, residual, normalized_shape, weight, eps),
-        **dict(dropout_p=dropout_p, row_scale=row_scale, zero_centered=zero_centered),
-    )
+    options = {"dropout_p": dropout_p, "row_scale": row_scale, "zero_centered": zero_centered}
+    args = _arguments(input, residual, normalized_shape, weight, eps, **options)
     chosen = ADD_RMS_NORM.select(*args, backend=backend)
     seed = draw_seed(input.device) if dropout_p > 0 else None
     if chosen == "torch" and is_plain_sum(*args[:2], row_scale, seed):
@@ -95,8 +93,15 @@ def _arguments(
     zero_centered=False,
 ):
     x, residual, weight, _, row_scale = residual_arguments(
-        *("add_rms_norm", input, residual, normalized_shape, weight, None),
-        **dict(dropout_p=dropout_p, row_scale=row_scale, zero_centered=zero_centered),
+        "add_rms_norm",
+        input,
+        residual,
+        normalized_shape,
+        weight,
+        None,
+        dropout_p=dropout_p,
+        row_scale=row_scale,
+        zero_centered=zero_centered,
     )
     eps = checked_eps("add_rms_norm", eps, x)
     return x, residual, weight, eps, dropout_p, row_scale, zero_centered

@@ -9,11 +9,11 @@ from torch.autograd.function import once_differentiable
 
 from slimkernels.dispatch import Op, distinct, kernel_op, needs_gradient
 from slimkernels.ops._checks import (
-    autocast_device,
     check_integer,
     check_number,
     check_parameter,
     check_tensor,
+    outside_autocast,
 )
 from slimkernels.ops.layer_norm import gradient_of, layer_norm_reference
 
@@ -70,8 +70,7 @@ def group_norm_by_torch(
     is_odd = weight is None and bias is not None or x.numel() <= x.shape[0] * num_groups
     if x.dtype == torch.float64 or is_mixed or is_odd:
         return group_norm_reference(x, num_groups, weight, bias, eps)
-    with torch.autocast(autocast_device(x), enabled=False):  # which would return float32
-        return F.group_norm(x, num_groups, weight, bias, eps)
+    return outside_autocast(F.group_norm, x, num_groups, weight, bias, eps)
 
 
 def _arguments(input, num_groups, weight=None, bias=None, eps=1e-5):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from slimkernels.dispatch import Op, distinct, kernel_op, needs_gradient
-from slimkernels.ops._checks import autocast_device, check_flag, check_number, normalized_rows
+from slimkernels.ops._checks import check_flag, check_number, normalized_rows, outside_autocast
 
 
 def layer_norm_reference(
@@ -70,10 +70,7 @@ def layer_norm_by_torch(
         p is not None and (p.dtype != x.dtype or zero_centered) for p in (weight, bias)
     ):
         return layer_norm_reference(x, weight, bias, eps, zero_centered)
-    if not torch.is_autocast_enabled(autocast_device(x)):  # leaving it costs more than a small norm
-        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
-    with torch.autocast(autocast_device(x), enabled=False):  # which would return float32
-        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    return outside_autocast(F.layer_norm, x, x.shape[-1:], weight, bias, eps)
 
 
 def _arguments(input, normalized_shape, weight=None, bias=None, eps=1e-5, *, zero_centered=False):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from slimkernels.dispatch import Op, distinct, kernel_op, needs_gradient
-from slimkernels.ops._checks import autocast_device, check_flag, check_number, normalized_rows
+from slimkernels.ops._checks import check_flag, check_number, normalized_rows, outside_autocast
 from slimkernels.ops.layer_norm import full_weight, gradient_of
 
 
@@ -60,10 +60,7 @@ def rms_norm_by_torch(x: Tensor, weight: Tensor | None, eps: float, zero_centere
     is_mixed = weight is not None and (weight.dtype != x.dtype or zero_centered)
     if x.dtype == torch.float64 or is_mixed:
         return rms_norm_reference(x, weight, eps, zero_centered)
-    if not torch.is_autocast_enabled(autocast_device(x)):  # leaving it costs more than a small norm
-        return F.rms_norm(x, x.shape[-1:], weight, eps)
-    with torch.autocast(autocast_device(x), enabled=False):  # which would return float32
-        return F.rms_norm(x, x.shape[-1:], weight, eps)
+    return outside_autocast(F.rms_norm, x, x.shape[-1:], weight, eps)
 
 
 def _arguments(input, normalized_shape, weight=None, eps=None, *, zero_centered=False):

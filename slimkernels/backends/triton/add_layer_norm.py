@@ -120,7 +120,8 @@ def backward(
     if M and is_long:
         partials = _long_rows.backward(
             *(dy, total, weight, bias, mean, rstd, dx, zero_centered),
-            **dict(dresidual=dresidual, branch=(dsum, seed, row_scale, dropout_p)),
+            dresidual=dresidual,
+            branch=(dsum, seed, row_scale, dropout_p),
         )
     else:
         programs, partials = empty_partials(total, M, weight, bias)
