@@ -21,26 +21,62 @@ enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1 };
 extern bool has_amx;
 
 struct Kernels {
-  // layer_norm.cpp: x, y (M, N); weight, bias (N,) in parameter_dtype; mean, rstd (M,)
+  // layer_norm.cpp: x, y (M, N); weight, bias (N,) in parameter_dtype; mean, rstd (M,).
+  // weight_offset is added to the weight.
   void (*layer_norm_forward)(const void* x, const void* weight, const void* bias, void* y,
-                             float* mean, float* rstd, int64_t M, int64_t N, float eps, int dtype,
-                             int parameter_dtype);
+                             float* mean, float* rstd, int64_t M, int64_t N, float eps,
+                             float weight_offset, int dtype, int parameter_dtype);
   void (*layer_norm_backward)(const void* dy, const void* x, const void* weight, const float* mean,
                               const float* rstd, void* dx, void* dweight, void* dbias, int64_t M,
-                              int64_t N, int dtype, int parameter_dtype);
+                              int64_t N, float weight_offset, int dtype, int parameter_dtype);
 
-  // add_layer_norm.cpp: as layer_norm.cpp; total is the sum. dsum may be null. A null seed means no
-  // dropout: dx, which would equal dresidual, is not written then.
+  // rms_norm.cpp: as layer_norm.cpp
+  void (*rms_norm_forward)(const void* x, const void* weight, void* y, float* rstd, int64_t M,
+                           int64_t N, float eps, float weight_offset, int dtype,
+                           int parameter_dtype);
+  void (*rms_norm_backward)(const void* dy, const void* x, const void* weight, const float* rstd,
+                            void* dx, void* dweight, int64_t M, int64_t N, float weight_offset,
+                            int dtype, int parameter_dtype);
+
+  // add_layer_norm.cpp: as layer_norm.cpp; total is the sum, in residual_dtype like residual, dsum
+  // and dresidual: dtype or float32. dsum may be null. row_scale (M,), a null one is ones; a null
+  // seed means no dropout. A null dx, of a branch whose gradient is dresidual, is not written.
   void (*add_layer_norm_forward)(const void* x, const void* residual, const void* weight,
                                  const void* bias, void* y, void* total, float* mean, float* rstd,
-                                 const int64_t* seed, int64_t M, int64_t N, float eps,
-                                 double dropout_p, int64_t threshold, int dtype,
+                                 const int64_t* seed, const float* row_scale, int64_t M, int64_t N,
+                                 float eps, double dropout_p, int64_t threshold,
+                                 float weight_offset, int dtype, int residual_dtype,
                                  int parameter_dtype);
   void (*add_layer_norm_backward)(const void* dy, const void* dsum, const void* total,
                                   const void* weight, const float* mean, const float* rstd,
                                   void* dx, void* dresidual, void* dweight, void* dbias,
-                                  const int64_t* seed, int64_t M, int64_t N, double dropout_p,
-                                  int64_t threshold, int dtype, int parameter_dtype);
+                                  const int64_t* seed, const float* row_scale, int64_t M, int64_t N,
+                                  double dropout_p, int64_t threshold, float weight_offset,
+                                  int dtype, int residual_dtype, int parameter_dtype);
+
+  // add_rms_norm.cpp: as add_layer_norm.cpp
+  void (*add_rms_norm_forward)(const void* x, const void* residual, const void* weight, void* y,
+                               void* total, float* rstd, const int64_t* seed,
+                               const float* row_scale, int64_t M, int64_t N, float eps,
+                               double dropout_p, int64_t threshold, float weight_offset, int dtype,
+                               int residual_dtype, int parameter_dtype);
+  void (*add_rms_norm_backward)(const void* dy, const void* dsum, const void* total,
+                                const void* weight, const float* rstd, void* dx, void* dresidual,
+                                void* dweight, const int64_t* seed, const float* row_scale,
+                                int64_t M, int64_t N, double dropout_p, int64_t threshold,
+                                float weight_offset, int dtype, int residual_dtype,
+                                int parameter_dtype);
+
+  // group_norm.cpp: x, y (samples, groups, channels, S); weight, bias (groups * channels,); mean,
+  // rstd (samples, groups)
+  void (*group_norm_forward)(const void* x, const void* weight, const void* bias, void* y,
+                             float* mean, float* rstd, int64_t samples, int64_t groups,
+                             int64_t channels, int64_t S, float eps, int dtype,
+                             int parameter_dtype);
+  void (*group_norm_backward)(const void* dy, const void* x, const void* weight, const float* mean,
+                              const float* rstd, void* dx, void* dweight, void* dbias,
+                              int64_t samples, int64_t groups, int64_t channels, int64_t S,
+                              int dtype, int parameter_dtype);
 
   // scaled_dot_product_attention.cpp, _backward.cpp: problem and variant are struct Problem in
   // cpu/attention.h and the start of struct Variant in cpu/attention_scores.h, as integers; the

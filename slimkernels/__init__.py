@@ -10,10 +10,13 @@ from slimkernels.ops._attention_variant import (
 )
 from slimkernels.ops._score_function import ScoreFunction
 from slimkernels.ops.add_layer_norm import add_layer_norm
+from slimkernels.ops.add_rms_norm import add_rms_norm
 from slimkernels.ops.cross_entropy import cross_entropy
 from slimkernels.ops.gelu import gelu
+from slimkernels.ops.group_norm import group_norm
 from slimkernels.ops.layer_norm import layer_norm
 from slimkernels.ops.linear import linear
+from slimkernels.ops.rms_norm import rms_norm
 from slimkernels.ops.scaled_dot_product_attention import scaled_dot_product_attention
 from slimkernels.ops.softmax import softmax
 
@@ -25,13 +28,16 @@ __all__ = [
     "RelativeBias",
     "ScoreFunction",
     "add_layer_norm",
+    "add_rms_norm",
     "cross_entropy",
     "explain",
     "gelu",
+    "group_norm",
     "info",
     "layer_norm",
     "linear",
     "nn",
+    "rms_norm",
     "scaled_dot_product_attention",
     "softmax",
     "t5_relative_bias",

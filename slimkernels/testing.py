@@ -114,6 +114,22 @@ def _add_layer_norm_sample(device: torch.device, dtype: torch.dtype) -> tuple[tu
     return (args[0], residual, *args[1:]), {"dropout_p": 0.1}
 
 
+def _group_norm_sample(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:
+    x = torch.randn(3, 6, 4, 5, device=device).to(dtype)
+    weight, bias = torch.randn(2, 6, device=device).to(dtype).unbind()
+    return (x, 2, weight, bias), {}
+
+
+def _rms_norm_sample(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:
+    args, _ = _layer_norm_sample(device, dtype)
+    return args[:3], {"zero_centered": True}
+
+
+def _add_rms_norm_sample(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:
+    args, kwargs = _add_layer_norm_sample(device, dtype)
+    return args[:4], kwargs
+
+
 def _scaled_dot_product_attention_sample(
     device: torch.device, dtype: torch.dtype
 ) -> tuple[tuple, dict]:
@@ -149,10 +165,13 @@ def _linear_sample(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dic
 # One small valid call of each op: sample_inputs["layer_norm"](device, dtype) -> (args, kwargs).
 sample_inputs: dict[str, Callable[[torch.device, torch.dtype], tuple[tuple, dict]]] = {
     "add_layer_norm": _add_layer_norm_sample,
+    "add_rms_norm": _add_rms_norm_sample,
     "cross_entropy": _cross_entropy_sample,
     "gelu": _gelu_sample,
+    "group_norm": _group_norm_sample,
     "layer_norm": _layer_norm_sample,
     "linear": _linear_sample,
+    "rms_norm": _rms_norm_sample,
     "scaled_dot_product_attention": _scaled_dot_product_attention_sample,
     "softmax": _softmax_sample,
 }

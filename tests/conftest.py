@@ -30,10 +30,10 @@ def run_kernels_where_eager_is_faster(monkeypatch):
     """The CPU's kernels must be right at the small sizes that they leave to ATen, too."""
     from slimkernels.dispatch import OPS
 
-    least = {"layer_norm": "MIN_FLOAT32", "add_layer_norm": "MIN_FLOAT32", "softmax": "MIN_PLAIN"}
-    for op, name in least.items():
-        if op in OPS and not isinstance(OPS[op].modules["cpu"], str):
-            monkeypatch.setattr(OPS[op].modules["cpu"], name, 0)
+    for op in OPS.values():
+        for bound in ("MIN_FLOAT32", "MIN_ELEMENTS", "MIN_PLAIN"):
+            if hasattr(op.modules.get("cpu"), bound):
+                monkeypatch.setattr(op.modules["cpu"], bound, 0)
 
 
 @pytest.fixture

@@ -26,8 +26,8 @@ KERNEL_BACKENDS = [backend for backend in BACKENDS if backend != "torch"]
 
 PUBLIC_NAMES = {
     *("BackendError", "explain", "info", "nn", "use_backend"),
-    *("add_layer_norm", "cross_entropy", "gelu", "layer_norm", "linear"),
-    *("scaled_dot_product_attention", "softmax"),
+    *("add_layer_norm", "add_rms_norm", "cross_entropy", "gelu", "group_norm"),
+    *("layer_norm", "linear", "rms_norm", "scaled_dot_product_attention", "softmax"),
     *("AttentionVariant", "RelativeBias", "ScoreFunction", "t5_relative_bias"),
 }
 ENVIRONMENT = {"SLIMKERNELS_BACKEND", "TRITON_INTERPRET"}  # all in dispatch.py
@@ -35,6 +35,8 @@ MAX_PUBLIC_PARAMETERS = 9
 MAX_KERNEL_PARAMETERS = 16  # at run time; constexprs are not passed
 # Longer lists, by (function): (how many, why).
 LONG_PARAMETER_LISTS: dict[str, tuple[int, str]] = {
+    "add_layer_norm": (10, "torch's five for layer_norm, and what becomes of the sum"),
+    "backends/triton/_long_rows.py:_gradients_kernel": (17, "one kernel for a sum and for plain x"),
     "scaled_dot_product_attention": (13, "torch's eight, and five of ours; the rest is a variant"),
 }
 
@@ -246,6 +248,9 @@ def test_a_wrong_call_gets_the_same_sentence_from_every_backend(op, wrong):
 NUMBERS = {
     "layer_norm": {"normalized_shape": 8.0, "eps": "a"},
     "add_layer_norm": {"normalized_shape": [True], "eps": None, "dropout_p": "x"},
+    "group_norm": {"num_groups": 2.0, "eps": "a"},
+    "rms_norm": {"normalized_shape": 8.0, "eps": "a", "zero_centered": 1},
+    "add_rms_norm": {"normalized_shape": [True], "eps": "a", "dropout_p": "x"},
     "cross_entropy": {"ignore_index": 1.5, "label_smoothing": "a"},
     "softmax": {"dim": 0.5, "scale": "a"},
     "scaled_dot_product_attention": {"dropout_p": "a", "scale": float("nan")},

@@ -180,7 +180,8 @@ def test_explain_agrees_with_the_call_and_takes_the_function_or_its_name():
     text = sk.explain(sk.layer_norm, X, 8, weight=W)
     assert text == sk.explain("layer_norm", X, (8,), W)
     assert (
-        text.splitlines()[0] == f"layer_norm runs on {OPS['layer_norm'].select(X, W, None, 1e-5)}"
+        text.splitlines()[0]
+        == f"layer_norm runs on {OPS['layer_norm'].select(X, W, None, 1e-5, False)}"
     )
     forced = sk.explain(sk.layer_norm, X, 8, backend="torch")
     assert forced.startswith("layer_norm runs on torch")
@@ -221,7 +222,7 @@ def test_compiled_code_follows_use_backend():
         assert torch.equal(compiled(X), forced)
     assert counter.frame_count == 2
     targets = [[str(node.target) for node in graph.graph.nodes] for graph in counter.graphs]
-    if OPS["layer_norm"].select(X, W, None, 1e-5) != "torch":
+    if OPS["layer_norm"].select(X, W, None, 1e-5, False) != "torch":
         assert any("layer_norm_forward" in t for t in targets[0])
     assert not any("layer_norm_forward" in t for t in targets[1])
 
@@ -356,7 +357,7 @@ def test_a_subclass_that_holds_no_memory_is_never_read():
 def test_forward_mode_differentiation_is_refused_not_lost():
     import torch.autograd.forward_ad as forward_ad
 
-    if OPS["layer_norm"].select(X, W, None, 1e-5) == "torch":
+    if OPS["layer_norm"].select(X, W, None, 1e-5, False) == "torch":
         pytest.skip("no kernel runs here")
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(X, torch.ones_like(X))

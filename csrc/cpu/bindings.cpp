@@ -136,8 +136,14 @@ PYBIND11_MODULE(_cpu, m) {
 
   bind(m, "layer_norm_forward", &Kernels::layer_norm_forward);
   bind(m, "layer_norm_backward", &Kernels::layer_norm_backward);
+  bind(m, "rms_norm_forward", &Kernels::rms_norm_forward);
+  bind(m, "rms_norm_backward", &Kernels::rms_norm_backward);
   bind(m, "add_layer_norm_forward", &Kernels::add_layer_norm_forward);
   bind(m, "add_layer_norm_backward", &Kernels::add_layer_norm_backward);
+  bind(m, "add_rms_norm_forward", &Kernels::add_rms_norm_forward);
+  bind(m, "add_rms_norm_backward", &Kernels::add_rms_norm_backward);
+  bind(m, "group_norm_forward", &Kernels::group_norm_forward);
+  bind(m, "group_norm_backward", &Kernels::group_norm_backward);
   bind(m, "scaled_dot_product_attention_forward", &Kernels::scaled_dot_product_attention_forward);
   bind(m, "scaled_dot_product_attention_backward", &Kernels::scaled_dot_product_attention_backward);
   bind(m, "gelu_forward", &Kernels::gelu_forward);

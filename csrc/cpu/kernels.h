@@ -16,8 +16,14 @@ struct Signature<void (*Kernels::*)(Args...)> {
 
 SLIM_DECLARE(layer_norm_forward);
 SLIM_DECLARE(layer_norm_backward);
+SLIM_DECLARE(rms_norm_forward);
+SLIM_DECLARE(rms_norm_backward);
 SLIM_DECLARE(add_layer_norm_forward);
 SLIM_DECLARE(add_layer_norm_backward);
+SLIM_DECLARE(add_rms_norm_forward);
+SLIM_DECLARE(add_rms_norm_backward);
+SLIM_DECLARE(group_norm_forward);
+SLIM_DECLARE(group_norm_backward);
 SLIM_DECLARE(scaled_dot_product_attention_forward);
 SLIM_DECLARE(scaled_dot_product_attention_backward);
 SLIM_DECLARE(gelu_forward);

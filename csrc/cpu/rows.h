@@ -1,83 +1,112 @@
 // The arithmetic of one normalised row, and the parameters that all rows share.
-//
-// layer_norm.cpp and add_layer_norm.cpp differ in what they normalise and share how.
 #pragma once
 #include "memory.h"
 #include "vec.h"
 
 namespace slimkernels::SLIM_ISA {
 
-struct Moments {
+// How a row is normalised, xhat = norm(x), is a type, so that every loop over rows is written once.
+// Each is made from the sum of first(x) over the row, and saved as one float32 a row.
+
+// LayerNorm.
+struct Centered {
   float mean, rstd;
+  static constexpr bool kCenters = true;
+
+  static vfloat first(vfloat x) { return x; }
+  // A sum near 1000 is off by 3e-5, which centering shows: what the centered values still add up to
+  // corrects mean and variance.
+  template <typename T>
+  static Centered of(float sum_of_first, const T* x, int64_t N, float eps) {
+    const float near = sum_of_first / N;
+    const Pair rest = sum_over(N, [&](int64_t i, auto n) {
+      const vfloat centered = keep(load(x + i, n) - near, n);
+      return vpair{centered, centered * centered};
+    });
+    const float shift = rest.first / N, variance = rest.second / N - shift * shift;
+    return {near + shift, 1.f / std::sqrt((variance < 0.f ? 0.f : variance) + eps)};
+  }
+  static Centered saved(const float* mean, const float* rstd, int64_t row) {
+    return {mean[row], rstd[row]};
+  }
+  void save(float* mean_of, float* rstd_of, int64_t row) const {
+    mean_of[row] = mean;
+    rstd_of[row] = rstd;
+  }
+  vfloat operator()(vfloat x) const { return (x - mean) * rstd; }
 };
 
-// Mean and variance of a row whose sum is known. A sum near 1000 is off by 3e-5, which centering
-// shows: what the centered values still add up to corrects mean and variance.
-template <typename T>
-inline Moments moments_about(float total, const T* x, int64_t N, float eps) {
-  const float near = total / N;
-  const Pair rest = sum_over(N, [&](int64_t i, auto n) {
-    const vfloat centered = keep(load(x + i, n) - near, n);
-    return vpair{centered, centered * centered};
-  });
-  const float shift = rest.first / N, variance = rest.second / N - shift * shift;
-  return {near + shift, 1.f / std::sqrt((variance < 0.f ? 0.f : variance) + eps)};
-}
+// RMSNorm, which has no mean.
+struct Scaled {
+  float rstd;
+  static constexpr bool kCenters = false;
 
-template <typename T>
-inline Moments moments_of(const T* x, int64_t N, float eps) {
-  const float total = sum_over(N, [&](int64_t i, auto n) { return load(x + i, n); });
-  return moments_about(total, x, N, eps);
-}
+  static vfloat first(vfloat x) { return x * x; }
+  template <typename T>
+  static Scaled of(float sum_of_first, const T*, int64_t N, float eps) {
+    return {1.f / std::sqrt(sum_of_first / N + eps)};
+  }
+  static Scaled saved(const float*, const float* rstd, int64_t row) { return {rstd[row]}; }
+  void save(float*, float* rstd_of, int64_t row) const { rstd_of[row] = rstd; }
+  vfloat operator()(vfloat x) const { return x * rstd; }
+};
 
-template <typename T>
-inline void normalize(const T* x, const float* weight, const float* bias, T* y, Moments moments,
+template <typename Norm, typename T, typename Y>
+inline void normalize(const T* x, const float* weight, const float* bias, Y* y, Norm norm,
                       int64_t N) {
   for_vectors(N, [&](int64_t i, auto n) {
-    vfloat v = (load(x + i, n) - moments.mean) * moments.rstd;
+    vfloat v = norm(load(x + i, n));
     if (weight) v *= load(weight + i, n);
     if (bias) v += load(bias + i, n);
     store(y + i, v, n);
   });
 }
 
-// With xhat = (x - mean) * rstd and g = dy * weight:
-//   dx = rstd * (g - mean(g) - xhat * mean(g * xhat)), dweight += dy * xhat, dbias += dy.
-// store_dx(i, dx, lanes) takes each vector of dx.
-template <typename T, typename Store>
-inline void normalize_backward(const T* dy, const T* x, const float* weight, Moments moments,
-                               float* dweight, float* dbias, int64_t N, Store store_dx) {
-  const auto xhat = [&](int64_t i, auto n) {
-    return keep((load(x + i, n) - moments.mean) * moments.rstd, n);
-  };
-  const auto g = [&](int64_t i, auto n) {
-    const vfloat v = load(dy + i, n);
-    return weight ? v * load(weight + i, n) : v;
-  };
+// Backward of a row, with xhat = norm(x) and g = dy * weight:
+//   dx = rstd * (g - mean(g) - xhat * mean(g * xhat)), in RMSNorm without mean(g).
+// These are the two means.
+template <typename Norm, typename T, typename X>
+inline Pair means_of(const T* dy, const X* x, const float* weight, Norm norm, int64_t N) {
   const Pair sums = sum_over(N, [&](int64_t i, auto n) {
-    const vfloat v = g(i, n);
-    return vpair{v, v * xhat(i, n)};
+    vfloat g = load(dy + i, n);
+    if (weight) g *= load(weight + i, n);
+    return vpair{g, g * keep(norm(load(x + i, n)), n)};
   });
-  const float mean_g = sums.first / N, mean_gx = sums.second / N;
-  for_vectors(N, [&](int64_t i, auto n) {
-    const vfloat h = xhat(i, n), v = load(dy + i, n);
-    store_dx(i, moments.rstd * (g(i, n) - mean_g - h * mean_gx), n);
-    if (dweight) store(dweight + i, load(dweight + i, n) + v * h, n);
+  return {sums.first / N, sums.second / N};
+}
+
+// dx of the columns from begin to end, dweight += dy * xhat and dbias += dy.
+// store_dx(i, dx, lanes) takes each vector of dx.
+template <typename Norm, typename T, typename X, typename Store>
+inline void normalize_backward(const T* dy, const X* x, const float* weight, Norm norm, Pair means,
+                               float* dweight, float* dbias, int64_t begin, int64_t end,
+                               Store store_dx) {
+  for_vectors(end - begin, [&](int64_t offset, auto n) {
+    const int64_t i = begin + offset;
+    const vfloat xhat = norm(load(x + i, n)), v = load(dy + i, n);
+    vfloat g = weight ? v * load(weight + i, n) : v;
+    if constexpr (Norm::kCenters) g -= means.first;
+    store_dx(i, norm.rstd * (g - xhat * means.second), n);
+    if (dweight) store(dweight + i, load(dweight + i, n) + v * xhat, n);
     if (dbias) store(dbias + i, load(dbias + i, n) + v, n);
   });
 }
 
-// A parameter of N elements, or none, as float32: one conversion a call instead of one a row.
+// A parameter of N elements, or none, plus an offset, as float32: one conversion a call instead of
+// one a row.
 class Widened {
  public:
-  Widened(const void* parameter, int64_t N, int dtype) {
-    if (!parameter || dtype == int(Dtype::kFloat32)) {
+  Widened(const void* parameter, int64_t N, int dtype, float offset = 0.f) {
+    if (!parameter || (dtype == int(Dtype::kFloat32) && offset == 0.f)) {
       values_ = (const float*)parameter;
       return;
     }
     owned_.allocate(N);
-    const bf16* narrow = (const bf16*)parameter;
-    for_vectors(N, [&](int64_t i, auto n) { store(&owned_[i], load(narrow + i, n), n); });
+    with_type(dtype, [&](auto zero) {
+      const auto* stored = (const decltype(zero)*)parameter;
+      for_vectors(N,
+                  [&](int64_t i, auto n) { store(&owned_[i], load(stored + i, n) + offset, n); });
+    });
     values_ = owned_.get();
   }
   const float* values() const { return values_; }

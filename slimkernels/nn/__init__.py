@@ -6,16 +6,20 @@ argument that is not implemented raises ValueError; none is accepted and ignored
 
 from slimkernels.nn.cross_entropy import CrossEntropyLoss
 from slimkernels.nn.gelu import GELU
+from slimkernels.nn.group_norm import GroupNorm
 from slimkernels.nn.layer_norm import LayerNorm
 from slimkernels.nn.multihead_attention import MultiheadAttention
+from slimkernels.nn.rms_norm import RMSNorm
 from slimkernels.nn.softmax import Softmax
 from slimkernels.nn.transformer import TransformerEncoder, TransformerEncoderLayer
 
 __all__ = [
     "GELU",
     "CrossEntropyLoss",
+    "GroupNorm",
     "LayerNorm",
     "MultiheadAttention",
+    "RMSNorm",
     "Softmax",
     "TransformerEncoder",
     "TransformerEncoderLayer",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 
 import torch
@@ -27,15 +27,22 @@ def check_tensor(op: str, name: str, value: object) -> None:
         )
 
 
-def check_parameter(op: str, name: str, value: object, x: Tensor, size: int) -> None:
+def check_parameter(
+    op: str,
+    name: str,
+    value: object,
+    x: Tensor,
+    size: int,
+    of_what: str = "the normalized dimension",
+) -> None:
     """`value` is None or a (size,) vector on x's device, in x's dtype or float32."""
     if value is None:
         return
     check_tensor(op, name, value)
     if value.shape != (size,):
         raise ValueError(
-            f"{op}: {name} must have shape ({size},), the normalized dimension of input "
-            f"{tuple(x.shape)}; got {tuple(value.shape)}"
+            f"{op}: {name} must have shape ({size},), {of_what} of input {tuple(x.shape)}; "
+            f"got {tuple(value.shape)}"
         )
     if value.device != x.device:
         raise ValueError(f"{op}: {name} must be on {x.device} like input; got {value.device}")
@@ -154,3 +161,12 @@ def value_range(values: Tensor) -> tuple[int, int]:
 def autocast_device(x: Tensor) -> str:
     """The device type whose autocast x's products would follow; meta tensors have none."""
     return "cpu" if x.is_cpu or x.is_meta else x.device.type
+
+
+def outside_autocast(function: Callable[..., Tensor], x: Tensor, *args) -> Tensor:
+    """function(x, *args) in x's own dtype: torch's norms return float32 under autocast."""
+    device = autocast_device(x)
+    if not torch.is_autocast_enabled(device):  # leaving it costs more than a small norm
+        return function(x, *args)
+    with torch.autocast(device, enabled=False):
+        return function(x, *args)

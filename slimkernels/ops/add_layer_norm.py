@@ -12,9 +12,15 @@ import torch
 from torch import Tensor
 
 from slimkernels.dispatch import Op, distinct, kernel_op, needs_gradient
-from slimkernels.ops._checks import check_alike, check_dropout, check_number, normalized_rows
-from slimkernels.ops._dropout import draw_seed, keep_mask
+from slimkernels.ops._checks import check_number
+from slimkernels.ops._dropout import draw_seed
 from slimkernels.ops._first_order import first_order
+from slimkernels.ops._residual import (
+    add_branch,
+    branch_gradients,
+    is_plain_sum,
+    residual_arguments,
+)
 from slimkernels.ops.layer_norm import gradient_of, layer_norm_by_torch, layer_norm_reference
 
 
@@ -25,17 +31,13 @@ def add_layer_norm_reference(
     bias: Tensor | None,
     eps: float,
     dropout_p: float,
+    row_scale: Tensor | None,
+    zero_centered: bool,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The definition. The statistics are those of the sum as stored, in x's dtype."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    if seed is not None:
-        N = x.shape[-1]
-        rows = torch.arange(x.numel() // N, device=x.device).view(*x.shape[:-1], 1)
-        keep = keep_mask(seed, rows, torch.arange(N, device=x.device), dropout_p)
-        wide = torch.where(keep, wide * (1 / (1 - dropout_p)), 0.0)
-    total = (residual + wide).to(x.dtype)
-    return layer_norm_reference(total, weight, bias, eps), total
+    """The definition. The statistics are those of the sum as stored, in residual's dtype."""
+    total = add_branch(x, residual, dropout_p, row_scale, seed)
+    return layer_norm_reference(total, weight, bias, eps, zero_centered).to(x.dtype), total
 
 
 def add_layer_norm(
@@ -47,27 +49,35 @@ def add_layer_norm(
     eps: float = 1e-5,
     *,
     dropout_p: float = 0.0,
+    row_scale: Tensor | None = None,
+    zero_centered: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """sum = residual + dropout(input), and layer_norm(sum): both, without storing the dropout.
+    """sum = residual + row_scale * dropout(input), and layer_norm(sum), in one pass.
 
     input             (..., *normalized_shape) float32, float16, bfloat16 or float64
-    residual          input's shape, dtype and device
+    residual          input's shape and device, in input's dtype or float32
     normalized_shape  the trailing dimensions that make a row, as in torch
     weight, bias      normalized_shape, in input's dtype or float32; None for 1 and 0
     eps               added to the variance
     dropout_p         probability of dropping an element of input, in [0, 1); survivors are
                       multiplied by 1 / (1 - dropout_p). Pass 0 outside training.
-    Returns           (output, sum), input's shape and dtype; output is exactly layer_norm(sum)
-    Saves             sum, weight, mean and rstd (one float32 each a row) and the seed
+    row_scale         float32, one number a row of input, or what broadcasts to it, as (B, 1) or
+                      (B, 1, 1) does where input is (B, T, N): 0 for a branch that stochastic depth
+                      skips. It gets no gradient. None for 1
+    zero_centered     multiply by 1 + weight
+    Returns           (output, sum), of input's shape; output in input's dtype, sum in residual's;
+                      output is exactly layer_norm(sum)
+    Saves             sum, weight, mean and rstd (one float32 each a row), row_scale and the seed
     Errors            ValueError naming the argument whose shape, dtype or device is wrong
     """
-    args = _arguments(input, residual, normalized_shape, weight, bias, eps, dropout_p=dropout_p)
+    options = {"dropout_p": dropout_p, "row_scale": row_scale, "zero_centered": zero_centered}
+    args = _arguments(input, residual, normalized_shape, weight, bias, eps, **options)
     chosen = ADD_LAYER_NORM.select(*args, backend=backend)
     seed = draw_seed(input.device) if dropout_p > 0 else None
-    if chosen == "torch" and seed is None:
+    if chosen == "torch" and is_plain_sum(*args[:2], row_scale, seed):
         total = args[0] + args[1]
-        y = layer_norm_by_torch(total, *args[2:5])
+        y = layer_norm_by_torch(total, *args[2:5], zero_centered)
     elif chosen == "torch":
         y, total = add_layer_norm_reference(*args, seed)
     elif needs_gradient(*args[:4]):
@@ -78,15 +88,30 @@ def add_layer_norm(
 
 
 def _arguments(
-    input, residual, normalized_shape, weight=None, bias=None, eps=1e-5, *, dropout_p=0.0
+    input,
+    residual,
+    normalized_shape,
+    weight=None,
+    bias=None,
+    eps=1e-5,
+    *,
+    dropout_p=0.0,
+    row_scale=None,
+    zero_centered=False,
 ):
-    rows = normalized_rows("add_layer_norm", input, normalized_shape, weight, bias)
-    x, weight, bias = rows
-    check_alike("add_layer_norm", "residual", residual, input)
+    *tensors, row_scale = residual_arguments(
+        "add_layer_norm",
+        input,
+        residual,
+        normalized_shape,
+        weight,
+        bias,
+        dropout_p=dropout_p,
+        row_scale=row_scale,
+        zero_centered=zero_centered,
+    )
     check_number("add_layer_norm", "eps", eps)
-    check_dropout("add_layer_norm", dropout_p)
-    residual = residual if x is input else residual.reshape(x.shape)
-    return x, residual, weight, bias, eps, dropout_p
+    return *tensors, eps, dropout_p, row_scale, zero_centered
 
 
 # Order: triton before cuda until a table of GPU measurements says otherwise.
@@ -95,12 +120,15 @@ ADD_LAYER_NORM = Op("add_layer_norm", order=("triton", "cuda", "cpu"), arguments
 
 class _AddLayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, residual, weight, bias, eps, dropout_p, seed, backend):
+    def forward(
+        ctx, x, residual, weight, bias, eps, dropout_p, row_scale, zero_centered, seed, backend
+    ):
         y, total, mean, rstd = add_layer_norm_forward(
-            x, residual, weight, bias, eps, dropout_p, seed, backend
+            x, residual, weight, bias, eps, dropout_p, row_scale, zero_centered, seed, backend
         )
-        ctx.save_for_backward(total, weight, bias, mean, rstd, seed)
-        ctx.dropout_p = dropout_p
+        ctx.save_for_backward(total, weight, bias, mean, rstd, row_scale, seed)
+        ctx.is_plain_sum = is_plain_sum(x, residual, row_scale, seed)
+        ctx.dropout_p, ctx.zero_centered, ctx.dtype = dropout_p, zero_centered, x.dtype
         ctx.backend = backend  # backward never selects: the two must agree on what was saved
         ctx.set_materialize_grads(False)  # post-norm has no gradient of the sum: no zeros for it
         return y, total
@@ -108,20 +136,23 @@ class _AddLayerNorm(torch.autograd.Function):
     @staticmethod
     @first_order("add_layer_norm")
     def backward(ctx, saved, dy, dsum):
-        total, weight, bias, mean, rstd, seed = saved
+        total, weight, bias, mean, rstd, row_scale, seed = saved
         if dy is None:  # nobody used the output: rare, so not worth a kernel of its own
-            dy = torch.zeros_like(total)
+            dy = torch.zeros_like(total, dtype=ctx.dtype)
         dx, dresidual, dweight, dbias = add_layer_norm_backward(
-            dy, dsum, total, weight, bias, mean, rstd, ctx.dropout_p, seed, ctx.backend
+            *(dy, dsum, total, weight, bias, mean, rstd),
+            *(ctx.dropout_p, row_scale, ctx.zero_centered, seed, ctx.is_plain_sum, ctx.backend),
         )
-        dx = dresidual if seed is None else dx
+        dx = dresidual if ctx.is_plain_sum else dx
         dweight = None if weight is None else dweight
         dbias = None if bias is None else dbias
-        return dx, dresidual, dweight, dbias, None, None, None, None
+        return dx, dresidual, dweight, dbias, None, None, None, None, None, None
 
 
-def _forward_fake(x, residual, weight, bias, eps, dropout_p, seed, backend):
-    y, total = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
+def _forward_fake(
+    x, residual, weight, bias, eps, dropout_p, row_scale, zero_centered, seed, backend
+):
+    y, total = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, residual))
     mean = x.new_empty(x.shape[:-1], dtype=torch.float32)
     return y, total, mean, torch.empty_like(mean)
 
@@ -134,16 +165,32 @@ def add_layer_norm_forward(
     bias: Tensor | None,
     eps: float,
     dropout_p: float,
+    row_scale: Tensor | None,
+    zero_centered: bool,
     seed: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return ADD_LAYER_NORM.modules[backend].forward(x, residual, weight, bias, eps, dropout_p, seed)
+    return ADD_LAYER_NORM.modules[backend].forward(
+        x, residual, weight, bias, eps, dropout_p, row_scale, zero_centered, seed
+    )
 
 
-def _backward_fake(dy, dsum, total, weight, bias, mean, rstd, dropout_p, seed, backend):
-    # Without dropout dx is dresidual, which autograd gives to both; the op's own is then empty.
-    dx = total.new_empty(0) if seed is None else torch.empty_like(total)
-    dresidual = torch.empty_like(total)
+def _backward_fake(
+    dy,
+    dsum,
+    total,
+    weight,
+    bias,
+    mean,
+    rstd,
+    dropout_p,
+    row_scale,
+    zero_centered,
+    seed,
+    is_plain_sum,
+    backend,
+):
+    dx, dresidual = branch_gradients(dy, total, is_plain_sum)
     return dx, dresidual, gradient_of(weight, total), gradient_of(bias, total)
 
 
@@ -157,9 +204,14 @@ def add_layer_norm_backward(
     mean: Tensor,
     rstd: Tensor,
     dropout_p: float,
+    row_scale: Tensor | None,
+    zero_centered: bool,
     seed: Tensor | None,
+    is_plain_sum: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return ADD_LAYER_NORM.modules[backend].backward(
-        dy, dsum, total, weight, bias, mean, rstd, dropout_p, seed
+    module = ADD_LAYER_NORM.modules[backend]
+    return module.backward(
+        *(dy, dsum, total, weight, bias, mean, rstd, dropout_p, row_scale, zero_centered, seed),
+        is_plain_sum,
     )

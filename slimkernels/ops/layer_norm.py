@@ -8,20 +8,25 @@ import torch
 from torch import Tensor
 
 from slimkernels.dispatch import Op, distinct, kernel_op, needs_gradient
-from slimkernels.ops._checks import autocast_device, check_number, normalized_rows
+from slimkernels.ops._checks import check_flag, check_number, normalized_rows, outside_autocast
 from slimkernels.ops._first_order import first_order
 
 
 def layer_norm_reference(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, zero_centered: bool = False
 ) -> Tensor:
     """The definition. Statistics in float32, or in float64 if x is."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     centered = wide - wide.mean(-1, keepdim=True)
     y = centered * torch.rsqrt(centered.square().mean(-1, keepdim=True) + eps)
-    y = y if weight is None else y * weight
+    y = y if weight is None else y * full_weight(weight, y, zero_centered)
     y = y if bias is None else y + bias
     return y.to(x.dtype)
+
+
+def full_weight(weight: Tensor, y: Tensor, zero_centered: bool) -> Tensor:
+    """What y is multiplied by: the weight, or 1 + weight, which its own dtype could not hold."""
+    return weight.to(torch.promote_types(weight.dtype, y.dtype)) + 1 if zero_centered else weight
 
 
 def layer_norm(
@@ -31,6 +36,7 @@ def layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
     *,
+    zero_centered: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """Normalise each row of `input` to mean 0 and variance 1, then scale and shift it.
@@ -39,40 +45,40 @@ def layer_norm(
     normalized_shape  the trailing dimensions that make a row, as in torch
     weight, bias      normalized_shape, in input's dtype or float32; None for 1 and 0
     eps               added to the variance
+    zero_centered     multiply by 1 + weight, whose weight decay pulls towards 1
     Returns           input's shape and dtype; computed in float32 (float64 for float64)
     Saves             input, weight, mean and rstd (one float32 each a row)
     Errors            ValueError naming the argument whose shape, dtype or device is wrong
     """
-    x, weight, bias, _ = args = _arguments(input, normalized_shape, weight, bias, eps)
+    args = _arguments(input, normalized_shape, weight, bias, eps, zero_centered=zero_centered)
     chosen = LAYER_NORM.select(*args, backend=backend)
     if chosen == "torch":
         y = layer_norm_by_torch(*args)
-    elif needs_gradient(x, weight, bias):
+    elif needs_gradient(*args[:3]):
         y = _LayerNorm.apply(*distinct(*args), chosen)
     else:
         y = layer_norm_forward(*args, chosen)[0]
-    return y if x is input else y.view(input.shape)
+    return y if args[0] is input else y.view(input.shape)
 
 
 def layer_norm_by_torch(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, zero_centered: bool
 ) -> Tensor:
     """The definition in torch's one fused kernel, where it is as exact and takes the dtypes."""
-    for parameter in (weight, bias):
-        if parameter is not None and parameter.dtype != x.dtype:
-            return layer_norm_reference(x, weight, bias, eps)
-    if x.dtype == torch.float64:
-        return layer_norm_reference(x, weight, bias, eps)
-    if not torch.is_autocast_enabled(autocast_device(x)):  # leaving it costs more than a small norm
-        return torch.layer_norm(x, x.shape[-1:], weight, bias, eps)
-    with torch.autocast(autocast_device(x), enabled=False):  # which would return float32
-        return torch.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    if zero_centered and weight is not None and weight.dtype == torch.float32:
+        weight, zero_centered = weight + 1, False
+    if x.dtype == torch.float64 or any(
+        [p is not None and (p.dtype != x.dtype or zero_centered) for p in (weight, bias)]
+    ):
+        return layer_norm_reference(x, weight, bias, eps, zero_centered)
+    return outside_autocast(torch.layer_norm, x, x.shape[-1:], weight, bias, eps)
 
 
-def _arguments(input, normalized_shape, weight=None, bias=None, eps=1e-5):
+def _arguments(input, normalized_shape, weight=None, bias=None, eps=1e-5, *, zero_centered=False):
     rows = normalized_rows("layer_norm", input, normalized_shape, weight, bias)
     check_number("layer_norm", "eps", eps)
-    return *rows, eps
+    check_flag("layer_norm", "zero_centered", zero_centered)
+    return *rows, eps, zero_centered
 
 
 # Order: triton before cuda until a table of GPU measurements says otherwise.
@@ -81,9 +87,10 @@ LAYER_NORM = Op("layer_norm", order=("triton", "cuda", "cpu"), arguments=_argume
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, eps, backend):
-        y, mean, rstd = layer_norm_forward(x, weight, bias, eps, backend)
+    def forward(ctx, x, weight, bias, eps, zero_centered, backend):
+        y, mean, rstd = layer_norm_forward(x, weight, bias, eps, zero_centered, backend)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.zero_centered = zero_centered
         ctx.backend = backend  # backward never selects: the two must agree on what was saved
         return y
 
@@ -91,13 +98,13 @@ class _LayerNorm(torch.autograd.Function):
     @first_order("layer_norm")
     def backward(ctx, saved, dy):
         _, weight, bias, _, _ = saved
-        dx, dweight, dbias = layer_norm_backward(dy, *saved, ctx.backend)
+        dx, dweight, dbias = layer_norm_backward(dy, *saved, ctx.zero_centered, ctx.backend)
         dweight = None if weight is None else dweight
         dbias = None if bias is None else dbias
-        return dx, dweight, dbias, None, None
+        return dx, dweight, dbias, None, None, None
 
 
-def _forward_fake(x, weight, bias, eps, backend):
+def _forward_fake(x, weight, bias, eps, zero_centered, backend):
     mean = x.new_empty(x.shape[:-1], dtype=torch.float32)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     return y, mean, torch.empty_like(mean)
@@ -105,12 +112,17 @@ def _forward_fake(x, weight, bias, eps, backend):
 
 @kernel_op("layer_norm_forward", _forward_fake)
 def layer_norm_forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, backend: str
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    zero_centered: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return LAYER_NORM.modules[backend].forward(x, weight, bias, eps)
+    return LAYER_NORM.modules[backend].forward(x, weight, bias, eps, zero_centered)
 
 
-def _backward_fake(dy, x, weight, bias, mean, rstd, backend):
+def _backward_fake(dy, x, weight, bias, mean, rstd, zero_centered, backend):
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     return dx, gradient_of(weight, x), gradient_of(bias, x)
 
@@ -128,6 +140,8 @@ def layer_norm_backward(
     bias: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
+    zero_centered: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return LAYER_NORM.modules[backend].backward(dy, x, weight, bias, mean, rstd)
+    module = LAYER_NORM.modules[backend]
+    return module.backward(dy, x, weight, bias, mean, rstd, zero_centered)

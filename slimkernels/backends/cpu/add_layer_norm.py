@@ -20,9 +20,10 @@ from slimkernels.backends.cpu._common import (
 MIN_FLOAT32 = 1 << 19
 
 
-def unsupported(x, residual, weight, bias, eps, dropout_p):
+def unsupported(x, residual, weight, bias, eps, dropout_p, row_scale, zero_centered):
     reason = unsupported_tensor(x)
-    if reason is None and dropout_p == 0 and x.dtype == torch.float32 and x.numel() < MIN_FLOAT32:
+    is_sum = dropout_p == 0 and row_scale is None and residual.dtype == x.dtype
+    if reason is None and is_sum and x.dtype == torch.float32 and x.numel() < MIN_FLOAT32:
         return (
             f"ATen's float32 norm is faster below {MIN_FLOAT32} elements without dropout, "
             f"and input has {x.numel()}"
@@ -30,36 +31,51 @@ def unsupported(x, residual, weight, bias, eps, dropout_p):
     return reason
 
 
-def forward(x, residual, weight, bias, eps, dropout_p, seed):
+def forward(x, residual, weight, bias, eps, dropout_p, row_scale, zero_centered, seed):
     x, residual = x.contiguous(), residual.contiguous()
+    row_scale = None if row_scale is None else row_scale.contiguous()
     weight, bias, parameter_dtype = norm_parameters(weight, bias)
     N = x.shape[-1]
-    y, total = torch.empty_like(x), torch.empty_like(x)
+    y, total = torch.empty_like(x), torch.empty_like(residual)
     mean = x.new_empty(x.shape[:-1], dtype=torch.float32)
     rstd = torch.empty_like(mean)
+    tensors = x, residual, weight, bias, y, total, mean, rstd, seed, row_scale
     run(
         _cpu.add_layer_norm_forward,
-        *pointers(x, residual, weight, bias, y, total, mean, rstd, seed),
-        *(x.numel() // N, N, eps, dropout_p, threshold(dropout_p)),
-        *(DTYPES[x.dtype], parameter_dtype),
+        *pointers(*tensors),
+        *(x.numel() // N, N, eps, dropout_p, threshold(dropout_p), float(zero_centered)),
+        *(DTYPES[x.dtype], DTYPES[total.dtype], parameter_dtype),
     )
     return y, total, mean, rstd
 
 
-def backward(dy, dsum, total, weight, bias, mean, rstd, dropout_p, seed):
+def backward(
+    dy,
+    dsum,
+    total,
+    weight,
+    bias,
+    mean,
+    rstd,
+    dropout_p,
+    row_scale,
+    zero_centered,
+    seed,
+    is_plain_sum,
+):
     dy, total = dy.contiguous(), total.contiguous()
-    dsum = None if dsum is None else dsum.contiguous()
+    dsum, row_scale = (None if t is None else t.contiguous() for t in (dsum, row_scale))
     given = weight, bias
     weight, bias, parameter_dtype = norm_parameters(*given)
     N = total.shape[-1]
     dresidual = torch.empty_like(total)
-    dx = total.new_empty(0) if seed is None else torch.empty_like(total)
+    dx = total.new_empty(0) if is_plain_sum else torch.empty_like(dy)
     dweight, dbias = (empty_gradient(p, total) for p in (weight, bias))
-    tensors = dy, dsum, total, weight, mean, rstd, dx, dresidual, dweight, dbias, seed
+    tensors = dy, dsum, total, weight, mean, rstd, dx, dresidual, dweight, dbias, seed, row_scale
     run(
         _cpu.add_layer_norm_backward,
         *pointers(*tensors),
-        *(total.numel() // N, N, dropout_p, threshold(dropout_p)),
-        *(DTYPES[total.dtype], parameter_dtype),
+        *(total.numel() // N, N, dropout_p, threshold(dropout_p), float(zero_centered)),
+        *(DTYPES[dy.dtype], DTYPES[total.dtype], parameter_dtype),
     )
     return dx, dresidual, *as_wanted((dweight, dbias), given)

@@ -19,7 +19,7 @@ from slimkernels.backends.cpu._common import (
 MIN_FLOAT32 = 1 << 23
 
 
-def unsupported(x, weight, bias, eps):
+def unsupported(x, weight, bias, eps, zero_centered):
     reason = unsupported_tensor(x)
     if reason is None and x.dtype == torch.float32 and x.numel() < MIN_FLOAT32:
         return (
@@ -28,7 +28,7 @@ def unsupported(x, weight, bias, eps):
     return reason
 
 
-def forward(x, weight, bias, eps):
+def forward(x, weight, bias, eps, zero_centered):
     x = x.contiguous()
     weight, bias, parameter_dtype = norm_parameters(weight, bias)
     N = x.shape[-1]
@@ -38,12 +38,12 @@ def forward(x, weight, bias, eps):
     run(
         _cpu.layer_norm_forward,
         *pointers(x, weight, bias, y, mean, rstd),
-        *(x.numel() // N, N, eps, DTYPES[x.dtype], parameter_dtype),
+        *(x.numel() // N, N, eps, float(zero_centered), DTYPES[x.dtype], parameter_dtype),
     )
     return y, mean, rstd
 
 
-def backward(dy, x, weight, bias, mean, rstd):
+def backward(dy, x, weight, bias, mean, rstd, zero_centered):
     dy, x = dy.contiguous(), x.contiguous()
     given = weight, bias
     weight, bias, parameter_dtype = norm_parameters(*given)
@@ -53,6 +53,6 @@ def backward(dy, x, weight, bias, mean, rstd):
     run(
         _cpu.layer_norm_backward,
         *pointers(dy, x, weight, mean, rstd, dx, dweight, dbias),
-        *(x.numel() // N, N, DTYPES[x.dtype], parameter_dtype),
+        *(x.numel() // N, N, float(zero_centered), DTYPES[x.dtype], parameter_dtype),
     )
     return dx, *as_wanted((dweight, dbias), given)

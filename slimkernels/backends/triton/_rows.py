@@ -1,7 +1,7 @@
 """The arithmetic of one normalised row, and the sums over rows that its parameters' gradients are.
 
-layer_norm.py and add_layer_norm.py differ in what they normalise and share how. A row is held in
-registers, float32, zero in the lanes past its end.
+The norms differ in what they normalise and share how. A row is held in registers, float32, zero in
+the lanes past its end.
 """
 
 from __future__ import annotations
@@ -11,38 +11,41 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from slimkernels.backends.triton._common import row_programs, unsupported_tensor
+from slimkernels.backends.triton._common import row_programs
 
-# Elements. Backward of longer bfloat16 rows spills its registers; of this many float32 ones,
-# add_layer_norm's spills 100 bytes.
+# Elements. Backward of longer bfloat16 rows spills its registers; _long_rows.py takes those.
 MAX_ROW = 8192
 
 
-def unsupported_row(x: Tensor) -> str | None:
-    """The refusals of an op that holds whole rows of x."""
-    if x.shape[-1] > MAX_ROW:
-        return f"a row may have at most {MAX_ROW} elements and has {x.shape[-1]}"
-    return unsupported_tensor(x)
+def empty_partials(
+    x: Tensor, M: int, *parameters: Tensor | None
+) -> tuple[int, list[Tensor | None]]:
+    """P, the programs that share M rows, and for each parameter (P, N) float32 partial gradients.
+
+    None for a parameter that was not given.
+    """
+    programs = row_programs(x, M)
+    return programs, partial_sums(x, programs, *parameters)
 
 
-def empty_partials(x: Tensor, M: int) -> Tensor:
-    """(2, P, N) float32: dweight and dbias of each of the P programs that share M rows."""
-    return x.new_empty((2, row_programs(x, M), x.shape[-1]), dtype=torch.float32)
+def partial_sums(x: Tensor, programs: int, *parameters: Tensor | None) -> list[Tensor | None]:
+    size = programs, x.shape[-1]
+    return [None if p is None else x.new_empty(size, dtype=torch.float32) for p in parameters]
 
 
 def parameter_gradients(
-    partials: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None
+    partials: list[Tensor | None], x: Tensor, *parameters: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """dweight and dbias in their parameter's dtype; empty where it was not given."""
+    """The parameters' gradients in their dtypes; empty where one was not given."""
     return tuple(
-        x.new_empty(0) if p is None else total.to(p.dtype, copy=True)
-        for p, total in zip((weight, bias), partials.sum(1), strict=True)
+        x.new_empty(0) if p is None else partial.sum(0).to(p.dtype)
+        for p, partial in zip(parameters, partials, strict=True)
     )
 
 
 @triton.jit
-def normalize(x, weight_ptr, bias_ptr, cols, mask, N, eps):
-    """y = (x - mean) * rstd * weight + bias, mean and rstd."""
+def normalize(x, mask, N, eps):
+    """xhat = (x - mean) * rstd, mean and rstd: LayerNorm."""
     near = tl.sum(x, axis=0) / N
     # Masked lanes hold -near here; unmasked they would enter the variance.
     centered = tl.where(mask, x - near, 0.0)
@@ -50,22 +53,34 @@ def normalize(x, weight_ptr, bias_ptr, cols, mask, N, eps):
     shift = tl.sum(centered, axis=0) / N
     variance = tl.sum(centered * centered, axis=0) / N - shift * shift
     rstd = tl.rsqrt(tl.where(variance < 0.0, 0.0, variance) + eps)
-
-    y = (centered - shift) * rstd
-    if weight_ptr is not None:
-        y *= tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-    return y, near + shift, rstd
+    return (centered - shift) * rstd, near + shift, rstd
 
 
 @triton.jit
-def load_weight(weight_ptr, cols, mask, BLOCK_N: tl.constexpr):
-    """The weight that all rows share; 1 where there is none."""
-    weight = tl.full((BLOCK_N,), 1.0, tl.float32)
+def rms_normalize(x, N, eps):
+    """xhat = x * rstd, and rstd: RMSNorm."""
+    rstd = tl.rsqrt(tl.sum(x * x, axis=0) / N + eps)
+    return x * rstd, rstd
+
+
+@triton.jit
+def load_weight(weight_ptr, at, mask, ZERO_CENTERED: tl.constexpr):
+    """The weight of each element; 1 where there is none."""
+    weight = 1.0
     if weight_ptr is not None:
-        weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+        weight = tl.load(weight_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        if ZERO_CENTERED:
+            weight += 1.0
     return weight
+
+
+@triton.jit
+def scale_and_shift(xhat, weight_ptr, bias_ptr, at, mask, ZERO_CENTERED: tl.constexpr):
+    """y = xhat * weight + bias, either of which may be missing."""
+    y = xhat * load_weight(weight_ptr, at, mask, ZERO_CENTERED)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    return y
 
 
 @triton.jit
@@ -76,3 +91,11 @@ def normalize_backward(dy, x, weight, mean, rstd, mask, N):
     g = dy * weight
     dx = rstd * (g - tl.sum(g, axis=0) / N - xhat * (tl.sum(g * xhat, axis=0) / N))
     return dx, xhat
+
+
+@triton.jit
+def rms_normalize_backward(dy, x, weight, rstd, N):
+    """dx, and xhat = x * rstd, by which dy becomes its share of dweight."""
+    xhat = x * rstd
+    g = dy * weight
+    return rstd * (g - xhat * (tl.sum(g * xhat, axis=0) / N)), xhat

@@ -1,19 +1,29 @@
-"""sum = residual + dropout(x), and LayerNorm of the sum, in Triton: one program per row.
+"""sum = residual + row_scale * dropout(x), and LayerNorm of the sum, in Triton: a program a row.
 
 Tiling    as in layer_norm.py: a row in registers, in backward a few programs per multiprocessor.
+          Rows of more than MAX_ROW elements are cut into parts: _long_rows.py.
 Traffic   forward reads 2 N and writes 2 N elements a row. Backward reads 2 N, or 3 N with a
-          gradient of the sum, and writes N, or 2 N with dropout. Dropout stores nothing: backward
-          draws its bits again. The roof is DRAM bandwidth.
+          gradient of the sum, and writes N, or 2 N where the branch has a gradient of its own.
+          Dropout stores nothing: backward draws its bits again. The roof is DRAM bandwidth.
 Numerics  the statistics are those of the sum as stored, so y is exactly layer_norm(sum). dx comes
           from dresidual before it is rounded.
 """
+
+import functools
 
 import torch
 import triton
 import triton.language as tl
 
-from slimkernels.backends._dropout import threshold
-from slimkernels.backends.triton._common import dense, keep_mask, row_block, row_keys
+from slimkernels.backends.triton import _long_rows
+from slimkernels.backends.triton._common import dense, row_block, unsupported_tensor
+from slimkernels.backends.triton._residual import (
+    add_branch,
+    backward_block,
+    dropout_numbers,
+    longest_row,
+    store_gradients,
+)
 from slimkernels.backends.triton._rows import (
     MAX_ROW,
     empty_partials,
@@ -21,54 +31,35 @@ from slimkernels.backends.triton._rows import (
     normalize,
     normalize_backward,
     parameter_gradients,
-    unsupported_row,
+    scale_and_shift,
 )
 
 
-def unsupported(x, residual, weight, bias, eps, dropout_p):
-    return unsupported_row(x)
+def unsupported(x, residual, weight, bias, eps, dropout_p, row_scale, zero_centered):
+    return unsupported_tensor(x)
 
 
-def forward(x, residual, weight, bias, eps, dropout_p, seed):
-    x, residual = x.contiguous(), residual.contiguous()
+def forward(x, residual, weight, bias, eps, dropout_p, row_scale, zero_centered, seed):
+    x, residual, row_scale = x.contiguous(), residual.contiguous(), dense(row_scale)
+    weight, bias = dense(weight), dense(bias)
     N = x.shape[-1]
     M = x.numel() // N
-    y, total = torch.empty_like(x), torch.empty_like(x)
+    y, total = torch.empty_like(x), torch.empty_like(residual)
     mean = x.new_empty(x.shape[:-1], dtype=torch.float32)
     rstd = torch.empty_like(mean)
-    if M:
+    if M and N > MAX_ROW:
+        branch = x, residual, seed, row_scale, dropout_p
+        _long_rows.forward(*(total, weight, bias, y, mean, rstd, eps, zero_centered), branch=branch)
+    elif M:
         BLOCK_N, num_warps = row_block(N)
         _forward_kernel[(M,)](
-            *(x, residual, dense(weight), dense(bias), y, total, mean, rstd, seed, N, eps),
-            *_dropout(dropout_p),
+            *(x, residual, weight, bias, y, total, mean, rstd, seed, row_scale, N, eps),
+            *dropout_numbers(dropout_p),
+            ZERO_CENTERED=zero_centered,
             BLOCK_N=BLOCK_N,
             num_warps=num_warps,
         )
     return y, total, mean, rstd
-
-
-def backward(dy, dsum, total, weight, bias, mean, rstd, dropout_p, seed):
-    dy, dsum, total = dy.contiguous(), dense(dsum), total.contiguous()
-    N = total.shape[-1]
-    M = total.numel() // N
-    dresidual = torch.empty_like(total)
-    dx = None if seed is None else torch.empty_like(total)
-    partials = empty_partials(total, M)
-    if M:
-        BLOCK_N, num_warps = row_block(N)
-        _backward_kernel[(partials.shape[1],)](
-            *(dy, dsum, total, dense(weight), mean, rstd, dx, dresidual, *partials, seed, M, N),
-            *_dropout(dropout_p),
-            BLOCK_N=BLOCK_N,
-            num_warps=num_warps,
-        )
-    dx = total.new_empty(0) if dx is None else dx
-    return dx, dresidual, *parameter_gradients(partials, total, weight, bias)
-
-
-def _dropout(dropout_p):
-    """Below which bits an element is dropped, and what survivors are multiplied by."""
-    return threshold(dropout_p), 1 / (1 - dropout_p)
 
 
 @triton.jit
@@ -82,29 +73,69 @@ def _forward_kernel(
     mean_ptr,
     rstd_ptr,
     seed_ptr,
+    row_scale_ptr,
     N,
     eps,
     threshold,
     scale,
+    ZERO_CENTERED: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)  # row * N can pass 2^31
     cols = tl.arange(0, BLOCK_N)
     mask = cols < N
-    at = row * N + cols
 
-    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    if seed_ptr is not None:
-        key0, key1 = row_keys(seed_ptr, row)
-        x = tl.where(keep_mask(key0, key1, cols, threshold), x * scale, 0.0)
-    total = tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32) + x
-    total = total.to(total_ptr.dtype.element_ty)
-    tl.store(total_ptr + at, total, mask=mask)
-
-    y, mean, rstd = normalize(total.to(tl.float32), weight_ptr, bias_ptr, cols, mask, N, eps)
-    tl.store(y_ptr + at, y, mask=mask)
+    total = add_branch(
+        *(x_ptr, residual_ptr, total_ptr, seed_ptr, row_scale_ptr, row, cols, mask, N),
+        *(threshold, scale),
+    )
+    xhat, mean, rstd = normalize(total, mask, N, eps)
+    y = scale_and_shift(xhat, weight_ptr, bias_ptr, cols, mask, ZERO_CENTERED)
+    tl.store(y_ptr + row * N + cols, y, mask=mask)
     tl.store(mean_ptr + row, mean)
     tl.store(rstd_ptr + row, rstd)
+
+
+def backward(
+    dy,
+    dsum,
+    total,
+    weight,
+    bias,
+    mean,
+    rstd,
+    dropout_p,
+    row_scale,
+    zero_centered,
+    seed,
+    is_plain_sum,
+):
+    dy, dsum, total = dy.contiguous(), dense(dsum), total.contiguous()
+    weight, row_scale = dense(weight), dense(row_scale)
+    N = total.shape[-1]
+    M = total.numel() // N
+    dresidual = torch.empty_like(total)
+    dx = None if is_plain_sum else torch.empty_like(dy)
+    is_long = longest_row(total.dtype) < N
+    if M and is_long:
+        partials = _long_rows.backward(
+            *(dy, total, weight, bias, mean, rstd, dx, zero_centered),
+            dresidual=dresidual,
+            branch=(dsum, seed, row_scale, dropout_p),
+        )
+    else:
+        programs, partials = empty_partials(total, M, weight, bias)
+    if M and not is_long:
+        BLOCK_N, num_warps = backward_block(N, total.dtype)
+        _backward_kernel[(programs,)](
+            *(dy, dsum, total, weight, mean, rstd, dx, dresidual, *partials),
+            *(seed, row_scale, M, N, *dropout_numbers(dropout_p)),
+            ZERO_CENTERED=zero_centered,
+            BLOCK_N=BLOCK_N,
+            num_warps=num_warps,
+        )
+    dx = total.new_empty(0) if dx is None else dx
+    return dx, dresidual, *parameter_gradients(partials, total, weight, bias)
 
 
 @triton.jit
@@ -120,58 +151,79 @@ def _backward_kernel(
     dweight_ptr,
     dbias_ptr,
     seed_ptr,
+    row_scale_ptr,
     M,
     N,
     threshold,
     scale,
+    ZERO_CENTERED: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_N)
     mask = cols < N
-    weight = load_weight(weight_ptr, cols, mask, BLOCK_N)
+    weight = load_weight(weight_ptr, cols, mask, ZERO_CENTERED)
     dweight = tl.zeros((BLOCK_N,), tl.float32)
     dbias = tl.zeros((BLOCK_N,), tl.float32)
 
     for row in range(program, M, tl.num_programs(0)):
-        at = row * N + cols
-        dy = tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        total = tl.load(total_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + row * N + cols, mask=mask, other=0.0).to(tl.float32)
+        total = tl.load(total_ptr + row * N + cols, mask=mask, other=0.0).to(tl.float32)
         mean, rstd = tl.load(mean_ptr + row), tl.load(rstd_ptr + row)
-        dresidual, xhat = normalize_backward(dy, total, weight, mean, rstd, mask, N)
-        if dsum_ptr is not None:
-            dresidual += tl.load(dsum_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        tl.store(dresidual_ptr + at, dresidual, mask=mask)
-        if seed_ptr is not None:
-            key0, key1 = row_keys(seed_ptr, tl.cast(row, tl.int64))
-            dx = tl.where(keep_mask(key0, key1, cols, threshold), dresidual * scale, 0.0)
-            tl.store(dx_ptr + at, dx, mask=mask)
-        dweight += dy * xhat
-        dbias += dy
+        dtotal, xhat = normalize_backward(dy, total, weight, mean, rstd, mask, N)
+        store_gradients(
+            *(dtotal, dsum_ptr, dx_ptr, dresidual_ptr, seed_ptr, row_scale_ptr),
+            *(row, cols, mask, N, threshold, scale),
+        )
+        if dweight_ptr is not None:
+            dweight += dy * xhat
+        if dbias_ptr is not None:
+            dbias += dy
 
-    tl.store(dweight_ptr + program * N + cols, dweight, mask=mask)
-    tl.store(dbias_ptr + program * N + cols, dbias, mask=mask)
+    if dweight_ptr is not None:
+        tl.store(dweight_ptr + program * N + cols, dweight, mask=mask)
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + program * N + cols, dbias, mask=mask)
 
 
 # What tests/test_aot.py compiles for sm_80, sm_90 and sm_100, and the most that may come out.
 _TENSORS = ("x", "residual", "weight", "bias", "y", "total", "dy", "dsum", "dx", "dresidual")
+_FLOAT32 = ("mean", "rstd", "dweight", "dbias", "row_scale")
 _TYPES = {
     **{f"{name}_ptr": "*bf16" for name in _TENSORS},
-    **dict.fromkeys(("mean_ptr", "rstd_ptr", "dweight_ptr", "dbias_ptr"), "*fp32"),
+    **{f"{name}_ptr": "*fp32" for name in _FLOAT32},
     "seed_ptr": "*i64",
     **dict.fromkeys(("M", "N", "threshold"), "i32"),
     **dict.fromkeys(("eps", "scale"), "fp32"),
 }
-_OPTIONAL = ("weight_ptr", "bias_ptr", "dsum_ptr", "dx_ptr", "seed_ptr")
+_WIDE = {f"{name}_ptr": "*fp32" for name in ("residual", "total", "dsum", "dresidual")}
+_OPTIONAL = ("weight_ptr", "bias_ptr", "dsum_ptr", "dx_ptr", "seed_ptr", "row_scale_ptr")
+_OPTIONAL += ("dweight_ptr", "dbias_ptr")
 COMPILES = [
     dict(
         kernel=kernel,
-        signature={n: t for n, t in _TYPES.items() if n in kernel.arg_names and n not in absent},
-        constexprs={"BLOCK_N": BLOCK_N, **{n: None for n in absent if n in kernel.arg_names}},
-        num_warps=row_block(BLOCK_N)[1],
+        signature={n: t for n, t in types.items() if n in kernel.arg_names and n not in absent},
+        constexprs={
+            **{"ZERO_CENTERED": False, "BLOCK_N": BLOCK_N},
+            **{n: None for n in absent if n in kernel.arg_names},
+        },
+        num_warps=block(BLOCK_N)[1],
         registers=registers if BLOCK_N == 1024 else 255,
     )
-    for kernel, registers in ((_forward_kernel, 64), (_backward_kernel, 168))
-    for absent in ((), _OPTIONAL)
-    for BLOCK_N in (1024, MAX_ROW)
+    for types, absent, dtype in (
+        (_TYPES, (), torch.bfloat16),
+        (_TYPES, _OPTIONAL, torch.bfloat16),
+        (_TYPES | _WIDE, (), torch.float32),
+    )
+    for kernel, block, longest, registers in (
+        (_forward_kernel, row_block, MAX_ROW, 64),
+        (
+            _backward_kernel,
+            functools.partial(backward_block, dtype=dtype),
+            longest_row(dtype),
+            168,
+        ),
+    )
+    for BLOCK_N in (1024, longest)
 ]
+COMPILES += _long_rows.compiles(is_rms=False, adds=True)

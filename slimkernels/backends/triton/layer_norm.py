@@ -2,7 +2,8 @@
 
 Tiling    BLOCK_N is the power of two that holds a row. In backward a few programs per
           multiprocessor stride over the rows and keep their share of dweight and dbias in
-          registers, so no atomics are needed and the sum is the same on every run.
+          registers, so no atomics are needed and the sum is the same on every run. Rows of more
+          than MAX_ROW elements are cut into parts: _long_rows.py.
 Traffic   forward reads N and writes N elements a row, backward reads 2 N and writes N: the roof
           is DRAM bandwidth. Partials of dweight and dbias add 2 * P * N float32.
 Numerics  loads widen to float32 at once; the variance is two-pass, because E[x^2] - E[x]^2
@@ -13,7 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from slimkernels.backends.triton._common import dense, row_block
+from slimkernels.backends.triton import _long_rows
+from slimkernels.backends.triton._common import dense, row_block, unsupported_tensor
 from slimkernels.backends.triton._rows import (
     MAX_ROW,
     empty_partials,
@@ -21,25 +23,28 @@ from slimkernels.backends.triton._rows import (
     normalize,
     normalize_backward,
     parameter_gradients,
-    unsupported_row,
+    scale_and_shift,
 )
 
 
-def unsupported(x, weight, bias, eps):
-    return unsupported_row(x)
+def unsupported(x, weight, bias, eps, zero_centered):
+    return unsupported_tensor(x)
 
 
-def forward(x, weight, bias, eps):
-    x = x.contiguous()
+def forward(x, weight, bias, eps, zero_centered):
+    x, weight, bias = x.contiguous(), dense(weight), dense(bias)
     N = x.shape[-1]
     M = x.numel() // N
     y = torch.empty_like(x)
     mean = x.new_empty(x.shape[:-1], dtype=torch.float32)
     rstd = torch.empty_like(mean)
-    if M:
+    if M and N > MAX_ROW:
+        _long_rows.forward(x, weight, bias, y, mean, rstd, eps, zero_centered)
+    elif M:
         BLOCK_N, num_warps = row_block(N)
         _forward_kernel[(M,)](
-            *(x, dense(weight), dense(bias), y, mean, rstd, N, eps),
+            *(x, weight, bias, y, mean, rstd, N, eps),
+            ZERO_CENTERED=zero_centered,
             BLOCK_N=BLOCK_N,
             num_warps=num_warps,
         )
@@ -48,29 +53,43 @@ def forward(x, weight, bias, eps):
 
 @triton.jit
 def _forward_kernel(
-    x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr, N, eps, BLOCK_N: tl.constexpr
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    mean_ptr,
+    rstd_ptr,
+    N,
+    eps,
+    ZERO_CENTERED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)  # row * N can pass 2^31
     cols = tl.arange(0, BLOCK_N)
     mask = cols < N
 
     x = tl.load(x_ptr + row * N + cols, mask=mask, other=0.0).to(tl.float32)
-    y, mean, rstd = normalize(x, weight_ptr, bias_ptr, cols, mask, N, eps)
+    xhat, mean, rstd = normalize(x, mask, N, eps)
+    y = scale_and_shift(xhat, weight_ptr, bias_ptr, cols, mask, ZERO_CENTERED)
     tl.store(y_ptr + row * N + cols, y, mask=mask)
     tl.store(mean_ptr + row, mean)
     tl.store(rstd_ptr + row, rstd)
 
 
-def backward(dy, x, weight, bias, mean, rstd):
-    dy, x = dy.contiguous(), x.contiguous()
+def backward(dy, x, weight, bias, mean, rstd, zero_centered):
+    dy, x, weight = dy.contiguous(), x.contiguous(), dense(weight)
     N = x.shape[-1]
     M = x.numel() // N
     dx = torch.empty_like(x)
-    partials = empty_partials(x, M)
+    if M and N > MAX_ROW:
+        partials = _long_rows.backward(dy, x, weight, bias, mean, rstd, dx, zero_centered)
+        return dx, *parameter_gradients(partials, x, weight, bias)
+    programs, partials = empty_partials(x, M, weight, bias)
     if M:
         BLOCK_N, num_warps = row_block(N)
-        _backward_kernel[(partials.shape[1],)](
-            *(dy, x, dense(weight), mean, rstd, dx, partials[0], partials[1], M, N),
+        _backward_kernel[(programs,)](
+            *(dy, x, weight, mean, rstd, dx, *partials, M, N),
+            ZERO_CENTERED=zero_centered,
             BLOCK_N=BLOCK_N,
             num_warps=num_warps,
         )
@@ -89,12 +108,13 @@ def _backward_kernel(
     dbias_ptr,
     M,
     N,
+    ZERO_CENTERED: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_N)
     mask = cols < N
-    weight = load_weight(weight_ptr, cols, mask, BLOCK_N)
+    weight = load_weight(weight_ptr, cols, mask, ZERO_CENTERED)
     dweight = tl.zeros((BLOCK_N,), tl.float32)
     dbias = tl.zeros((BLOCK_N,), tl.float32)
 
@@ -105,11 +125,15 @@ def _backward_kernel(
         mean, rstd = tl.load(mean_ptr + row), tl.load(rstd_ptr + row)
         dx, xhat = normalize_backward(dy, x, weight, mean, rstd, mask, N)
         tl.store(dx_ptr + at, dx, mask=mask)
-        dweight += dy * xhat
-        dbias += dy
+        if dweight_ptr is not None:
+            dweight += dy * xhat
+        if dbias_ptr is not None:
+            dbias += dy
 
-    tl.store(dweight_ptr + program * N + cols, dweight, mask=mask)
-    tl.store(dbias_ptr + program * N + cols, dbias, mask=mask)
+    if dweight_ptr is not None:
+        tl.store(dweight_ptr + program * N + cols, dweight, mask=mask)
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + program * N + cols, dbias, mask=mask)
 
 
 # What tests/test_aot.py compiles for sm_80, sm_90 and sm_100, and the most that may come out: a
@@ -124,10 +148,11 @@ COMPILES = [
     dict(
         kernel=kernel,
         signature={name: t for name, t in _TYPES.items() if name in kernel.arg_names},
-        constexprs={"BLOCK_N": BLOCK_N},
+        constexprs={"ZERO_CENTERED": False, "BLOCK_N": BLOCK_N},
         num_warps=row_block(BLOCK_N)[1],
         registers=registers if BLOCK_N == 1024 else 255,
     )
     for kernel, registers in ((_forward_kernel, 64), (_backward_kernel, 128))
     for BLOCK_N in (1024, MAX_ROW)
 ]
+COMPILES += _long_rows.compiles(is_rms=False)

@@ -1,0 +1,15 @@
+"""torch.nn.RMSNorm on the library's rms_norm."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from slimkernels.ops.rms_norm import rms_norm
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch.nn.RMSNorm; inputs, errors and precision as in slimkernels.rms_norm."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return rms_norm(input, self.normalized_shape, self.weight, self.eps)
