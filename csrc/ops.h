@@ -80,6 +80,14 @@ struct Kernels {
                           int64_t M, int64_t N, int64_t period, float scale, int dtype);
   void (*softmax_backward)(const void* dy, const void* y, void* dx, int64_t M, int64_t N,
                            float scale, int dtype);
+
+  // grad_norm.cpp: total (1,) of the tensors in a table of cpu/tensor_lists.h
+  void (*sum_of_squares)(const int64_t* table, int64_t count, double* total, int dtype);
+
+  // adamw.cpp: writes the tensors in the table, whose rows are enum Row there; clip as struct Clip
+  void (*adamw)(const int64_t* table, int64_t count, const float* clip, double lr, double beta1,
+                double beta2, double eps, double weight_decay, int amsgrad, int maximize,
+                int dtype);
 };
 
 }  // namespace slimkernels

@@ -1,6 +1,6 @@
 """slimkernels: transformer kernels for PyTorch that are right, fast, and say which one ran."""
 
-from slimkernels import nn
+from slimkernels import nn, optim
 from slimkernels.dispatch import BackendError, explain, use_backend
 from slimkernels.info import info
 from slimkernels.ops._attention_variant import (
@@ -32,6 +32,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "nn",
+    "optim",
     "scaled_dot_product_attention",
     "softmax",
     "t5_relative_bias",

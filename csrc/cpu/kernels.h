@@ -26,5 +26,7 @@ SLIM_DECLARE(cross_entropy_forward);
 SLIM_DECLARE(cross_entropy_backward);
 SLIM_DECLARE(softmax_forward);
 SLIM_DECLARE(softmax_backward);
+SLIM_DECLARE(sum_of_squares);
+SLIM_DECLARE(adamw);
 
 }  // namespace slimkernels::SLIM_ISA

@@ -1,0 +1,5 @@
+"""Optimizers that update many tensors in one kernel, with torch.optim's interface."""
+
+from slimkernels.optim.adamw import AdamW
+
+__all__ = ["AdamW"]
