@@ -55,12 +55,14 @@ LAYERS = {
 }
 # dispatch.INTERPRETED is a constant, read once from the environment, which only dispatch reads.
 # backends/_dropout.py is one number, of which definition and kernels must not have two.
-# backends/_tensor_lists.py is what updates are given, by the optimizers and in the backends alike.
+# backends/_tensor_lists.py is what updates are given, by the optimizers and in the backends alike,
+# and backends/_muon.py has one number that is Muon's definition, too.
 # What `slimkernels tune` measures is one backend's, and has no meaning above it.
 IMPORT_EXCEPTIONS = {
     ("backends/triton/_common.py", "dispatch"),
     ("ops/_dropout.py", "backends"),
     ("ops/_update.py", "backends"),
+    ("ops/muon.py", "backends"),
     ("scripts/tune_attention.py", "backends"),
 }
 

@@ -124,4 +124,7 @@ PYBIND11_MODULE(_cpu, m) {
   bind(m, "softmax_backward", &Kernels::softmax_backward);
   bind(m, "sum_of_squares", &Kernels::sum_of_squares);
   bind(m, "adamw", &Kernels::adamw);
+  bind(m, "lamb", &Kernels::lamb);
+  bind(m, "muon_direction", &Kernels::muon_direction);
+  bind(m, "muon_apply", &Kernels::muon_apply);
 }

@@ -24,6 +24,9 @@ const Kernels SLIM_TABLE(SLIM_ISA) = {
     SLIM_ISA::softmax_backward,
     SLIM_ISA::sum_of_squares,
     SLIM_ISA::adamw,
+    SLIM_ISA::lamb,
+    SLIM_ISA::muon_direction,
+    SLIM_ISA::muon_apply,
 };
 
 }  // namespace slimkernels

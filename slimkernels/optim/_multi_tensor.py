@@ -60,22 +60,21 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         for param in group["params"]:
             if not param.is_floating_point():
                 raise ValueError(f"{_name(self)}: parameters must be real; got {param.dtype}")
+        lr = group["lr"]
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ValueError(f"{_name(self)}: lr must be one number; got {tuple(lr.shape)}")
+        for name in ("lr", "eps", "weight_decay", "momentum"):
+            if name in group and not isinstance(group[name], Tensor):
+                self._check_number(name, group[name])
+        betas = group.get("betas", (0.0, 0.0))
+        is_pair = isinstance(betas, (tuple, list)) and len(betas) == 2
+        if not is_pair or not all(isinstance(b, Real) and 0.0 <= b < 1.0 for b in betas):
+            raise ValueError(f"{_name(self)}: betas must be two numbers in [0, 1); got {betas!r}")
 
     def _check_number(self, name: str, value: object) -> None:
         is_number = isinstance(value, Real) and not isinstance(value, bool)
         if not is_number or not 0.0 <= value < math.inf:
             raise ValueError(f"{_name(self)}: {name} must be a number, 0 or more; got {value!r}")
-
-    def _check_rate(self, lr: object) -> None:
-        if not isinstance(lr, Tensor):
-            self._check_number("lr", lr)
-        elif lr.numel() != 1:
-            raise ValueError(f"{_name(self)}: lr must be one number; got shape {tuple(lr.shape)}")
-
-    def _check_betas(self, betas: object) -> None:
-        is_pair = isinstance(betas, (tuple, list)) and len(betas) == 2
-        if not is_pair or not all(isinstance(b, Real) and 0.0 <= b < 1.0 for b in betas):
-            raise ValueError(f"{_name(self)}: betas must be two numbers in [0, 1); got {betas!r}")
 
     # Addresses mean nothing in a compiled graph, which breaks here and goes on after.
     @torch.compiler.disable
@@ -170,11 +169,15 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         self._lists[key] = lists
         return lists
 
-    def _has_master(self, param: Tensor) -> bool:
-        return self.master_weights and param.dtype in LOW
+    def _master_column(self, param: Tensor) -> tuple[str, ...]:
+        return ("master",) if self.master_weights and param.dtype in LOW else ()
 
-    def _master_of(self, param: Tensor) -> dict[str, Tensor]:
-        return {"master": param.detach().float()} if self._has_master(param) else {}
+    def _moments_of(self, param: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
+        """Zeros by name, the count of steps, and the master if there is to be one."""
+        dtype = torch.promote_types(param.dtype, torch.float32)
+        state = {"step": torch.zeros((), dtype=torch.float32, device=param.device)}
+        state |= {name: torch.zeros_like(param, dtype=dtype) for name in names}
+        return state | {name: param.detach().float() for name in self._master_column(param)}
 
     def _alike(self, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
         """Gradients whose elements lie in memory in the order of their parameter's."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from slimkernels.ops.adamw import ADAMW, adamw
@@ -67,24 +66,15 @@ class AdamW(MultiTensorOptimizer):
             backend=backend,
         )
 
-    def _check_group(self, group: dict) -> None:
-        super()._check_group(group)
-        self._check_rate(group["lr"])
-        self._check_betas(group["betas"])
-        for name in ("eps", "weight_decay"):
-            self._check_number(name, group[name])
-
     def _state_of(self, group: dict, param: Tensor) -> dict[str, Tensor]:
-        dtype = torch.promote_types(param.dtype, torch.float32)
-        names = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ()))
-        moments = {name: torch.zeros_like(param, dtype=dtype) for name in names}
-        step = torch.zeros((), dtype=torch.float32, device=param.device)
-        return {"step": step, **moments, **self._master_of(param)}
+        return self._moments_of(param, self._moments(group))
 
     def _columns(self, group: dict, param: Tensor) -> tuple[str, ...]:
-        extra = ("max_exp_avg_sq",) if group["amsgrad"] else ()
-        extra += ("master",) if self._has_master(param) else ()
-        return ("step", "exp_avg", "exp_avg_sq", *extra)
+        return ("step", *self._moments(group), *self._master_column(param))
+
+    def _moments(self, group: dict) -> tuple[str, ...]:
+        moments = ("exp_avg", "exp_avg_sq")
+        return (*moments, "max_exp_avg_sq") if group["amsgrad"] else moments
 
     def _options(self, group: dict) -> dict:
         return {name: group[name] for name in ("lr", "betas", "eps", "weight_decay", "maximize")}

@@ -14,12 +14,17 @@ def unsupported_lists(lists: TensorLists) -> str | None:
     return unsupported_tensor(lists.first) or lists.refusal
 
 
-def table(lists: TensorLists, columns: tuple[str, ...]) -> int:
-    """The address of `columns`' addresses, a row each, zeros for an absent one; then the sizes."""
+# Mirrors enum AdamRow in csrc/cpu/adam.h.
+ADAM_COLUMNS = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "step")
+
+
+def table(lists: TensorLists, columns: tuple[str, ...], *rows: list[int]) -> int:
+    """The address of `columns`' addresses, a row each, zeros for an absent one; then of `rows`,
+    which follow from the sizes alone, and the sizes."""
     if columns not in lists.kept:
         absent = [0] * len(lists)
-        rows = [lists.addresses.get(name, absent) for name in columns]
-        lists.kept[columns] = array("q", flat([*rows, lists.sizes]))
+        addresses = [lists.addresses.get(name, absent) for name in columns]
+        lists.kept[columns] = array("q", flat([*addresses, *rows, lists.sizes]))
     return lists.kept[columns].buffer_info()[0]
 
 

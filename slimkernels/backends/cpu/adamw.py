@@ -1,10 +1,7 @@
 """AdamW on the CPU: csrc/cpu/adamw.cpp."""
 
 from slimkernels.backends.cpu._common import DTYPES, _cpu, pointer, run
-from slimkernels.backends.cpu._tensor_lists import number, table, unsupported_lists
-
-# Mirrors enum Row in csrc/cpu/adamw.cpp.
-COLUMNS = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "step")
+from slimkernels.backends.cpu._tensor_lists import ADAM_COLUMNS, number, table, unsupported_lists
 
 
 def unsupported(lists, clip, lr, betas, eps, weight_decay, maximize):
@@ -13,7 +10,7 @@ def unsupported(lists, clip, lr, betas, eps, weight_decay, maximize):
 
 def update(lists, clip, lr, betas, eps, weight_decay, maximize):
     run(
-        *(_cpu.adamw, table(lists, COLUMNS), len(lists), pointer(clip)),
+        *(_cpu.adamw, table(lists, ADAM_COLUMNS), len(lists), pointer(clip)),
         *(number(lr), *betas, eps, weight_decay),
         *(int("max_exp_avg_sq" in lists.columns), int(maximize), DTYPES[lists.first.dtype]),
     )

@@ -8,6 +8,7 @@ the table. Tables stay on the device until an address changes.
 from __future__ import annotations
 
 from array import array
+from itertools import accumulate
 
 import torch
 import triton
@@ -27,13 +28,15 @@ def unsupported_lists(lists: TensorLists) -> str | None:
     return unsupported_tensor(lists.first) or lists.refusal
 
 
-def table(lists: TensorLists, columns: tuple[str, ...]) -> Tensor:
-    """(columns + 1, tensors) int64 on the device; an absent column is zeros."""
+def table(lists: TensorLists, columns: tuple[str, ...], *rows: list[int]) -> Tensor:
+    """(columns + rows + 1, tensors) int64 on the device; an absent column is zeros. `rows` follow
+    from the sizes alone."""
     key = ("table", *columns)
     if key not in lists.kept:
         absent = [0] * len(lists)
-        rows = [lists.addresses.get(name, absent) for name in columns]
-        lists.kept[key] = _on_device(array("q", flat([*rows, lists.sizes])), lists, key)
+        addresses = [lists.addresses.get(name, absent) for name in columns]
+        numbers = array("q", flat([*addresses, *rows, lists.sizes]))
+        lists.kept[key] = _on_device(numbers, lists, key)
     return _held(lists, lists.kept[key])
 
 
@@ -66,13 +69,29 @@ def _cut(lists: TensorLists, tensors: tuple[int, ...]) -> tuple[Tensor, int]:
     return lists.cut[tensors]
 
 
+def starts(lists: TensorLists) -> tuple[Tensor, int]:
+    """(tensors + 1,) int32: where each tensor's chunks begin among those of all; their number."""
+    if "starts" not in lists.cut:
+        numbers = array("i", accumulate((triton.cdiv(n, BLOCK) for n in lists.sizes), initial=0))
+        lists.cut["starts"] = _on_device(numbers, lists, ("starts",)), numbers[-1]
+    memory, total = lists.cut["starts"]
+    return _held(lists, memory), total
+
+
+def factors(lists: TensorLists, key: tuple, numbers: list[float]) -> Tensor:
+    """(tensors,) float32 on the device: numbers that stay while `key` does."""
+    if key not in lists.cut:
+        lists.cut[key] = _on_device(array("f", numbers), lists, key)
+    return _held(lists, lists.cut[key])
+
+
 def _on_device(numbers: array, lists: TensorLists, key: tuple) -> Tensor:
     """The numbers where the tensors are, without waiting.
 
     A copy that a CUDA graph captures reads the host's memory at each replay, and no such memory
     can be allocated meanwhile: it takes that of the last copy, and keeps it.
     """
-    dtype = torch.int64 if numbers.typecode == "q" else torch.int32
+    dtype = {"q": torch.int64, "i": torch.int32, "f": torch.float32}[numbers.typecode]
     device = lists.first.device
     if not numbers or device.type != "cuda":
         host = torch.frombuffer(numbers, dtype=dtype) if numbers else torch.empty(0, dtype=dtype)
@@ -142,6 +161,17 @@ def elements(start, BLOCK: tl.constexpr):
     choice it would take eight of bfloat16, and exchange registers with other lanes at each store.
     """
     return start + tl.max_contiguous(tl.arange(0, BLOCK), 4)
+
+
+@triton.jit
+def sum_of_chunks(sums_ptr, starts_ptr, tensor, BLOCK: tl.constexpr):
+    """The sum over a tensor's chunks, in float64 and always in the same order."""
+    end = tl.load(starts_ptr + tensor + 1)
+    total = tl.zeros((BLOCK,), tl.float64)
+    for start in range(tl.load(starts_ptr + tensor), end, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        total += tl.load(sums_ptr + at, mask=at < end, other=0.0).to(tl.float64)
+    return tl.sum(total)
 
 
 @triton.jit

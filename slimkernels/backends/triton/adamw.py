@@ -9,12 +9,16 @@ Launch    Whether the step is taken at all is read on the device, and no number 
           from step to step is compiled in: a CUDA graph can hold the launches.
 """
 
-import math
-
-import torch
 import triton
 import triton.language as tl
 
+from slimkernels.backends.triton._adam import (
+    BEGIN_BLOCK,
+    COLUMNS,
+    begin_kernel,
+    begin_step,
+    update_moments,
+)
 from slimkernels.backends.triton._tensor_lists import (
     BLOCK,
     POINTED,
@@ -23,17 +27,11 @@ from slimkernels.backends.triton._tensor_lists import (
     clipped,
     elements,
     pointer,
-    rate,
     read_master,
-    read_rate,
     table,
     unsupported_lists,
     write_master,
 )
-
-COLUMNS = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "step")
-RATES = 3  # of a tensor: decay, step size, 1 / sqrt(bias correction of v)
-BEGIN_BLOCK = 128
 
 
 def unsupported(lists, clip, lr, betas, eps, weight_decay, maximize):
@@ -41,13 +39,8 @@ def unsupported(lists, clip, lr, betas, eps, weight_decay, maximize):
 
 
 def update(lists, clip, lr, betas, eps, weight_decay, maximize):
-    addresses, count, beta1, beta2 = table(lists, COLUMNS), len(lists), *betas
-    rates = torch.empty((RATES, count), dtype=torch.float32, device=lists.first.device)
-    logs = (math.log(beta) if beta else -math.inf for beta in betas)
-    _begin_kernel[(triton.cdiv(count, BEGIN_BLOCK),)](
-        *(addresses, rates, clip, *rate(lr), *logs, weight_decay, count),
-        **dict(BLOCK=BEGIN_BLOCK, num_warps=4),
-    )
+    rates = begin_step(lists, clip, lr, betas, weight_decay)
+    addresses, count, (beta1, beta2) = table(lists, COLUMNS), len(lists), betas
     numbers = (1 - beta1, beta2, 1 - beta2, eps)
     for is_aligned, cut, number in chunks(lists, COLUMNS[:-1]):
         _update_kernel[(number,)](
@@ -60,37 +53,6 @@ def update(lists, clip, lr, betas, eps, weight_decay, maximize):
             BLOCK=BLOCK,
             num_warps=4,
         )
-
-
-@triton.jit(do_not_specialize=["count"])
-def _begin_kernel(
-    table_ptr,
-    rates_ptr,
-    clip_ptr,
-    lr_ptr,
-    lr,
-    log_beta1,
-    log_beta2,
-    weight_decay,
-    count,
-    BLOCK: tl.constexpr,
-):
-    tensors = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    _, end = clipped(clip_ptr, count, False)
-    mask = tensors < end
-    counters = tl.load(table_ptr + 6 * count + tensors, mask=mask, other=0)
-    counters = counters.to(tl.pointer_type(tl.float32))
-    step = tl.load(counters, mask=mask, other=0.0) + 1.0
-    tl.store(counters, step, mask=mask)
-
-    one = tl.full((BLOCK,), 1.0, tl.float64)
-    rate = one * read_rate(lr_ptr, lr)
-    size = rate / (1.0 - tl.exp(step.to(tl.float64) * log_beta1))
-    spread = 1.0 - tl.exp(step.to(tl.float64) * log_beta2)
-    decay = 1.0 - rate * weight_decay
-    tl.store(rates_ptr + tensors, decay.to(tl.float32), mask=mask)
-    tl.store(rates_ptr + count + tensors, size.to(tl.float32), mask=mask)
-    tl.store(rates_ptr + 2 * count + tensors, (1.0 / tl.sqrt(spread)).to(tl.float32), mask=mask)
 
 
 @triton.jit
@@ -114,12 +76,7 @@ def _update_block(
     HAS_MASTER: tl.constexpr,
 ):
     """One chunk, given the addresses of its elements; mask None where it is whole."""
-    g = tl.load(grad, mask=mask).to(tl.float32) * coefficient
-    m = tl.load(exp_avg, mask=mask)
-    m += weight1 * (g - m)
-    v = tl.load(exp_avg_sq, mask=mask) * beta2 + weight2 * (g * g)
-    tl.store(exp_avg, m, mask=mask)
-    tl.store(exp_avg_sq, v, mask=mask)
+    m, v = update_moments(grad, exp_avg, exp_avg_sq, mask, coefficient, weight1, beta2, weight2)
     if HAS_MAXIMUM:
         v = tl.maximum(tl.load(max_exp_avg_sq, mask=mask), v, tl.PropagateNan.ALL)
         tl.store(max_exp_avg_sq, v, mask=mask)
@@ -177,7 +134,7 @@ def _update_kernel(
 # What tests/test_aot.py compiles for sm_80, sm_90 and sm_100, and the most that may come out.
 COMPILES = [
     dict(
-        kernel=_begin_kernel,
+        kernel=begin_kernel,
         signature={
             **dict(table_ptr="*i64", rates_ptr="*fp32", clip_ptr="*fp32", lr_ptr="*fp32"),
             **dict.fromkeys(("lr", "log_beta1", "log_beta2", "weight_decay"), "fp32"),
