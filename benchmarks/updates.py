@@ -38,6 +38,7 @@ SETS: dict[str, Callable[[], list[tuple]]] = {
     "50 tensors of 64": lambda: [(64,)] * 50,
     "50 matrices 16x16": lambda: [(16, 16)] * 50,
     "a small transformer": lambda: [(256, 256)] * 24 + [(256,)] * 40 + [(1024, 256)] * 8,
+    "a small transformer's matrices": lambda: [(256, 256)] * 24 + [(1024, 256)] * 8,
     "bert-base": bert_base,
     "bert-base matrices": lambda: matrices(bert_base()),
 }

@@ -21,7 +21,11 @@ def plain(params, **options):
 BENCHMARK = UpdateBenchmark(
     op="muon",
     shapes={
-        "cpu": [("50 matrices 16x16",), ("bert-base matrices",)],
+        "cpu": [
+            ("50 matrices 16x16",),
+            ("a small transformer's matrices",),
+            ("bert-base matrices",),
+        ],
         "cuda": [("50 matrices 16x16",), ("bert-base matrices",)],
     },
     eager=with_masters(torchs),
