@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import allocator, harness, ops, provenance, results, timing
+from benchmarks import allocator, harness, ops, provenance, results, timing, updates
 
 COLUMNS = ["op", "shape", "dtype", "variant", "part", "provider", "ratio", "cpu_ratio", "ms"]
 COLUMNS += ["p20_ms", "p80_ms", "gb_per_s", "tflop_per_s", "percent_of_roof", "peak_mib", "gate"]
@@ -102,16 +102,17 @@ def measure_op(name, options, device, roofs, header, out: Path) -> int:
     """Measure every case of an op, writing the file after each; how many rows failed."""
     benchmark = importlib.import_module(f"benchmarks.ops.bench_{name}").BENCHMARK
     wanted = [d for d in harness.DTYPES[device.type] if _chosen(d, options.dtype)]
-    cases = harness.cases_of(benchmark, device, wanted, options.quick)
+    suite = updates if isinstance(benchmark, updates.UpdateBenchmark) else harness
+    cases = suite.cases_of(benchmark, device, wanted, options.quick)
     path, rows = out / f"{name}.csv", []
     with progress(name, len(cases)) as advance:
         for done, case in enumerate(cases, 1):
-            providers = list(harness.providers_of(case, compiled=not options.no_compile))
-            rows += harness.measure(case, roofs, budget_of(options), providers)
+            providers = list(suite.providers_of(case, compiled=not options.no_compile))
+            rows += suite.measure(case, roofs, budget_of(options), providers)
             state = {"complete": "yes" if done == len(cases) else f"no: {done} of {len(cases)}"}
             results.write_csv(path, header | roofs.lines() | state, rows)
             advance(" ".join(case.labels().values()))
-    shown = [row for row in rows if row["part"] == "both"]
+    shown = [row for row in rows if row["part"] in ("both", "step")]
     print(f"\n{results.text_table(shown, COLUMNS)}\nwrote {path}", flush=True)
     if options.plot:
         title = f"{name} on {provenance.device_name(device)}"

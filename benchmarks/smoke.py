@@ -1,4 +1,6 @@
-"""Every op once, small, forward and backward, on each backend: what a memory checker is run on.
+"""Every op once, small, forward and backward, and every optimizer's step, on each backend.
+
+This is what a memory checker is run on:
 
 compute-sanitizer python -m benchmarks.smoke --device cuda
 """
@@ -14,6 +16,7 @@ from torch import Tensor
 import slimkernels
 from benchmarks.harness import NATIVE
 from slimkernels.dispatch import OPS
+from slimkernels.ops._update import UPDATES
 from slimkernels.testing import sample_inputs
 
 
@@ -33,6 +36,12 @@ def main(argv: list[str] | None = None) -> int:
                     run_once(name, args, kwargs, backend)
                     ran += 1
                 print(f"{name} {backend} {dtype}: {reason or 'ran'}", flush=True)
+    for name in slimkernels.optim.__all__:
+        for dtype in (torch.float32, torch.bfloat16):
+            for backend in (b for b in UPDATES[name.lower()].order if b in NATIVE[device.type]):
+                step_once(getattr(slimkernels.optim, name), device, dtype, backend)
+                ran += 1
+                print(f"{name} {backend} {dtype}: ran", flush=True)
     print(f"{ran} kernels ran")
     return 0 if ran else 1
 
@@ -45,6 +54,17 @@ def run_once(name: str, args: tuple, kwargs: dict, backend: str) -> None:
     wanted = [t for t in leaves if _is_floating(t)]
     torch.autograd.grad(outputs, wanted, [torch.randn_like(y) for y in outputs])
     if outputs[0].device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def step_once(make, device: torch.device, dtype: torch.dtype, backend: str) -> None:
+    """One step of an optimizer over matrices of odd sizes, waiting for the device at the end."""
+    shapes = ((33, 65), (70, 3), (1, 1), (0, 4))
+    params = [torch.nn.Parameter(torch.randn(s, device=device).to(dtype)) for s in shapes]
+    for param in params:
+        param.grad = torch.randn_like(param)
+    make(params, max_grad_norm=1.0, skip_nonfinite=True, backend=backend).step()
+    if device.type == "cuda":
         torch.cuda.synchronize()
 
 

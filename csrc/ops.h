@@ -120,6 +120,26 @@ struct Kernels {
                           int64_t M, int64_t N, int64_t period, float scale, int dtype);
   void (*softmax_backward)(const void* dy, const void* y, void* dx, int64_t M, int64_t N,
                            float scale, int dtype);
+
+  // grad_norm.cpp: total (1,) of the tensors in a table of cpu/tensor_lists.h
+  void (*sum_of_squares)(const int64_t* table, int64_t count, double* total, int dtype);
+
+  // adamw.cpp, lamb.cpp: write the tensors in the table, whose rows are enum AdamRow in cpu/adam.h;
+  // clip as struct Clip in cpu/tensor_lists.h, null for none
+  void (*adamw)(const int64_t* table, int64_t count, const float* clip, double lr, double beta1,
+                double beta2, double eps, double weight_decay, int amsgrad, int maximize,
+                int dtype);
+  void (*lamb)(const int64_t* table, int64_t count, const float* clip, double lr, double beta1,
+               double beta2, double eps, double weight_decay, int maximize, int dtype);
+
+  // muon.cpp: the table's rows are enum Row there, of which one is each tensor's place in
+  // directions. muon_direction writes momenta and directions, muon_apply takes these
+  // orthogonalized; ratios are of each tensor's learning rate to lr
+  void (*muon_direction)(const int64_t* table, int64_t count, const float* clip, void* directions,
+                         double momentum, int nesterov, double eps, int dtype, int direction_dtype);
+  void (*muon_apply)(const int64_t* table, int64_t count, const void* directions,
+                     const double* ratios, double lr, double weight_decay, int dtype,
+                     int direction_dtype);
 };
 
 }  // namespace slimkernels

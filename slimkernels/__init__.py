@@ -1,6 +1,6 @@
 """slimkernels: transformer kernels for PyTorch that are right, fast, and say which one ran."""
 
-from slimkernels import nn
+from slimkernels import nn, optim
 from slimkernels.dispatch import BackendError, explain, use_backend
 from slimkernels.info import info
 from slimkernels.ops._attention_variant import (
@@ -37,6 +37,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "nn",
+    "optim",
     "rms_norm",
     "scaled_dot_product_attention",
     "softmax",

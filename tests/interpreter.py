@@ -15,7 +15,8 @@ What it adds, with the environment variable that turns it off or on:
                          input_precision="ieee", as the GPU does
   - SLIM_INTERP_CHECK=0  off: every address must lie inside a tensor that the launch was given
   - SLIM_INTERP_RACES=1  on: no program stores to, or reads, what another program stored
-Not covered: fp8, and pointers that kernels load from memory (false alarms of the address check).
+Pointers that kernels load from memory may point into the tensors of the list `reachable`.
+Not covered: fp8.
 """
 
 import ctypes
@@ -232,6 +233,9 @@ stock._implicit_cvt = _implicit_convert
 # Addresses: what each launch may touch, and which program stored where
 
 
+reachable: list = []  # tensors whose addresses lie in the memory that launches are given
+
+
 class Launch:
     """The memory that one launch was given, and who wrote it."""
 
@@ -239,6 +243,8 @@ class Launch:
         self.ranges: list[tuple[int, int]] = []  # [start, end) of each tensor argument
         self.merged: tuple[np.ndarray, np.ndarray] | None = None
         self.owners: dict[int, np.ndarray] = {}  # a byte's storing program, counted from 1
+        for tensor in reachable:
+            self.allow(tensor)
 
     def allow(self, tensor) -> None:
         # The tensor's own extent, not its storage's: a slice must not be overrun either.

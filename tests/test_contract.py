@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import slimkernels
 from slimkernels.dispatch import BACKENDS, OPS
+from slimkernels.ops._update import UPDATES
 from slimkernels.testing import sample_inputs
 
 ROOT = Path(__file__).parent.parent
@@ -25,7 +26,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 KERNEL_BACKENDS = [backend for backend in BACKENDS if backend != "torch"]
 
 PUBLIC_NAMES = {
-    *("BackendError", "explain", "info", "nn", "use_backend"),
+    *("BackendError", "explain", "info", "nn", "optim", "use_backend"),
     *("add_layer_norm", "add_rms_norm", "cross_entropy", "gelu", "group_norm"),
     *("layer_norm", "linear", "rms_norm", "scaled_dot_product_attention", "softmax"),
     *("AttentionVariant", "RelativeBias", "ScoreFunction", "t5_relative_bias"),
@@ -46,21 +47,26 @@ LAYERS = {
     "backends": {"_cpu", "_cuda"},
     "ops": {"dispatch"},
     "nn": {"dispatch", "ops"},
+    "optim": {"dispatch", "ops"},
     "models": {"dispatch", "ops", "nn"},
     "integrations": {"dispatch", "ops", "nn"},
     "data": set(),
-    "training": {"dispatch", "ops", "nn", "models", "data"},
+    "training": {"dispatch", "ops", "nn", "optim", "models", "data"},
     "scripts": {"__version__", "dispatch", "info", "ops", "nn", "models", "data", "training"},
     "testing": {"dispatch", "ops"},
     "info": {"__version__", "dispatch"},
-    "__init__": {"dispatch", "info", "ops", "nn", "models"},
+    "__init__": {"dispatch", "info", "ops", "nn", "optim", "models"},
 }
 # dispatch.INTERPRETED is a constant, read once from the environment, which only dispatch reads.
 # backends/_dropout.py is one number, of which definition and kernels must not have two.
+# backends/_tensor_lists.py is what updates are given, by the optimizers and in the backends alike,
+# and backends/_muon.py has one number that is Muon's definition, too.
 # What `slimkernels tune` measures is one backend's, and has no meaning above it.
 IMPORT_EXCEPTIONS = {
     ("backends/triton/_common.py", "dispatch"),
     ("ops/_dropout.py", "backends"),
+    ("ops/_update.py", "backends"),
+    ("ops/muon.py", "backends"),
     ("scripts/tune_attention.py", "backends"),
 }
 
@@ -300,7 +306,31 @@ def test_every_op_is_complete(op):
 
 def test_every_op_module_defines_its_op():
     modules = {path.stem for path in PACKAGE.glob("ops/*.py") if path.stem[0] != "_"}
-    assert modules == set(OPS) == set(sample_inputs)
+    assert modules == set(OPS) | set(UPDATES)
+    assert set(OPS) == set(sample_inputs)
+
+
+# Updates: optimizers' ops, which write their arguments
+
+
+@pytest.mark.parametrize("update", sorted(UPDATES))
+def test_backends_of_an_update_have_the_same_parameters(update):
+    backends = UPDATES[update].order
+    paths = [PACKAGE / f"backends/{backend}/{update}.py" for backend in backends]
+    assert set(paths) == set(PACKAGE.glob(f"backends/*/{update}.py"))
+    reference = functions_of(PACKAGE / f"ops/{update}.py")[f"{update}_reference"]
+    for path in paths:
+        functions = functions_of(path)
+        for name in ("unsupported", "update"):
+            assert parameters_of(functions[name]) == parameters_of(reference), relative(path)
+
+
+@pytest.mark.parametrize("name", slimkernels.optim.__all__)
+def test_every_optimizer_is_complete(name):
+    update = name.lower()
+    assert update in UPDATES and getattr(slimkernels.optim, name).op is UPDATES[update]
+    for path in (f"tests/optim/test_{update}.py", f"benchmarks/ops/bench_{update}.py"):
+        assert (ROOT / path).is_file(), f"{path} is missing"
 
 
 # Public interface

@@ -32,5 +32,10 @@ SLIM_DECLARE(cross_entropy_forward);
 SLIM_DECLARE(cross_entropy_backward);
 SLIM_DECLARE(softmax_forward);
 SLIM_DECLARE(softmax_backward);
+SLIM_DECLARE(sum_of_squares);
+SLIM_DECLARE(adamw);
+SLIM_DECLARE(lamb);
+SLIM_DECLARE(muon_direction);
+SLIM_DECLARE(muon_apply);
 
 }  // namespace slimkernels::SLIM_ISA

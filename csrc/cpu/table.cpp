@@ -28,6 +28,11 @@ const Kernels SLIM_TABLE(SLIM_ISA) = {
     SLIM_ISA::cross_entropy_backward,
     SLIM_ISA::softmax_forward,
     SLIM_ISA::softmax_backward,
+    SLIM_ISA::sum_of_squares,
+    SLIM_ISA::adamw,
+    SLIM_ISA::lamb,
+    SLIM_ISA::muon_direction,
+    SLIM_ISA::muon_apply,
 };
 
 }  // namespace slimkernels

@@ -138,6 +138,17 @@ inline vfloat keep(vfloat v, Full) { return v; }
 inline vfloat vmax(vfloat a, vfloat b) { return a > b ? a : b; }
 inline vfloat vmin(vfloat a, vfloat b) { return a < b ? a : b; }
 
+inline vfloat vsqrt(vfloat v) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_sqrt_ps((__m512)v);
+#elif defined(__AVX2__)
+  return (vfloat)_mm256_sqrt_ps((__m256)v);
+#else
+  for (int i = 0; i < kLanes; ++i) v[i] = __builtin_sqrtf(v[i]);
+  return v;
+#endif
+}
+
 #if defined(__AVX512F__)
 inline float sum(vfloat v) { return _mm512_reduce_add_ps(reinterpret_cast<__m512&>(v)); }
 inline float max(vfloat v) { return _mm512_reduce_max_ps(reinterpret_cast<__m512&>(v)); }

@@ -104,7 +104,7 @@ def load(checkpoint: Path, model: nn.Module, optimizer=None) -> None:
             state = optimizer.state[parameter]
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 value = tensors[f"{key}.{name}"]
-                state[key] = value if key == "step" else value.to(parameter.device)
+                state[key] = value.to(parameter.device)
         _set_generators(tensors, _device(model))
     except (KeyError, RuntimeError) as error:
         raise CheckpointError(f"the checkpoint {path} is not of this model: {error}") from error

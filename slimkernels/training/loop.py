@@ -17,7 +17,7 @@ from slimkernels.data.batch import Batch
 from slimkernels.models.bert import BertForPreTraining, PretrainingOutput
 from slimkernels.training import checkpoint
 from slimkernels.training.meter import Meter
-from slimkernels.training.optim import learning_rate
+from slimkernels.training.optim import clip_and_step, learning_rate
 
 
 class TrainingError(RuntimeError):
@@ -153,10 +153,7 @@ def training_step(run: Run, batch: Batch, lr: float, losses=ragged_losses) -> Te
     with mixed(run.device, run.precision):
         output = losses(run.model, batch)
     output.loss.backward()
-    norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.max_grad_norm)
-    # What a GradScaler tells the fused optimizer, which then decides on the device: no waiting.
-    run.optimizer.found_inf = norm.isfinite().logical_not().float()
-    run.optimizer.step()
+    norm = clip_and_step(run.optimizer, run.max_grad_norm)
     run.optimizer.zero_grad(set_to_none=True)
     return torch.stack([output.mlm_loss.detach(), output.nsp_loss.detach(), norm.detach()]).float()
 

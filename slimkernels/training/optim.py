@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from slimkernels.optim import AdamW
 
 
 def adamw(
-    model: nn.Module, lr: float, *, betas: tuple[float, float] = (0.9, 0.98), weight_decay: float
-) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019) in torch's fused form.
+    model: nn.Module,
+    lr: float,
+    *,
+    betas: tuple[float, float] = (0.9, 0.98),
+    weight_decay: float,
+    is_torchs: bool = False,
+) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019): slimkernels.optim's, or torch's fused one.
 
     Matrices decay; biases and the gains of norms, being vectors, do not.
     """
@@ -18,7 +25,29 @@ def adamw(
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-6, fused=True)
+    options = {"lr": lr, "betas": betas, "eps": 1e-6}
+    # On a GPU torch's remains until a benchmark there shows ours to be no slower.
+    if is_torchs or parameters[0].device.type != "cpu":
+        return torch.optim.AdamW(groups, **options, fused=True)
+    return AdamW(groups, **options)
+
+
+def clip_and_step(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
+    """One step, with the gradients scaled to at most `max_norm` together; their norm before that.
+
+    Where the norm is not finite there is no update: the parameters stay as they were. Decided on
+    the device: nothing waits.
+    """
+    if isinstance(optimizer, AdamW):
+        optimizer.max_grad_norm, optimizer.skip_nonfinite = max_norm, True
+        optimizer.step()
+        return optimizer.grad_norm
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.clip_grad_norm_(parameters, max_norm)
+    # What a GradScaler tells the fused optimizer.
+    optimizer.found_inf = norm.isfinite().logical_not().float()
+    optimizer.step()
+    return norm
 
 
 def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int) -> float:

@@ -26,7 +26,7 @@ def compare(run: Run, steps: int) -> str:
     faster. It is given the batches padded, the form it is good at: its ragged attention stores the
     scores between all sequences. The model of the run is not touched.
     """
-    sides = {name: _copy(run) for name in ("slimkernels", "torch")}
+    sides = {name: _copy(run, name == "torch") for name in ("slimkernels", "torch")}
     losses = {"slimkernels": ragged_losses, "torch": padded_losses}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for step in range(steps + 1):
@@ -60,9 +60,10 @@ def padded_losses(model: BertForPreTraining, batch: Batch) -> PretrainingOutput:
     return PretrainingOutput(mlm.float() + nsp.float(), mlm, nsp)
 
 
-def _copy(run: Run) -> Run:
+def _copy(run: Run, is_torchs: bool) -> Run:
     model = copy.deepcopy(run.model).train()
-    return dataclasses.replace(run, model=model, optimizer=adamw(model, 1e-5, weight_decay=0.0))
+    optimizer = adamw(model, 1e-5, weight_decay=0.0, is_torchs=is_torchs)
+    return dataclasses.replace(run, model=model, optimizer=optimizer)
 
 
 def _timed(run: Run, batch: Batch, losses) -> float:

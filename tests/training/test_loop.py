@@ -112,8 +112,20 @@ def test_a_parameter_that_overflows_is_never_saved(tmp_path):
     assert not kept(tmp_path)
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path):
+def test_our_optimizer_takes_torchs_steps(tmp_path):
+    measured = []
+    for is_torchs in (False, True):
+        run = a_run(tmp_path)
+        run.optimizer = adamw(run.model, 1e-2, weight_decay=0.1, is_torchs=is_torchs)
+        measured.append(torch.stack([training_step(run, Batches()[0], 1e-2) for _ in range(12)]))
+    torch.testing.assert_close(*measured, rtol=1e-4, atol=1e-5)
+    assert measured[0][-1, 0] < measured[0][0, 0]
+
+
+@pytest.mark.parametrize("is_torchs", [False, True])
+def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path, is_torchs):
     run = a_run(tmp_path)
+    run.optimizer = adamw(run.model, 1e-3, weight_decay=0.01, is_torchs=is_torchs)
     training_step(run, Batches()[0], 1e-3)
     before = {name: value.clone() for name, value in run.model.state_dict().items()}
     moments = [s["exp_avg"].clone() for s in run.optimizer.state.values()]

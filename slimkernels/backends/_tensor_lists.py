@@ -1,0 +1,102 @@
+"""Many tensors that one kernel call reads and writes: their columns, addresses and layout.
+
+An optimizer keeps its TensorLists between steps. Each step gives it the tensors anew; what a
+backend derives from them (a table of addresses on the device) is kept while the addresses stay.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
+class TensorLists:
+    """Columns of tensors, one row a parameter; rows are updated independently of each other.
+
+    columns    name -> tensors of one device; "grad" is always there, others may be absent
+    addresses  name -> the tensors' addresses
+    sizes      elements of each row's tensors
+    refusal    why no kernel may read these tensors, in a sentence; None if one may
+    kept       what a backend derived from the addresses; emptied when one changes
+    cut        what a backend derived from the sizes
+    captured   memory that a captured CUDA graph reads: held, whatever else changes
+    """
+
+    def __init__(
+        self, columns: dict[str, list[Tensor]], captured: list[Tensor] | None = None
+    ) -> None:
+        self.columns = columns
+        self.addresses = _addresses(columns)
+        self.sizes = [tensor.numel() for tensor in columns["grad"]]
+        self.refusal = next(filter(None, map(_refusal, self.rows())), None)
+        self.kept: dict = {}
+        self.cut: dict = {}
+        self.captured = [] if captured is None else captured
+
+    def rows(self):
+        """Each row's tensors, by column."""
+        for row in zip(*self.columns.values(), strict=True):
+            yield dict(zip(self.columns, row, strict=True))
+
+    def renewed(self, columns: dict[str, list[Tensor]]) -> TensorLists:
+        """These lists if `columns` lie where they did, but for gradients; else new ones."""
+        addresses = _addresses(columns)
+        if addresses == self.addresses:
+            self.columns = columns
+            return self
+        moved = {name for name, of in addresses.items() if of != self.addresses.get(name)}
+        if moved != {"grad"} or any(g.dtype != self.first.dtype for g in columns["grad"]):
+            return TensorLists(columns, self.captured)
+        self.columns, self.addresses, self.kept = columns, addresses, {}
+        return self
+
+    @property
+    def first(self) -> Tensor:
+        """A tensor that has the device and dtype of all."""
+        return self.columns["grad"][0]
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+
+def _addresses(columns: dict[str, list[Tensor]]) -> dict[str, list[int]]:
+    return {name: list(map(Tensor.data_ptr, tensors)) for name, tensors in columns.items()}
+
+
+def same_layout(a: Tensor, b: Tensor) -> bool:
+    """Whether the same offset is the same element of two tensors of one shape."""
+    return (a.is_contiguous() and b.is_contiguous()) or a.stride() == b.stride()
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether x's elements fill its memory, in whatever order of dimensions."""
+    if x.is_contiguous():
+        return True
+    return torch.ops.aten.is_non_overlapping_and_dense(x)
+
+
+def _refusal(row: dict[str, Tensor]) -> str | None:
+    first = row.get("param", row["grad"])
+    for name, tensor in row.items():
+        if type(tensor) not in PLAIN:
+            return f"it reads plain tensors and {name} is a {type(tensor).__name__}"
+        if name == "step":
+            wanted = torch.float32
+        else:
+            if not is_dense(tensor) or not same_layout(tensor, first):
+                return f"it reads memory without gaps and {name} has strides {tensor.stride()}"
+            wanted = first.dtype if name in ("param", "grad") else torch.float32
+        if tensor.dtype != wanted:
+            return f"it is written for {name} in {wanted} and it is {tensor.dtype}"
+        if tensor.device != first.device:
+            return f"{name} is on {tensor.device} and its parameter on {first.device}"
+    return None
+
+
+def flat(table: list[list[int]]) -> list[int]:
+    """The rows of a table, one after the other."""
+    return list(chain.from_iterable(table))

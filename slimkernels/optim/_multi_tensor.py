@@ -1,0 +1,263 @@
+"""What the optimizers share: gathering tensors into lists, masters, clipping, state dicts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from slimkernels.ops._update import TensorLists, Update
+from slimkernels.ops.grad_norm import grad_norm
+
+# What torch's optimizers keep in their groups to choose among their own implementations.
+FOREIGN = ("foreach", "fused", "differentiable", "decoupled_weight_decay")
+LOW = (torch.bfloat16, torch.float16)
+
+
+class MultiTensorOptimizer(torch.optim.Optimizer):
+    """torch.optim.Optimizer whose step is a few kernel launches, whatever the number of tensors.
+
+    Subclasses name their op and say what a parameter's state is, what of it and of the group the op
+    takes, and how to run it.
+    """
+
+    op: Update
+    settings = ("max_grad_norm", "skip_nonfinite", "master_weights", "backend")
+
+    def __init__(
+        self,
+        params,
+        defaults: dict,
+        *,
+        max_grad_norm: float | None,
+        skip_nonfinite: bool,
+        master_weights: bool,
+        backend: str | None,
+    ) -> None:
+        if max_grad_norm is not None:
+            self._check_number("max_grad_norm", max_grad_norm)
+        self.max_grad_norm = max_grad_norm
+        self.skip_nonfinite = skip_nonfinite
+        self.master_weights = master_weights
+        self.backend = backend
+        self.grad_norm: Tensor | None = None
+        self._lists: dict[tuple, TensorLists] = {}
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict) -> None:
+        super().add_param_group(param_group)
+        try:
+            self._check_group(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def _check_group(self, group: dict) -> None:
+        """ValueError in a sentence if a value of the group makes no sense."""
+        for param in group["params"]:
+            if not param.is_floating_point():
+                raise ValueError(f"{_name(self)}: parameters must be real; got {param.dtype}")
+        lr = group["lr"]
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ValueError(f"{_name(self)}: lr must be one number; got {tuple(lr.shape)}")
+        for name in ("lr", "eps", "weight_decay", "momentum"):
+            if name in group and not isinstance(group[name], Tensor):
+                self._check_number(name, group[name])
+        betas = group.get("betas", (0.0, 0.0))
+        is_pair = isinstance(betas, (tuple, list)) and len(betas) == 2
+        if not is_pair or not all(isinstance(b, Real) and 0.0 <= b < 1.0 for b in betas):
+            raise ValueError(f"{_name(self)}: betas must be two numbers in [0, 1); got {betas!r}")
+
+    def _check_number(self, name: str, value: object) -> None:
+        is_number = isinstance(value, Real) and not isinstance(value, bool)
+        if not is_number or not 0.0 <= value < math.inf:
+            raise ValueError(f"{_name(self)}: {name} must be a number, 0 or more; got {value!r}")
+
+    # Addresses mean nothing in a compiled graph, which breaks here and goes on after.
+    @torch.compiler.disable
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """One step for every parameter that has a gradient; the closure's value if there is one."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        gathered = [
+            (group, lists)
+            for index, group in enumerate(self.param_groups)
+            for lists in self._gather(index, group)
+        ]
+        clip = self._clip([lists for _, lists in gathered])
+        for group, lists in gathered:
+            self._update(lists, clip, self._options(group))
+        return loss
+
+    def _state_of(self, group: dict, param: Tensor) -> dict[str, Tensor]:
+        """What a parameter's state starts as."""
+        raise NotImplementedError
+
+    def _columns(self, group: dict, param: Tensor) -> tuple[str, ...]:
+        """The keys of a parameter's state that the op reads."""
+        raise NotImplementedError
+
+    def _options(self, group: dict) -> dict:
+        """What the op takes of a group, by keyword."""
+        raise NotImplementedError
+
+    def _update(self, lists: TensorLists, clip: Tensor | None, options: dict) -> None:
+        """Run the op."""
+        raise NotImplementedError
+
+    def _clip(self, lists: list[TensorLists]) -> Tensor | None:
+        """The norm of all gradients and what follows from it, if anything is to follow."""
+        if self.max_grad_norm is None and not self.skip_nonfinite:
+            return None
+        if len(devices := {each.first.device for each in lists}) > 1:
+            raise ValueError(
+                f"{_name(self)}: a norm is of gradients on one device; they are on "
+                f"{', '.join(sorted(map(str, devices)))}"
+            )
+        if not lists:
+            return None
+        clip = grad_norm(
+            lists,
+            max_norm=self.max_grad_norm,
+            skip_nonfinite=self.skip_nonfinite,
+            backend=self.backend,
+        )
+        self.grad_norm = clip[0]
+        return clip
+
+    def _gather(self, index: int, group: dict) -> list[TensorLists]:
+        """The group's tensors, in lists of one device and dtype."""
+        params, grads = [], []
+        for param in group["params"]:
+            if (grad := param.grad) is not None:
+                params.append(param)
+                grads.append(grad)
+        if not params:
+            return []
+        kinds = {(param.device, param.dtype) for param in params}
+        if len(kinds) == 1:
+            return [self._renewed((index, *kinds), group, params, grads)]
+        chosen = {kind: ([], []) for kind in kinds}
+        for param, grad in zip(params, grads, strict=True):
+            of_kind = chosen[param.device, param.dtype]
+            of_kind[0].append(param)
+            of_kind[1].append(grad)
+        # In the order in which parameters come, so that sums have the same order on every run.
+        order = dict.fromkeys((param.device, param.dtype) for param in params)
+        return [self._renewed((index, kind), group, *chosen[kind]) for kind in order]
+
+    def _renewed(self, key: tuple, group: dict, params: list, grads: list) -> TensorLists:
+        """The lists of these tensors: last step's, if they still lie where they did."""
+        names = self._columns(group, params[0])
+        states = [self.state[param] for param in params]
+        columns = {"param": params, "grad": self._alike(params, grads)}
+        try:
+            columns |= {name: [each[name] for each in states] for name in names}
+        except KeyError:  # a parameter's first step, or a new option's
+            for param, each in zip(params, states, strict=True):
+                for name, value in self._state_of(group, param).items():
+                    each.setdefault(name, value)
+            columns |= {name: [each[name] for each in states] for name in names}
+        known = self._lists.get(key)
+        lists = TensorLists(columns) if known is None else known.renewed(columns)
+        self._lists[key] = lists
+        return lists
+
+    def _master_column(self, param: Tensor) -> tuple[str, ...]:
+        return ("master",) if self.master_weights and param.dtype in LOW else ()
+
+    def _moments_of(self, param: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
+        """Zeros by name, the count of steps, and the master if there is to be one."""
+        dtype = torch.promote_types(param.dtype, torch.float32)
+        state = {"step": torch.zeros((), dtype=torch.float32, device=param.device)}
+        state |= {name: torch.zeros_like(param, dtype=dtype) for name in names}
+        return state | {name: param.detach().float() for name in self._master_column(param)}
+
+    def _alike(self, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+        """Gradients whose elements lie in memory in the order of their parameter's."""
+        try:
+            if all(map(Tensor.is_contiguous, grads)) and all(map(Tensor.is_contiguous, params)):
+                return grads
+        except RuntimeError:  # a sparse tensor has no such order
+            pass
+        for grad in grads:
+            if grad.layout != torch.strided:
+                raise ValueError(
+                    f"{_name(self)}: gradients must be dense; got one in {grad.layout}; "
+                    "torch.optim.SparseAdam takes those"
+                )
+        return [
+            grad if grad.stride() == param.stride() else torch.empty_like(param).copy_(grad)
+            for param, grad in zip(params, grads, strict=True)
+        ]
+
+    def explain(self) -> str:
+        """Which backend runs each part of the next step, and why each other one does not.
+
+        Reads the gradients that are there; before the first backward there is nothing to say.
+        """
+        lines = []
+        for index, group in enumerate(self.param_groups):
+            for lists in self._gather(index, group):
+                kind = f"{len(lists)} tensors, {lists.first.dtype} on {lists.first.device}"
+                lines.append(f"group {index}, {kind}:")
+                arguments = self.op.arguments(lists, None, **self._options(group))
+                lines.append(self.op.explain(*arguments, backend=self.backend))
+        return "\n".join(lines) or f"{_name(self)}: no parameter has a gradient"
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Take over a state dict of this class, or of torch's optimizer of the same name."""
+        # Hooks, since other hooks may have replaced state_dict, or may read what was loaded.
+        given = []
+        hooks = [
+            self.register_load_state_dict_pre_hook(lambda _, loaded: given.append(loaded)),
+            self.register_load_state_dict_post_hook(
+                lambda _: self._restore(given[-1]), prepend=True
+            ),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _restore(self, state_dict: dict) -> None:
+        """Give groups our own keys, and states their dtype: torch cast them to the parameter's."""
+        for group in self.param_groups:
+            for name in FOREIGN:
+                group.pop(name, None)
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        for number, param in zip(numbers, params, strict=True):
+            dtype = torch.promote_types(param.dtype, torch.float32)
+            for name, value in state_dict["state"].get(number, {}).items():
+                if name == "step":
+                    value = torch.as_tensor(value, dtype=torch.float32, device=param.device)
+                elif isinstance(value, Tensor) and value.is_floating_point():
+                    value = value.to(dtype=dtype, device=param.device)
+                else:
+                    continue
+                # A copy, as torch's own is: two optimizers must not share a state.
+                given = state_dict["state"][number][name]
+                self.state[param][name] = value.clone() if value is given else value
+        self._lists.clear()
+
+    def __getstate__(self) -> dict:
+        return super().__getstate__() | {name: getattr(self, name) for name in self.settings}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.defaults.pop("differentiable", None)
+        self.grad_norm, self._lists = None, {}
+
+
+def _name(optimizer: MultiTensorOptimizer) -> str:
+    return type(optimizer).__name__

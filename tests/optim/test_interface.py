@@ -1,0 +1,398 @@
+"""torch.optim.Optimizer's interface: what every optimizer here shares with torch's."""
+
+import copy
+import inspect
+import io
+import pickle
+
+import pytest
+import torch
+from op_cases import device_of
+from optim_cases import assert_same_bits, drawn, parameters, snapshot
+
+from slimkernels import optim
+from slimkernels.dispatch import BackendError, use_backend
+from slimkernels.optim import AdamW, Muon
+
+BACKENDS = ["torch", "cpu", "triton"]
+PAIRS = {AdamW: torch.optim.AdamW, Muon: torch.optim.Muon}  # of a class and torch's own
+OURS = [getattr(optim, name) for name in optim.__all__]
+SHAPES = [(4, 6), (6, 4), (3, 3)]  # matrices: what every optimizer takes
+
+every_optimizer = pytest.mark.parametrize("make", OURS)
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+every_pair = pytest.mark.parametrize("make, torchs", PAIRS.items())
+
+
+def feed(params, seed=0):
+    for param, grad in zip(params, drawn([p.shape for p in params], seed), strict=True):
+        param.grad = grad.to(param)
+
+
+def train(params, optimizer, steps=3, first_seed=0):
+    for seed in range(first_seed, first_seed + steps):
+        feed(params, seed)
+        optimizer.step()
+
+
+def close(ours, theirs, make=AdamW):
+    """Muon's products are bfloat16: each step errs by a hundredth of its length."""
+    tolerance = {"rtol": 0, "atol": 5e-3} if make is Muon else {"rtol": 1e-5, "atol": 1e-6}
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, **tolerance)
+
+
+@every_pair
+def test_options_have_torchs_names_and_defaults(make, torchs):
+    ours, theirs = (inspect.signature(c).parameters for c in (make, torchs))
+    own = {"max_grad_norm", "skip_nonfinite", "master_weights", "backend"}
+    absent = {"foreach", "fused", "differentiable"}
+    assert list(ours)[-1] == "backend" and own <= set(ours)
+    assert set(ours) - own == set(theirs) - absent
+    for name in set(ours) - own:
+        assert ours[name].default == theirs[name].default, name
+        assert ours[name].kind == theirs[name].kind, name
+    for name in absent & set(theirs):
+        with pytest.raises(TypeError, match=name):
+            make(parameters(SHAPES, torch.float32), **{name: True})
+
+
+@every_backend
+@every_pair
+def test_a_state_dict_goes_both_ways(make, torchs, backend):
+    device = device_of(backend)
+    params, others = (parameters(SHAPES, torch.float32, device) for _ in range(2))
+    ours, theirs = make(params, lr=0.01, backend=backend), torchs(others, lr=0.01)
+    train(params, ours)
+    train(others, theirs)
+    assert ours.state_dict()["state"][0].keys() == theirs.state_dict()["state"][0].keys()
+    loaded, given = make(params, backend=backend), torchs(others)
+    loaded.load_state_dict(theirs.state_dict())
+    given.load_state_dict(ours.state_dict())
+    assert loaded.param_groups[0]["lr"] == given.param_groups[0]["lr"] == 0.01
+    train(params, loaded, first_seed=3)
+    train(others, given, first_seed=3)
+    close(params, others, make)
+    # Two optimizers must not write one state.
+    assert ours.state[params[0]].keys() == loaded.state[params[0]].keys()
+    for key, value in theirs.state[others[0]].items():
+        assert value.data_ptr() != loaded.state[params[0]][key].data_ptr()
+
+
+@every_pair
+def test_torchs_bfloat16_state_is_widened(make, torchs):
+    others, params = (parameters(SHAPES, torch.bfloat16) for _ in range(2))
+    theirs, ours = torchs(others), make(params)
+    train(others, theirs)
+    ours.load_state_dict(theirs.state_dict())
+    assert all(v.dtype == torch.float32 for v in ours.state[params[0]].values())
+    for param, other in zip(params, others, strict=True):
+        param.data.copy_(other)
+    train(params, ours)
+    assert ours.state[params[0]]["master"].dtype == torch.float32
+    torchs(others).load_state_dict(ours.state_dict())
+
+
+@every_optimizer
+@every_backend
+def test_a_saved_run_goes_on_as_if_never_saved(make, backend):
+    device = device_of(backend)
+    for dtype in (torch.float32, torch.bfloat16):
+        params = parameters(SHAPES, dtype, device)
+        optimizer = make(params, backend=backend)
+        train(params, optimizer)
+        file = io.BytesIO()
+        torch.save(optimizer.state_dict(), file)
+        file.seek(0)
+        copies = [torch.nn.Parameter(param.detach().clone()) for param in params]
+        resumed = make(copies, lr=7.0, backend=backend)
+        resumed.load_state_dict(torch.load(file, weights_only=True))
+        train(params, optimizer, first_seed=3)
+        train(copies, resumed, first_seed=3)
+        assert_same_bits(snapshot(optimizer), snapshot(resumed))
+
+
+@every_optimizer
+def test_copies_keep_their_options(make):
+    params = parameters(SHAPES, torch.float32)
+    optimizer = make(params, max_grad_norm=0.5, skip_nonfinite=True, backend="torch")
+    train(params, optimizer)
+    for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert other.max_grad_norm == 0.5 and other.skip_nonfinite and other.backend == "torch"
+        train(other.param_groups[0]["params"], other, first_seed=3)
+        assert other.grad_norm is not None
+
+
+@every_optimizer
+@every_backend
+def test_parameters_without_gradient_are_left_alone(make, backend):
+    params = parameters(SHAPES, torch.float32, device_of(backend))
+    optimizer = make(params, backend=backend)
+    optimizer.step()  # none has one
+    assert not optimizer.state
+    feed(params)
+    params[1].grad = None
+    before = [p.detach().clone() for p in params]
+    optimizer.step()
+    assert torch.equal(params[1], before[1]) and params[1] not in optimizer.state
+    assert not torch.equal(params[2], before[2])
+    feed(params)
+    optimizer.step()
+    assert not torch.equal(params[1], before[1])
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in params)
+
+
+@every_optimizer
+def test_closure_and_hooks(make):
+    param = torch.nn.Parameter(torch.eye(3))
+    optimizer, seen = make([param], backend="cpu"), []
+    optimizer.register_step_post_hook(lambda *_: seen.append("after"))
+
+    def closure():
+        optimizer.zero_grad()
+        loss = param.square().sum()
+        loss.backward()
+        seen.append(torch.is_grad_enabled())
+        return loss
+
+    assert optimizer.step(closure).item() == 3.0
+    assert seen == [True, "after"]
+
+
+SCHEDULERS = {
+    "StepLR": lambda o: torch.optim.lr_scheduler.StepLR(o, 2, 0.3),
+    "OneCycleLR": lambda o: torch.optim.lr_scheduler.OneCycleLR(
+        o, 0.1, total_steps=8, cycle_momentum=False
+    ),
+    "LambdaLR": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 1 / (step + 1)),
+    "CosineAnnealingLR": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 5),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("has_rate_tensor", [False, True])
+@every_pair
+def test_schedulers(make, torchs, name, has_rate_tensor):
+    results = []
+    for kind in (make, torchs):
+        params = parameters(SHAPES, torch.float32)
+        optimizer = kind(params, lr=torch.tensor(0.05) if has_rate_tensor else 0.05)
+        scheduler = SCHEDULERS[name](optimizer)
+        for seed in range(6):
+            train(params, optimizer, 1, seed)
+            scheduler.step()
+        results.append(params)
+    close(*results, make)
+
+
+@every_backend
+@every_pair
+def test_groups_have_their_own_options_and_may_come_later(make, torchs, backend):
+    results = []
+    for kind, options in ((make, {"backend": backend}), (torchs, {})):
+        params = parameters(SHAPES, torch.float32, device_of(backend))
+        groups = [{"params": params[:1], "lr": 0.03}, {"params": params[1:2], "weight_decay": 0.5}]
+        optimizer = kind(groups, **options)
+        train(params[:2], optimizer)
+        optimizer.add_param_group({"params": params[2:], "lr": 0.02})
+        train(params, optimizer)
+        results.append(params)
+    close(*results, make)
+
+
+@every_backend
+def test_parameters_of_several_dtypes(backend):
+    device = device_of(backend)
+    wide, low = (parameters(SHAPES, d, device) for d in (torch.float32, torch.bfloat16))
+    mixed = [p for pair in zip(wide, low, strict=True) for p in pair]
+    optimizer = AdamW(mixed, max_grad_norm=1.0, backend=backend)
+    train(mixed, optimizer)
+    alone = parameters(SHAPES, torch.float32, device)
+    mixed_again = [q for pair in zip(alone, low, strict=True) for q in pair]
+    reference = AdamW(mixed_again, max_grad_norm=1.0, backend="torch")
+    train(mixed_again, reference)
+    close(wide, alone)
+
+
+@every_optimizer
+@pytest.mark.parametrize("backend", [None, *BACKENDS])
+def test_sparse_gradients_are_refused_in_a_sentence(make, backend):
+    param = torch.nn.Parameter(torch.zeros(5, 3))
+    param.grad = torch.ones(5, 3).to_sparse()
+    optimizer = make([param], backend=backend)
+    with pytest.raises(ValueError, match=f"^{make.__name__}: gradients must be dense; got one in"):
+        optimizer.step()
+
+
+WRONG = {
+    "lr": (-0.1, "x", float("nan"), torch.ones(2)),
+    "betas": ((0.9, 1.0), (-0.1, 0.9), 0.9, (torch.tensor(0.9), 0.9)),
+    "eps": (-1e-9,),
+    "weight_decay": (-1.0, None),
+    "max_grad_norm": (-1.0, float("inf")),
+}
+
+
+@every_optimizer
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_numbers_are_refused_in_a_sentence(make, name):
+    if name not in inspect.signature(make).parameters:
+        pytest.skip(f"{make.__name__} has no {name}")
+    for value in WRONG[name]:
+        with pytest.raises(ValueError, match=f"^{make.__name__}: {name} must be "):
+            make(parameters(SHAPES, torch.float32), **{name: value})
+
+
+@every_optimizer
+def test_a_group_with_a_wrong_number_is_not_added(make):
+    params = parameters(SHAPES, torch.float32)
+    optimizer = make(params[:2])
+    with pytest.raises(ValueError, match="lr must be"):
+        optimizer.add_param_group({"params": params[2:], "lr": -1.0})
+    assert len(optimizer.param_groups) == 1
+
+
+# Memory: where tensors lie
+
+
+@every_optimizer
+@every_backend
+def test_any_layout(make, backend):
+    """Transposed parameters and gradients, slices, memory that begins at odd places."""
+    device = device_of(backend)
+
+    def laid_out(layout):
+        flat = torch.zeros(64, device=device)
+        params = []
+        for i, value in enumerate(drawn(SHAPES, 0)):
+            value = value.to(device)
+            if layout == "transposed" and i != 1:
+                value = value.t().contiguous().t()
+            elif layout == "odd":
+                place = flat[25 * i % 40 + 1 :][: value.numel()]
+                value = place.view(value.shape).copy_(value) if i == 1 else value
+            elif layout == "gaps":
+                rows, columns = value.shape
+                value = torch.zeros(rows, 2 * columns, device=device)[:, ::2].copy_(value)
+            params.append(torch.nn.Parameter(value))
+        return params
+
+    expected = laid_out("dense")
+    optimizer = make(expected, backend=backend)
+    train(expected, optimizer, 2)
+    for layout in ("transposed", "odd"):
+        params = laid_out(layout)
+        optimizer = make(params, backend=backend)
+        for seed in range(2):
+            feed(params, seed)
+            if layout == "odd":
+                params[0].grad = params[0].grad.t().contiguous().t()
+            optimizer.step()
+        close(params, expected, make)
+    if backend != "torch":
+        params = laid_out("gaps")
+        feed(params)
+        with pytest.raises(BackendError, match="it reads memory without gaps and param has"):
+            make(params, backend=backend).step()
+    params = laid_out("gaps")
+    train(params, make(params), 2)
+    close(params, expected, make)
+
+
+@every_optimizer
+@every_backend
+def test_tensors_that_move_between_steps_are_found(make, backend):
+    device = device_of(backend)
+    params, expected = (parameters(SHAPES, torch.float32, device) for _ in range(2))
+    optimizer, still = make(params, backend=backend), make(expected, backend=backend)
+    kept = []  # so that no address comes back
+    for seed in range(5):
+        feed(params, seed)
+        feed(expected, seed)
+        kept.append([p.grad for p in params])
+        if seed == 2:
+            kept.append(params[0].data)
+            params[0].data = params[0].data.clone()
+        if seed == 3:
+            state = optimizer.state[params[1]]
+            kept.append(dict(state))
+            state.update({key: value.clone() for key, value in state.items()})
+        if seed == 4:  # the same memory, read in another order
+            for p in (params[2], expected[2]):
+                p.grad = p.grad.t()
+        optimizer.step()
+        still.step()
+    assert_same_bits(snapshot(optimizer), snapshot(still))
+
+
+@every_optimizer
+@every_backend
+def test_a_step_is_seen_by_autograd(make, backend):
+    """What was saved for backward before the step is no longer there: an error, no wrong number."""
+    param = torch.nn.Parameter(torch.ones(3, 3, device=device_of(backend)))
+    loss = param.square().sum()
+    param.grad = torch.ones_like(param)
+    make([param], backend=backend).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@every_optimizer
+def test_explain_says_what_runs(make):
+    params = parameters(SHAPES, torch.float32)
+    optimizer = make(params)
+    assert optimizer.explain() == f"{make.__name__}: no parameter has a gradient"
+    feed(params)
+    text = optimizer.explain()
+    assert f"{make.__name__.lower()} runs on " in text and "3 tensors, torch.float32" in text
+    with use_backend("torch"):
+        assert "runs on torch" in optimizer.explain()
+    doubles = parameters(SHAPES, torch.float64)
+    feed(doubles)
+    optimizer = make(doubles)
+    assert "it is written for float32 and bfloat16" in optimizer.explain()
+    optimizer.step()
+    with pytest.raises(BackendError, match="cpu was asked for, but it is written for float32"):
+        make(doubles, backend="cpu").step()
+
+
+@every_optimizer
+def test_a_step_may_stand_in_compiled_code(make):
+    params, expected = (parameters(SHAPES, torch.float32) for _ in range(2))
+    optimizer, plain = make(params), make(expected)
+    compiled = torch.compile(optimizer.step, backend="eager")
+    for seed in range(2):
+        feed(params, seed)
+        feed(expected, seed)
+        compiled()
+        plain.step()
+    assert_same_bits(snapshot(optimizer), snapshot(plain))
+
+
+@every_optimizer
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_a_step_can_be_captured(make):
+    def prepared():
+        params = parameters(SHAPES, torch.float32, "cuda")
+        feed(params)
+        rate = torch.tensor(0.01, device="cuda")
+        return params, make(params, lr=rate, max_grad_norm=1.0, skip_nonfinite=True), rate
+
+    params, optimizer, rate = prepared()
+    expected, plain, its_rate = prepared()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        optimizer.step()
+    torch.cuda.current_stream().wait_stream(stream)
+    plain.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    for _ in range(3):
+        rate.mul_(0.5)
+        its_rate.mul_(0.5)
+        graph.replay()
+        plain.step()
+    assert_same_bits(snapshot(optimizer), snapshot(plain))
