@@ -279,11 +279,11 @@ def test_any_layout(make, backend):
         return params
 
     expected = laid_out("dense")
-    optimizer = make(expected, backend=backend)
+    optimizer = make(expected, lr=0.1, backend=backend)
     train(expected, optimizer, 2)
     for layout in ("transposed", "odd"):
         params = laid_out(layout)
-        optimizer = make(params, backend=backend)
+        optimizer = make(params, lr=0.1, backend=backend)
         for seed in range(2):
             feed(params, seed)
             if layout == "odd":
@@ -296,7 +296,7 @@ def test_any_layout(make, backend):
         with pytest.raises(BackendError, match="it reads memory without gaps and param has"):
             make(params, backend=backend).step()
     params = laid_out("gaps")
-    train(params, make(params), 2)
+    train(params, make(params, lr=0.1), 2)
     close(params, expected, make)
 
 

@@ -12,6 +12,7 @@ OPTIONS = {
     "defaults": {},
     "maximize": {"maximize": True},
     "no decay": {"weight_decay": 0.0},
+    "no eps": {"eps": 0.0},
     "numbers": {"betas": (0.0, 0.7), "eps": 1e-3, "weight_decay": 0.3},
 }
 BACKENDS = ["torch", "cpu", "triton"]
