@@ -18,18 +18,26 @@ import torch
 import triton
 import triton.language as tl
 
-from slimkernels.backends.triton._attention import dropout_keys, key_extent, load_offset, load_tile
+from slimkernels.backends.triton._attention import (
+    dropout_keys,
+    keys_seen,
+    load_keys,
+    pairs_of,
+    place_of,
+    zeros,
+)
 from slimkernels.backends.triton._attention_launch import Prepared
 from slimkernels.backends.triton._attention_scores import (
     LOWEST,
     added,
-    exp_of,
-    modified,
+    dropped,
     scale_early,
-    shown,
+    softmax_end,
+    softmax_start,
+    softmax_step,
     split_lse,
 )
-from slimkernels.backends.triton._common import keep_mask
+from slimkernels.backends.triton._attention_terms import NUMBERS, Numbers, Queries
 
 MOST_QUERIES = 16  # more fill tiles of their own
 FEWEST_KEYS = 128
@@ -49,17 +57,19 @@ def forward(given: Prepared, y: torch.Tensor, lse: torch.Tensor) -> None:
     """Fill y (B, H, Tq, DV) and lse (2, B, H, Tq), neither of them empty."""
     B, Hkv, rows = given.sequences, given.H // given.group, given.group * given.Tq
     launch = given.launch("forward")
-    widest = max(launch["BLOCK_D"], launch["BLOCK_DV"])
+    tile = launch["TILE"]
+    widest = max(tile.BLOCK_D, tile.BLOCK_DV)
     # The rows that the first tensor core instruction fills anyhow. Fixed, where bits are.
     BLOCK_M = 64 if given.call.batch_invariant else min(max(triton.next_power_of_2(rows), 16), 64)
     BLOCK_M = BLOCK_M if widest <= 128 and y.dtype != torch.float32 else 16
-    launch |= dict(BLOCK_M=BLOCK_M, BLOCK_N=64 if widest <= 128 else 16, num_warps=4, num_stages=2)
+    tile = tile._replace(BLOCK_M=BLOCK_M, BLOCK_N=64 if widest <= 128 else 16)
+    launch |= dict(TILE=tile, num_warps=4, num_stages=2)
     tiles = triton.cdiv(rows, BLOCK_M)
     if given.call.batch_invariant:
         split = INVARIANT_SPLIT
     else:
-        count = splits_of(B * Hkv * tiles, given.Tk, launch["BLOCK_N"], _multiprocessors(y.device))
-        split = triton.cdiv(triton.cdiv(given.Tk, count), launch["BLOCK_N"]) * launch["BLOCK_N"]
+        count = splits_of(B * Hkv * tiles, given.Tk, tile.BLOCK_N, _multiprocessors(y.device))
+        split = triton.cdiv(triton.cdiv(given.Tk, count), tile.BLOCK_N) * tile.BLOCK_N
     count = triton.cdiv(given.Tk, split)
     parts, part_lse = y, lse
     if count > 1:
@@ -69,9 +79,9 @@ def forward(given: Prepared, y: torch.Tensor, lse: torch.Tensor) -> None:
         *(given.operands(), parts, *part_lse.unbind(), *given.shared(), split, B), **launch
     )
     if count > 1:
-        sizes = dict(DV=launch["DV"], BLOCK_DV=launch["BLOCK_DV"])
         _merge_kernel[(lse[0].numel(),)](
-            *(parts, *part_lse.unbind(), y, *lse.unbind(), count), **sizes
+            *(parts, *part_lse.unbind(), y, *lse.unbind(), count),
+            **dict(DV=tile.DV, BLOCK_DV=tile.BLOCK_DV),
         )
 
 
@@ -96,127 +106,74 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-_NUMBERS = ["threshold", "Tq", "Tk", "left", "right", "offset", "split_keys", "B"]
-
-
-@triton.jit(do_not_specialize=_NUMBERS)
+@triton.jit(do_not_specialize=[*NUMBERS, "split_keys", "B"])
 def _split_kernel(
     x,
     parts,
     lse_ptr,
     low_ptr,
-    lengths,
-    scoring,
-    dropout,
+    terms,
     threshold,
     Tq,
     Tk,
     left,
     right,
     offset,
-    group,
     split_keys,
     B,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    MODIFIED: tl.constexpr,
-    MASKED: tl.constexpr,
-    SCORE: tl.constexpr,
-    DERIVATIVE: tl.constexpr,
-    MASK: tl.constexpr,
-    PRECISION: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
+    FEATURES: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    sequence = tl.program_id(0) % B
-    split = tl.program_id(0) // B
-    batch = sequence.to(tl.int64)
+    numbers = Numbers(threshold, Tq, Tk, left, right, offset)
     key_head = tl.program_id(1).to(tl.int64)
-    H = tl.num_programs(1) * group
-    k_begin, k_count, seen = key_extent(sequence, Tk, lengths)
-    if lengths.offsets is not None:
-        offset = load_offset(lengths, sequence)
-    row = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
-    present = row < group * Tq
-    row = tl.minimum(row, group * Tq - 1)  # absent ones repeat the last, and are not stored
-    head = key_head * group + row // Tq
-    i = row % Tq
-    at_q = batch * x.q.batch + head * x.q.head + i.to(tl.int64) * x.q.token
-    dims = tl.arange(0, BLOCK_D)
-    queries = tl.load(x.q.ptr + at_q[:, None] + dims[None, :], mask=dims[None, :] < D, other=0.0)
-    queries, late = scale_early(queries, scoring.scale)
-    if dropout.seed is not None:
-        key0, key1 = dropout_keys(dropout, batch, head, i, H, Tq, lengths)
-    place = (sequence, head[:, None], offset, left, right, Tq, seen)
-
-    begin = split * split_keys
-    end = tl.minimum(begin + split_keys, seen)
-    whole_begin = 0
-    whole_end = seen
-    if HAS_RIGHT:
-        whole_end = tl.minimum(offset + right + 1, seen)
-        end = tl.minimum(offset + right + Tq, end)
-    if HAS_LEFT:
-        begin = tl.maximum(tl.maximum(offset - left, 0) // BLOCK_N * BLOCK_N, begin)
-        whole_begin = offset - left + (Tq - 1)
-    peak = tl.full((BLOCK_M,), LOWEST, tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    if scoring.sinks is not None:  # a score without a value, of the first split
-        sinks = tl.load(scoring.sinks + head).to(tl.float32)
-        peak = tl.where(split == 0, tl.maximum(peak, sinks), peak)
-        total += tl.where(split == 0, 1.0, 0.0)
-    sums = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
-    for start in range(begin, end, BLOCK_N):
-        j = start + tl.arange(0, BLOCK_N)
-        here = j < seen
-        keys = load_tile(x.k, batch, key_head, start, here, D, BLOCK_N, BLOCK_D)
-        if MODIFIED:
-            extra = added(i[:, None], j[None, :], place, scoring)
-        scores = tl.dot(queries, keys.T, input_precision=PRECISION)
-        if MODIFIED:
-            scores, outer, inner = modified(
-                scores, late, extra, i[:, None], j[None, :], place, scoring, SCORE, None
-            )
-        scores = shown(
-            scores,
-            -float("inf"),
-            i[:, None],
-            j[None, :],
-            (start < whole_begin) | (start + BLOCK_N > whole_end),
-            place,
-            scoring,
-            HAS_LEFT,
-            HAS_RIGHT,
-            MASKED,
-            MASK,
-            True,
+    split = tl.program_id(0) // B
+    place = place_of(tl.program_id(0) % B, terms, numbers)
+    H = tl.num_programs(1) * terms.group
+    head, queries = _load_group(x.q, key_head, H, place, terms, numbers, TILE)
+    span = keys_seen(0, Tq, place, FEATURES, TILE.BLOCK_N)
+    begin = tl.maximum(span.begin, split * split_keys)
+    end = tl.minimum(span.end, (split + 1) * split_keys)
+    peak, total = softmax_start(head, split == 0, terms, TILE.BLOCK_M)
+    sums = zeros(TILE.BLOCK_M, TILE.BLOCK_DV)
+    for start in range(begin, end, TILE.BLOCK_N):
+        keys = load_keys(x.k, key_head, start, place, TILE.D, TILE.BLOCK_N, TILE.BLOCK_D)
+        pairs = pairs_of(queries, start, span, head[:, None], place, TILE.BLOCK_N)
+        extra = added(pairs, terms.scoring, FEATURES)
+        products = tl.dot(queries.q, keys.T, input_precision=FEATURES.PRECISION)
+        p, shrink, peak, total = softmax_step(
+            products, extra, queries, peak, total, pairs, terms, FEATURES
         )
-        scale = 1.0 if MODIFIED else late
-        raised = tl.maximum(peak, tl.max(scores, axis=1) * scale)
-        p = exp_of(scores, scale, raised[:, None], tl.float32 if MODIFIED else queries.dtype)
-        shrink = tl.exp(peak - raised)
-        peak = raised
-        total = total * shrink + tl.sum(p, axis=1)
-        if dropout.seed is not None:
-            keep = keep_mask(key0[:, None], key1[:, None], j[None, :], threshold)
-            p = tl.where(keep, p, 0.0)
-        values = load_tile(x.v, batch, key_head, start, here, DV, BLOCK_N, BLOCK_DV)
+        p = dropped(p, queries, pairs, 1.0, terms, numbers)
+        values = load_keys(x.v, key_head, start, place, TILE.DV, TILE.BLOCK_N, TILE.BLOCK_DV)
         sums = sums * shrink[:, None]
-        sums = tl.dot(p.to(values.dtype), values, sums, input_precision=PRECISION)
+        sums = tl.dot(p.to(values.dtype), values, sums, input_precision=FEATURES.PRECISION)
 
-    total = tl.where(total == 0.0, 1.0, total)
-    sums *= (dropout.factor / total)[:, None]
-    lse, low = split_lse(peak, total)
-    at = ((split.to(tl.int64) * B + batch) * H + head) * Tq + i
-    cols = tl.arange(0, BLOCK_DV)
-    mask = present[:, None] & (cols < DV)[None, :]
-    tl.store(parts + at[:, None] * DV + cols[None, :], sums.to(parts.dtype.element_ty), mask=mask)
-    tl.store(lse_ptr + at, lse, mask=present)
-    tl.store(low_ptr + at, low, mask=present)
+    sums, lse, low = softmax_end(sums, peak, total, terms)
+    at = split.to(tl.int64) * B * H * Tq + queries.at
+    cols = tl.arange(0, TILE.BLOCK_DV)
+    mask = queries.present[:, None] & (cols < TILE.DV)[None, :]
+    to = parts + at[:, None] * TILE.DV + cols[None, :]
+    tl.store(to, sums.to(parts.dtype.element_ty), mask=mask)
+    tl.store(lse_ptr + at, lse, mask=queries.present)
+    tl.store(low_ptr + at, low, mask=queries.present)
+
+
+@triton.jit
+def _load_group(x, key_head, H, place, terms, numbers, TILE: tl.constexpr):
+    """The queries of all heads that read a key head, as rows, and the head of each."""
+    count = terms.group * numbers.Tq
+    row = tl.program_id(2) * TILE.BLOCK_M + tl.arange(0, TILE.BLOCK_M)
+    present = row < count
+    row = tl.minimum(row, count - 1)  # absent ones repeat the last, and are not stored
+    head = key_head * terms.group + row // numbers.Tq
+    i = row % numbers.Tq
+    at = (place.batch * H + head) * numbers.Tq + i
+    start = place.batch * x.batch + head * x.head + i.to(tl.int64) * x.token
+    dims = tl.arange(0, TILE.BLOCK_D)
+    q = tl.load(x.ptr + start[:, None] + dims[None, :], mask=dims[None, :] < TILE.D, other=0.0)
+    q, late = scale_early(q, terms.scoring.scale)
+    key0, key1 = dropout_keys(place.batch, head, i, H, terms, numbers, 1)
+    return head, Queries(i[:, None], 0, present, at, q, late, key0, key1)
 
 
 @triton.jit(do_not_specialize=["count"])
