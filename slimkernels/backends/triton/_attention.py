@@ -23,8 +23,8 @@ def tiles_of(x, cu_seqlens, BLOCK):
 
 
 @triton.jit
-def locate(tile, T, cu_ptr, BLOCK: tl.constexpr):
-    """The sequence that a tile of tiles_of() is in, and the tile's first token there.
+def locate(tile, tiles, T, cu_ptr, BLOCK):
+    """The sequence that one of the tiles of tiles_of() is in, and the tile's first token there.
 
     On a GPU nobody has checked the boundaries. Whatever they are, memory stays safe: here the
     sequence exists and the token is not negative, and extent() keeps begin and count within T.
@@ -36,7 +36,7 @@ def locate(tile, T, cu_ptr, BLOCK: tl.constexpr):
     else:
         # Counting the sequences whose tiles start no later is one load for 128 of them; a
         # bisection would wait for seven, one after the other.
-        B = tl.num_programs(0) - T // BLOCK
+        B = tiles - T // BLOCK
         sequence = -1
         for start in range(0, B, 128):
             b = start + tl.arange(0, 128)
@@ -115,9 +115,10 @@ def query_tile(terms, numbers, FEATURES: tl.constexpr, TILE: tl.constexpr):
     """Of a program that owns BLOCK_M queries: the Place, the first one, and the Span of the keys.
     A program whose first query is past the sequence's end has nothing to do."""
     tile = tl.program_id(0)
+    tiles = tl.num_programs(0)
     if FEATURES.HAS_RIGHT:  # the last tiles see most keys: they start first
-        tile = tl.num_programs(0) - 1 - tile
-    sequence, first = locate(tile, numbers.Tq, terms.lengths.cu_q, TILE.BLOCK_M)
+        tile = tiles - 1 - tile
+    sequence, first = locate(tile, tiles, numbers.Tq, terms.lengths.cu_q, TILE.BLOCK_M)
     place = place_of(sequence, terms, numbers)
     return place, first, keys_seen(first, TILE.BLOCK_M, place, FEATURES, TILE.BLOCK_N)
 
@@ -126,7 +127,9 @@ def query_tile(terms, numbers, FEATURES: tl.constexpr, TILE: tl.constexpr):
 def key_tile(terms, numbers, FEATURES: tl.constexpr, TILE: tl.constexpr):
     """Of a program that owns BLOCK_N keys: the Place, the first one, and the Span of the queries.
     A program whose first key is past the sequence's end has nothing to do."""
-    sequence, first = locate(tl.program_id(0), numbers.Tk, terms.lengths.cu_k, TILE.BLOCK_N)
+    tiles = tl.num_programs(0)
+    cu_k = terms.lengths.cu_k
+    sequence, first = locate(tl.program_id(0), tiles, numbers.Tk, cu_k, TILE.BLOCK_N)
     place = place_of(sequence, terms, numbers)
     begin = 0
     whole_begin = 0

@@ -53,7 +53,7 @@ def _delta_kernel(
     """delta = rowsum(dy * y) - dlse. A sum needs no boundaries: all ragged tokens are one
     sequence."""
     head = tl.program_id(1).to(tl.int64)
-    sequence, first = locate(tl.program_id(0), T, None, BLOCK_M)
+    sequence, first = locate(tl.program_id(0), tl.num_programs(0), T, None, BLOCK_M)
     batch, begin, _ = extent(sequence, T, None)
     tokens = begin + first + tl.arange(0, BLOCK_M)
     present = tokens < T

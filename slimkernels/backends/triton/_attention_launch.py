@@ -173,7 +173,7 @@ def compiled(kernel, direction, D, dtype, *, dropout=False, scoring=None, blocks
         "x": Operands(*(operand,) * 5),
         **dict.fromkeys(("y", "dq", "dk", "dv"), operand),
         **dict.fromkeys(("lse_ptr", "low_ptr", "parts", "part_lse", "part_low"), "*fp32"),
-        "y_ptr": "*bf16",
+        "out": operand._replace(ptr="*fp32"),
         "statistics": Statistics(*statistics),
         "terms": Terms(
             Lengths(None, "*i32", "*i32", None),
@@ -183,7 +183,9 @@ def compiled(kernel, direction, D, dtype, *, dropout=False, scoring=None, blocks
         ),
         "dbias": Plane("*bf16", "i32", "i32", "i32", "i32", "i32", "i32"),
         **dict.fromkeys((*Numbers._fields, "T"), "i32/1"),
-        **dict.fromkeys(("sequences", "H", "B", "count", "split_keys"), "i32/1"),
+        **dict.fromkeys(
+            ("sequences", "H", "tiles", "tile_queries", "split_keys", "count"), "i32/1"
+        ),
     }
     rich = dropout or scoring is not None
     launch = launch_of(direction, D, D, dtype, rich, torch.device("cpu"))
