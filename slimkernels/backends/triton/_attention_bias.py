@@ -4,7 +4,9 @@ Tiling    A program owns a tile of the bias and walks the sequences, heads, quer
           read it, computing their dS again: two products a pair of tiles more than dq and dk, no
           atomics, one writer, the same bits on every run, and never a dS in memory that is larger
           than the bias. A bias of one row or one column is summed over that side of the tile.
-Launch    grid = (its sequences * heads * tiles of its rows, tiles of its columns)
+          A bias with few tiles is read by many sequences, heads or queries: these are dealt out to
+          several programs, whose float32 sums torch adds up.
+Launch    grid = (its sequences * heads * tiles of its rows, tiles of its columns, shares)
 """
 
 import triton
@@ -19,6 +21,7 @@ from slimkernels.backends.triton._attention import (
     place_of,
     zeros,
 )
+from slimkernels.backends.triton._attention_launch import Prepared
 from slimkernels.backends.triton._attention_scores import (
     added,
     dropped,
@@ -26,10 +29,25 @@ from slimkernels.backends.triton._attention_scores import (
     load_known,
     probabilities,
 )
-from slimkernels.backends.triton._attention_terms import NUMBERS, Numbers
+from slimkernels.backends.triton._attention_terms import NUMBERS, Numbers, Tile
+
+_PROGRAMS = 512  # that are enough. No GPU is asked, so that bits are the same on all
 
 
-@triton.jit(do_not_specialize=[*NUMBERS, "sequences"])
+def shares_of(given: Prepared, tile: Tile, programs: int) -> tuple[int, int]:
+    """How many shares the sequences and heads that read a tile of the bias are dealt into, and how
+    many the queries of each. programs  that one share of everything has"""
+    shape, queries = given.call.bias.shape, 1
+    wanted = triton.cdiv(_PROGRAMS, programs)
+    planes = (given.sequences if shape[0] == 1 else 1) * (given.H if shape[1] == 1 else 1)
+    planes = min(wanted, planes)
+    if shape[2] == 1:
+        Tq = triton.cdiv(given.Tq, given.sequences) if given.call.ragged else given.Tq
+        queries = min(triton.cdiv(wanted, planes), triton.cdiv(Tq, tile.BLOCK_M))
+    return planes, queries
+
+
+@triton.jit(do_not_specialize=[*NUMBERS, "sequences", "plane_shares"])
 def _dbias_kernel(
     x,
     dbias,
@@ -43,6 +61,7 @@ def _dbias_kernel(
     offset,
     sequences,
     H,
+    plane_shares,
     ONES: tl.constexpr,
     FEATURES: tl.constexpr,
     TILE: tl.constexpr,
@@ -63,21 +82,29 @@ def _dbias_kernel(
     if ONES.SEQUENCE:
         first_sequence = 0
         of_sequence = sequences
+    plane_share = 0
+    plane_step = 1
+    if ONES.SEQUENCE | ONES.HEAD:  # else one plane, and a loop that the compiler removes
+        plane_share = tl.program_id(2) % plane_shares
+        plane_step = plane_shares
+    query_step = TILE.BLOCK_M
+    if ONES.QUERY:
+        query_step = tl.num_programs(2) // plane_shares * TILE.BLOCK_M
     acc = zeros(TILE.BLOCK_M, TILE.BLOCK_N)
-    for n in range(0, of_sequence * heads):
+    for n in range(plane_share, of_sequence * heads, plane_step):
         head = tl.cast(first_head + n % heads, tl.int64)
         place = place_of(first_sequence + n // heads, terms, numbers)
         q_first = row
         q_end = tl.minimum(row + 1, place.q_count)
         if ONES.QUERY:
-            q_first = 0
+            q_first = tl.program_id(2) // plane_shares * TILE.BLOCK_M
             q_end = place.q_count
         k_first = col
         k_end = tl.minimum(col + 1, place.seen)
         if ONES.KEY:
             k_first = 0
             k_end = place.seen
-        for start in range(q_first, q_end, TILE.BLOCK_M):
+        for start in range(q_first, q_end, query_step):
             queries = load_queries(x.q, head, H, start, place, terms, numbers, TILE, 1)
             dys = load_beside(x.dy, queries, head, place, TILE)
             known = load_known(statistics, queries, 1)
@@ -107,6 +134,7 @@ def _dbias_kernel(
         acc = tl.broadcast_to(tl.sum(acc, axis=1)[:, None], acc.shape)
         cols = cols * 0
     inside = (rows < dbias.queries)[:, None] & (cols < dbias.keys)[None, :]
+    plane += tl.program_id(2) * (tl.num_programs(0) // tiles)
     start = dbias.ptr + plane.to(tl.int64) * dbias.queries * dbias.keys
     at = rows.to(tl.int64)[:, None] * dbias.keys + cols[None, :]
     tl.store(start + at, acc.to(dbias.ptr.dtype.element_ty), mask=inside)

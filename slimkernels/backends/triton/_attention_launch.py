@@ -87,7 +87,7 @@ class Prepared:
             HAS_LEFT=call.left >= 0,
             HAS_RIGHT=call.right >= 0,
             MODIFIED=call.is_modified,
-            MASKED=masked or kernel == "dbias",  # whose tiles may have no queries, too
+            MASKED=masked or kernel == "dbias",  # which has no loop worth a branch
             KEYS_END=kernel != "dkdv",
             DERIVED=kernel != "forward",
             PRECISION="tf32" if call.tf32 else "ieee",
@@ -184,7 +184,8 @@ def compiled(kernel, direction, D, dtype, *, dropout=False, scoring=None, blocks
         "dbias": Plane("*bf16", "i32", "i32", "i32", "i32", "i32", "i32"),
         **dict.fromkeys((*Numbers._fields, "T"), "i32/1"),
         **dict.fromkeys(
-            ("sequences", "H", "tiles", "tile_queries", "split_keys", "count"), "i32/1"
+            ("sequences", "H", "plane_shares", "tiles", "tile_queries", "split_keys", "count"),
+            "i32/1",
         ),
     }
     rich = dropout or scoring is not None

@@ -36,7 +36,7 @@ from slimkernels.backends.triton._attention_backward import (
     _dq_kernel,
     _row_sums_kernel,
 )
-from slimkernels.backends.triton._attention_bias import _dbias_kernel
+from slimkernels.backends.triton._attention_bias import _dbias_kernel, shares_of
 from slimkernels.backends.triton._attention_launch import (
     FUNCTIONS,
     MAX_WIDTH,
@@ -165,13 +165,17 @@ def dbias_of(given, operands, statistics):
     launch = given.launch("dbias")
     tile = launch["TILE"]
     tiles = triton.cdiv(bias.shape[2], tile.BLOCK_M), triton.cdiv(bias.shape[3], tile.BLOCK_N)
-    grid = bias.shape[0] * bias.shape[1] * tiles[0], tiles[1]
-    plane = Plane(dbias, *dbias.stride(), *dbias.shape[2:])
-    _dbias_kernel[grid](
-        *(operands, plane, statistics, *given.shared(), given.sequences, given.H),
+    programs = bias.shape[0] * bias.shape[1] * tiles[0], tiles[1]
+    of_planes, of_queries = shares_of(given, tile, programs[0] * programs[1])
+    shares = dbias[None]
+    if of_planes * of_queries > 1:
+        shares = bias.new_empty((of_planes * of_queries, *bias.shape), dtype=torch.float32)
+    _dbias_kernel[(*programs, len(shares))](
+        *(operands, Plane(shares, *dbias.stride(), *dbias.shape[2:]), statistics),
+        *(*given.shared(), given.sequences, given.H, of_planes),
         **{"ONES": Ones(*(n == 1 for n in bias.shape)), **launch},
     )
-    return dbias
+    return dbias if len(shares) == 1 else shares.sum(0).to(bias.dtype)
 
 
 def _empty_like(x):
