@@ -9,8 +9,8 @@ Needs no GPU, no driver and, unless the kernel's module imports it, no torch. Tr
         --const BLOCK_N=512,1024 --num-warps 4,8 --num-stages 2,3 --arch 80,90,100 [--keep DIR]
 
 Types: *bf16 *fp16 *fp32 *i32 *i64 (pointers), i32 i64 u32 fp32 i1 (scalars), and
-'tensordesc<bf16[128,64]>' (a descriptor made on the host); from Python also tuples of these and of
-None. Pointers and integers count as
+'tensordesc<bf16[128,64]>' (a descriptor made on the host); from Python also tuples of these, of
+None and of the 1 that an integer may be. Pointers and integers count as
 divisible by 16, as the JIT finds for well-shaped inputs; '/1' after a type takes that away. An
 integer equal to 1 becomes a constant in the JIT: pass it with --const to see that code.
 
@@ -222,12 +222,12 @@ def _source(kernel, signature, constexprs) -> ASTSource:
 
 
 def _described(kind, path: tuple[int, ...], attributes: dict, constants: dict):
-    """The type of an argument or, in a tuple, of each element; notes divisibility and None."""
+    """The type of an argument or, in a tuple, of each element; notes divisibility and constants."""
     if isinstance(kind, tuple):
         elements = [_described(k, (*path, i), attributes, constants) for i, k in enumerate(kind)]
         return type(kind)(*elements) if hasattr(kind, "_fields") else tuple(elements)
-    if kind is None:
-        constants[path] = None
+    if not isinstance(kind, str):
+        constants[path] = kind
         return "constexpr"
     name, divisor = _type_and_divisor(kind)
     if divisor:

@@ -58,7 +58,7 @@ def pointers(types):
     for kind in types:
         if isinstance(kind, tuple):
             yield from pointers(kind)
-        elif kind and kind[0] == "*":
+        elif isinstance(kind, str) and kind[0] == "*":
             yield kind
 
 

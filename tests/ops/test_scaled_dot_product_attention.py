@@ -54,6 +54,34 @@ def test_many_blocks(each_isa, dtype, options, shape):
         check("cpu", strided((B, Tq, H), (B, Tk, Hkv), D, dtype, "cpu", swap=True), options)
 
 
+# H, Hkv, D, lengths of the queries and of the keys, options: few queries on many keys, on average.
+RAGGED_DECODING = {
+    "one query each": ((4, 1, 16), [1, 1], [400, 200], {}),
+    "one has most": ((2, 2, 8), [37, 0, 1], [400, 9, 500], {"is_causal": True}),
+    "groups of three": ((6, 2, 24), [3, 5], [500, 130], {"dropout_p": 0.3}),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("case", RAGGED_DECODING)
+def test_ragged_decoding(case, dtype, monkeypatch):
+    decode = pytest.importorskip("slimkernels.backends.triton._attention_decode")
+    splits = []
+
+    def splits_of(*sizes):
+        splits.append(true(*sizes))
+        return splits[-1]
+
+    true = decode.splits_of
+    monkeypatch.setattr(decode, "splits_of", splits_of)
+    (H, Hkv, D), lengths_q, lengths_k, options = RAGGED_DECODING[case]
+    device = device_of("triton")
+    inputs = strided((sum(lengths_q), H), (sum(lengths_k), Hkv), D, dtype, device)
+    cu_seqlens = cu_of(lengths_q, device), cu_of(lengths_k, device)
+    check("triton", inputs, {**options, "cu_seqlens": cu_seqlens})
+    assert splits[0] > 1
+
+
 # The same for the Triton kernels, whose tiles are at most 128 long: several tiles of queries and
 # of keys, an uneven last one, and key lengths that end inside, between and before tiles.
 MANY_TILES = {

@@ -166,3 +166,16 @@ def test_what_failed_once(backend, case):
     if reason := refusal(backend, case):
         pytest.skip(reason)
     assert_matches_definition(attend_on(backend), case, device_of(backend))
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["dense", "ragged"])
+@pytest.mark.parametrize(
+    "full", [(False,) * 4, (False, False, False, True), (False, True, False, False)], ids=str
+)
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_gradient_of_a_bias_with_few_elements(backend, full, ragged):
+    # Many programs share the sum: of sequences, heads, and several tiles of queries. Sinks, since
+    # without them it is zero where all keys of a query share an element.
+    lengths = ((70, 12), (40, 9), (3, 12)) if ragged else ((70, 12),) * 2
+    case = Case(lengths, ragged, (1, 2), bias=Added(full), sinks="plain", dropout_p=0.2)
+    assert_matches_definition(attend_on(backend), case, device_of(backend))

@@ -1,66 +1,11 @@
-"""What attention's kernels share: their operands, where in them a tile lies, and its arithmetic.
-
-B sequences, H heads, T tokens, D head width. Sequences come dense, in (B, H, T, D), or ragged, one
-after the other in (T, H, D) with their boundaries in cu_seqlens. A kernel sees both as tokens of
-one head of a batch row; all ragged ones lie in row 0.
-"""
-
-from typing import Any, NamedTuple
+"""Where a tile lies in attention's operands, dense and ragged, and which others it meets."""
 
 import triton
 import triton.language as tl
 
+from slimkernels.backends.triton._attention_scores import scale_early
+from slimkernels.backends.triton._attention_terms import Pairs, Place, Queries, Span
 from slimkernels.backends.triton._common import row_keys
-
-
-class Rows(NamedTuple):
-    """An operand whose rows are the D elements of one token and head, and its strides."""
-
-    ptr: Any
-    batch: Any
-    head: Any
-    token: Any
-
-
-class Operands(NamedTuple):
-    """What a kernel reads, as Rows."""
-
-    q: Any
-    k: Any
-    v: Any
-    dy: Any = None
-    y: Any = None
-
-
-class Lengths(NamedTuple):
-    """Pointers, or None: (B,) how many keys a dense sequence has; (B + 1,) ragged boundaries; (B,)
-    what is added to the positions of a sequence's queries."""
-
-    keys: Any
-    cu_q: Any
-    cu_k: Any
-    offsets: Any
-
-
-class Dropout(NamedTuple):
-    """A pointer to the seed, or None, and what survivors are multiplied by."""
-
-    seed: Any
-    factor: Any
-
-
-class Statistics(NamedTuple):
-    """Pointers to one float32 a query and head; `total` is None where P is taken to sum to 1.
-
-    dtable  (tiles, H, 2^n) float32: each tile's share of a relative bias's gradient; or None
-    """
-
-    lse: Any
-    low: Any  # what lse lacks
-    delta: Any
-    total: Any
-    dlse: Any
-    dtable: Any
 
 
 def tiles_of(x, cu_seqlens, BLOCK):
@@ -78,8 +23,8 @@ def tiles_of(x, cu_seqlens, BLOCK):
 
 
 @triton.jit
-def locate(tile, T, cu_ptr, BLOCK: tl.constexpr):
-    """The sequence that a tile of tiles_of() is in, and the tile's first token there.
+def locate(tile, tiles, T, cu_ptr, BLOCK):
+    """The sequence that one of the tiles of tiles_of() is in, and the tile's first token there.
 
     On a GPU nobody has checked the boundaries. Whatever they are, memory stays safe: here the
     sequence exists and the token is not negative, and extent() keeps begin and count within T.
@@ -91,7 +36,7 @@ def locate(tile, T, cu_ptr, BLOCK: tl.constexpr):
     else:
         # Counting the sequences whose tiles start no later is one load for 128 of them; a
         # bisection would wait for seven, one after the other.
-        B = tl.num_programs(0) - T // BLOCK
+        B = tiles - T // BLOCK
         sequence = -1
         for start in range(0, B, 128):
             b = start + tl.arange(0, 128)
@@ -136,86 +81,74 @@ def load_offset(lengths, sequence):
 
 
 @triton.jit
-def query_tile(
-    Tq,
-    Tk,
-    left,
-    right,
-    offset,
-    lengths,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """What a program that owns BLOCK_M queries must know.
-
-    Returns where: its sequence, batch row, first query and key, and the offset of its positions;
-    of the keys (begin, end, whole_begin, whole_end, seen): those outside of begin (a multiple of
-    BLOCK_N) and end are seen by no query of the tile, those inside of whole_begin and whole_end by
-    every one, as far as length and band decide, and `seen` is the end of the visible ones;
-    the tile's first query, and where its sequence's end.
-    """
-    tile = tl.program_id(0)
-    if HAS_RIGHT:  # the last tiles see most keys: they start first
-        tile = tl.num_programs(0) - 1 - tile
-    sequence, first = locate(tile, Tq, lengths.cu_q, BLOCK_M)
-    batch, q_begin, q_count = extent(sequence, Tq, lengths.cu_q)
-    k_begin, _, seen = key_extent(sequence, Tk, lengths)
-    if lengths.offsets is not None:
-        offset = load_offset(lengths, sequence)
-    begin = 0
-    whole_begin = 0
-    end = seen
-    whole_end = seen
-    if HAS_RIGHT:
-        last = first + (offset + right)  # the first query's last key
-        whole_end = tl.minimum(last + 1, seen)
-        end = tl.minimum(last + BLOCK_M, seen)
-    if HAS_LEFT:
-        begin = tl.maximum(first + (offset - left), 0) // BLOCK_N * BLOCK_N  # the first's first
-        whole_begin = first + (offset - left) + (BLOCK_M - 1)
-    where = (sequence, batch, q_begin, k_begin, offset)
-    return where, (begin, end, whole_begin, whole_end, seen), first, q_count
+def place_of(sequence, terms, numbers):
+    batch, q_begin, q_count = extent(sequence, numbers.Tq, terms.lengths.cu_q)
+    k_begin, k_count, seen = key_extent(sequence, numbers.Tk, terms.lengths)
+    offset = numbers.offset
+    if terms.lengths.offsets is not None:
+        offset = load_offset(terms.lengths, sequence)
+    left = numbers.left
+    right = numbers.right
+    return Place(sequence, batch, q_begin, q_count, k_begin, k_count, seen, offset, left, right)
 
 
 @triton.jit
-def key_tile(
-    Tq,
-    Tk,
-    left,
-    right,
-    offset,
-    lengths,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """What a program that owns BLOCK_N keys must know, as query_tile() for those of queries.
-
-    Returns where; of the queries that see the tile (begin, end, whole_begin, whole_end); the
-    tile's first key, where its sequence's keys and queries end, and how many keys are visible.
-    """
-    sequence, first = locate(tl.program_id(0), Tk, lengths.cu_k, BLOCK_N)
-    batch, q_begin, q_count = extent(sequence, Tq, lengths.cu_q)
-    k_begin, k_count, seen = key_extent(sequence, Tk, lengths)
-    if lengths.offsets is not None:
-        offset = load_offset(lengths, sequence)
+def keys_seen(first, count, place, FEATURES: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The Span of the keys that `count` queries from `first` on see."""
     begin = 0
     whole_begin = 0
-    end = tl.where(first < seen, q_count, 0)
+    end = place.seen
+    whole_end = place.seen
+    if FEATURES.HAS_RIGHT:
+        last = first + (place.offset + place.right)  # the first query's last key
+        whole_end = tl.minimum(last + 1, place.seen)
+        end = tl.minimum(last + count, place.seen)
+    if FEATURES.HAS_LEFT:
+        earliest = first + (place.offset - place.left)  # the first query's first key
+        begin = tl.maximum(earliest, 0) // BLOCK_N * BLOCK_N
+        whole_begin = earliest + (count - 1)
+    return Span(begin, end, whole_begin, whole_end)
+
+
+@triton.jit
+def query_tile(terms, numbers, FEATURES: tl.constexpr, TILE: tl.constexpr):
+    """Of a program that owns BLOCK_M queries: the Place, the first one, and the Span of the keys.
+    A program whose first query is past the sequence's end has nothing to do."""
+    tile = tl.program_id(0)
+    tiles = tl.num_programs(0)
+    if FEATURES.HAS_RIGHT:  # the last tiles see most keys: they start first
+        tile = tiles - 1 - tile
+    sequence, first = locate(tile, tiles, numbers.Tq, terms.lengths.cu_q, TILE.BLOCK_M)
+    place = place_of(sequence, terms, numbers)
+    return place, first, keys_seen(first, TILE.BLOCK_M, place, FEATURES, TILE.BLOCK_N)
+
+
+@triton.jit
+def key_tile(terms, numbers, FEATURES: tl.constexpr, TILE: tl.constexpr):
+    """Of a program that owns BLOCK_N keys: the Place, the first one, and the Span of the queries.
+    A program whose first key is past the sequence's end has nothing to do."""
+    tiles = tl.num_programs(0)
+    cu_k = terms.lengths.cu_k
+    sequence, first = locate(tl.program_id(0), tiles, numbers.Tk, cu_k, TILE.BLOCK_N)
+    place = place_of(sequence, terms, numbers)
+    begin = 0
+    whole_begin = 0
+    end = tl.where(first < place.seen, place.q_count, 0)
     whole_end = end
-    if HAS_RIGHT:
-        earliest = first - (offset + right)  # the first query that sees the first key
-        begin = tl.maximum(earliest, 0) // BLOCK_M * BLOCK_M
-        whole_begin = earliest + (BLOCK_N - 1)
-    if HAS_LEFT:
-        latest = first - (offset - left)  # the last query that sees the first key
-        end = tl.minimum(latest + BLOCK_N, end)
+    if FEATURES.HAS_RIGHT:
+        earliest = first - (place.offset + place.right)  # the first query that sees the first key
+        begin = tl.maximum(earliest, 0) // TILE.BLOCK_M * TILE.BLOCK_M
+        whole_begin = earliest + (TILE.BLOCK_N - 1)
+    if FEATURES.HAS_LEFT:
+        latest = first - (place.offset - place.left)  # the last query that sees the first key
+        end = tl.minimum(latest + TILE.BLOCK_N, end)
         whole_end = latest + 1
-    where = (sequence, batch, q_begin, k_begin, offset)
-    return where, (begin, end, whole_begin, whole_end), first, k_count, q_count, seen
+    return place, first, Span(begin, end, whole_begin, whole_end)
+
+
+@triton.jit
+def zeros(rows: tl.constexpr, cols: tl.constexpr):
+    return tl.zeros((rows, cols), tl.float32)  # the fields of a Tile cannot stand in a shape
 
 
 @triton.jit
@@ -243,7 +176,53 @@ def store_tile(tile, x, batch, head, token, present, D: tl.constexpr):
 
 
 @triton.jit
-def dropout_keys(dropout, batch, head, tokens, H, Tq, lengths):
+def load_queries(x, head, H, first, place, terms, numbers, TILE: tl.constexpr, AXIS: tl.constexpr):
+    """BLOCK_M queries from `first` on. AXIS  1 if they are the rows of scores, 0 if columns"""
+    i = first + tl.arange(0, TILE.BLOCK_M)
+    present = i < place.q_count
+    tokens = place.q_begin + i
+    at = (place.batch * H + head) * numbers.Tq + tokens
+    token = place.q_begin + first
+    q = load_tile(x, place.batch, head, token, present, TILE.D, TILE.BLOCK_M, TILE.BLOCK_D)
+    q, late = scale_early(q, terms.scoring.scale)
+    key0, key1 = dropout_keys(place.batch, head, tokens, H, terms, numbers, AXIS)
+    return Queries(tl.expand_dims(i, AXIS), token, present, at, q, late, key0, key1)
+
+
+@triton.jit
+def load_beside(x, queries, head, place, TILE: tl.constexpr):
+    """dy or y of the same queries."""
+    token = queries.token
+    return load_tile(
+        x, place.batch, head, token, queries.present, TILE.DV, TILE.BLOCK_M, TILE.BLOCK_DV
+    )
+
+
+@triton.jit
+def load_keys(x, head, first, place, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """BLOCK_N keys or values from `first` on, zeros past the visible ones."""
+    here = first + tl.arange(0, BLOCK_N) < place.seen
+    return load_tile(x, place.batch, head, place.k_begin + first, here, D, BLOCK_N, BLOCK_D)
+
+
+@triton.jit
+def pairs_of(queries, first, span, head, place, BLOCK_N: tl.constexpr):
+    """Queries, as rows, and the BLOCK_N keys from `first` on."""
+    j = (first + tl.arange(0, BLOCK_N))[None, :]
+    edge = (first < span.whole_begin) | (first + BLOCK_N > span.whole_end)
+    return Pairs(queries.i, j, head, place, edge)
+
+
+@triton.jit
+def dropout_keys(batch, head, tokens, H, terms, numbers, AXIS: tl.constexpr):
     """row_keys of queries, numbered as in ops/_attention_reference.py, pairs_of()."""
-    rows = tokens * H + head if lengths.cu_q is not None else (batch * H + head) * Tq + tokens
-    return row_keys(dropout.seed, rows)
+    key0 = 0
+    key1 = 0
+    if terms.dropout.seed is not None:
+        rows = (batch * H + head) * numbers.Tq + tokens
+        if terms.lengths.cu_q is not None:
+            rows = tokens * H + head
+        key0, key1 = row_keys(terms.dropout.seed, rows)
+        key0 = tl.expand_dims(key0, AXIS)
+        key1 = tl.expand_dims(key1, AXIS)
+    return key0, key1

@@ -4,152 +4,137 @@ Tiling    A program owns a tile of the bias and walks the sequences, heads, quer
           read it, computing their dS again: two products a pair of tiles more than dq and dk, no
           atomics, one writer, the same bits on every run, and never a dS in memory that is larger
           than the bias. A bias of one row or one column is summed over that side of the tile.
-Launch    grid = (its sequences * heads * tiles of its rows, tiles of its columns)
+          A bias with few tiles is read by many sequences, heads or queries: these are dealt out to
+          several programs, whose float32 sums torch adds up.
+Launch    grid = (its sequences * heads * tiles of its rows, tiles of its columns, shares)
 """
 
 import triton
 import triton.language as tl
 
 from slimkernels.backends.triton._attention import (
-    dropout_keys,
-    extent,
-    key_extent,
-    load_offset,
-    load_tile,
+    keys_seen,
+    load_beside,
+    load_keys,
+    load_queries,
+    pairs_of,
+    place_of,
+    zeros,
 )
+from slimkernels.backends.triton._attention_launch import Prepared
 from slimkernels.backends.triton._attention_scores import (
     added,
-    load_lse,
-    modified,
-    probability,
-    scale_early,
-    sees,
-    through,
+    dropped,
+    dscores,
+    load_known,
+    probabilities,
 )
-from slimkernels.backends.triton._common import keep_mask
+from slimkernels.backends.triton._attention_terms import NUMBERS, Numbers, Tile
+
+_PROGRAMS = 512  # that are enough. No GPU is asked, so that bits are the same on all
 
 
-@triton.jit(do_not_specialize=["threshold", "Tq", "Tk", "left", "right", "offset", "sequences"])
+def shares_of(given: Prepared, tile: Tile, programs: int) -> tuple[int, int]:
+    """How many shares the sequences and heads that read a tile of the bias are dealt into, and how
+    many the queries of each. programs  that one share of everything has"""
+    shape, queries = given.call.bias.shape, 1
+    wanted = triton.cdiv(_PROGRAMS, programs)
+    planes = (given.sequences if shape[0] == 1 else 1) * (given.H if shape[1] == 1 else 1)
+    planes = min(wanted, planes)
+    if shape[2] == 1:
+        Tq = triton.cdiv(given.Tq, given.sequences) if given.call.ragged else given.Tq
+        queries = min(triton.cdiv(wanted, planes), triton.cdiv(Tq, tile.BLOCK_M))
+    return planes, queries
+
+
+@triton.jit(do_not_specialize=[*NUMBERS, "sequences", "plane_shares"])
 def _dbias_kernel(
     x,
     dbias,
     statistics,
-    lengths,
-    scoring,
-    dropout,
+    terms,
     threshold,
     Tq,
     Tk,
     left,
     right,
     offset,
-    group,
     sequences,
     H,
-    ONE_SEQUENCE: tl.constexpr,
-    ONE_HEAD: tl.constexpr,
-    ONE_QUERY: tl.constexpr,
-    ONE_KEY: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    SCORE: tl.constexpr,
-    DERIVATIVE: tl.constexpr,
-    MASK: tl.constexpr,
-    PRECISION: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
+    plane_shares,
+    ONES: tl.constexpr,
+    FEATURES: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """ONE_...  the bias has one of these, which all of them read."""
-    tiles = tl.cdiv(dbias.queries, BLOCK_M)
+    numbers = Numbers(threshold, Tq, Tk, left, right, offset)
+    tiles = tl.cdiv(dbias.queries, TILE.BLOCK_M)
     plane = tl.program_id(0) // tiles
-    row = tl.program_id(0) % tiles * BLOCK_M
-    col = tl.program_id(1) * BLOCK_N
+    row = tl.program_id(0) % tiles * TILE.BLOCK_M
+    col = tl.program_id(1) * TILE.BLOCK_N
     first_head = 0
     heads = H
     first_sequence = plane
-    if not ONE_HEAD:
+    if not ONES.HEAD:
         first_head = plane % H
         heads = 1
         first_sequence = plane // H
     of_sequence = 1
-    if ONE_SEQUENCE:
+    if ONES.SEQUENCE:
         first_sequence = 0
         of_sequence = sequences
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for n in range(0, of_sequence * heads):
-        sequence = first_sequence + n // heads
+    plane_share = 0
+    plane_step = 1
+    if ONES.SEQUENCE | ONES.HEAD:  # else one plane, and a loop that the compiler removes
+        plane_share = tl.program_id(2) % plane_shares
+        plane_step = plane_shares
+    query_step = TILE.BLOCK_M
+    if ONES.QUERY:
+        query_step = tl.num_programs(2) // plane_shares * TILE.BLOCK_M
+    acc = zeros(TILE.BLOCK_M, TILE.BLOCK_N)
+    for n in range(plane_share, of_sequence * heads, plane_step):
         head = tl.cast(first_head + n % heads, tl.int64)
-        batch, q_begin, q_count = extent(sequence, Tq, lengths.cu_q)
-        k_begin, _, seen = key_extent(sequence, Tk, lengths)
-        if lengths.offsets is not None:
-            offset = load_offset(lengths, sequence)
-        place = (sequence, head, offset, left, right, q_count, seen)
+        place = place_of(first_sequence + n // heads, terms, numbers)
         q_first = row
-        q_end = tl.minimum(row + 1, q_count)
-        if ONE_QUERY:
-            q_first = 0
-            q_end = q_count
+        q_end = tl.minimum(row + 1, place.q_count)
+        if ONES.QUERY:
+            q_first = tl.program_id(2) // plane_shares * TILE.BLOCK_M
+            q_end = place.q_count
         k_first = col
-        k_end = tl.minimum(col + 1, seen)
-        if ONE_KEY:
+        k_end = tl.minimum(col + 1, place.seen)
+        if ONES.KEY:
             k_first = 0
-            k_end = seen
-        for start in range(q_first, q_end, BLOCK_M):
-            i = start + tl.arange(0, BLOCK_M)
-            present = i < q_count
-            tokens = q_begin + i
-            at = (batch * H + head) * Tq + tokens
-            lse, low = load_lse(statistics, at, present)
-            delta = tl.load(statistics.delta + at, mask=present, other=0.0)
-            if statistics.total is not None:
-                total = tl.load(statistics.total + at, mask=present, other=1.0)
-            queries = load_tile(x.q, batch, head, q_begin + start, present, D, BLOCK_M, BLOCK_D)
-            queries, late = scale_early(queries, scoring.scale)
-            dys = load_tile(x.dy, batch, head, q_begin + start, present, DV, BLOCK_M, BLOCK_DV)
-            first_key = k_first
-            end_key = k_end
-            if HAS_RIGHT:  # the last key that one of these queries sees
-                end_key = tl.minimum(start + BLOCK_M + (offset + right), k_end)
-            if HAS_LEFT:
-                first_key = tl.maximum((start + (offset - left)) // BLOCK_N * BLOCK_N, k_first)
-            for first in range(first_key, end_key, BLOCK_N):
-                j = first + tl.arange(0, BLOCK_N)
-                here = j < seen
-                token = k_begin + first
-                keys = load_tile(x.k, batch, head // group, token, here, D, BLOCK_N, BLOCK_D)
-                values = load_tile(x.v, batch, head // group, token, here, DV, BLOCK_N, BLOCK_DV)
-                extra = added(i[:, None], j[None, :], place, scoring)
-                scores = tl.dot(queries, keys.T, input_precision=PRECISION)
-                scores, outer, inner = modified(
-                    scores, late, extra, i[:, None], j[None, :], place, scoring, SCORE, DERIVATIVE
+            k_end = place.seen
+        for start in range(q_first, q_end, query_step):
+            queries = load_queries(x.q, head, H, start, place, terms, numbers, TILE, 1)
+            dys = load_beside(x.dy, queries, head, place, TILE)
+            known = load_known(statistics, queries, 1)
+            span = keys_seen(start, TILE.BLOCK_M, place, FEATURES, TILE.BLOCK_N)
+            first_key = tl.maximum(span.begin, k_first)
+            end_key = tl.minimum(span.end, k_end)
+            for first in range(first_key, end_key, TILE.BLOCK_N):
+                key_head = head // terms.group
+                keys = load_keys(x.k, key_head, first, place, TILE.D, TILE.BLOCK_N, TILE.BLOCK_D)
+                values = load_keys(
+                    x.v, key_head, first, place, TILE.DV, TILE.BLOCK_N, TILE.BLOCK_DV
                 )
-                p = probability(scores, late, lse[:, None], low[:, None], True, values.dtype)
-                visible = present[:, None] & sees(
-                    i[:, None], j[None, :], place, scoring, HAS_LEFT, HAS_RIGHT, MASK, True
-                )
-                p = tl.where(visible, p, 0.0)
-                if statistics.total is not None:
-                    p = tl.div_rn(p, total[:, None])
-                dp = tl.dot(dys, values.T, input_precision=PRECISION)
-                if dropout.seed is not None:
-                    key0, key1 = dropout_keys(dropout, batch, head, tokens, H, Tq, lengths)
-                    keep = keep_mask(key0[:, None], key1[:, None], j[None, :], threshold)
-                    dp = tl.where(keep, dp * dropout.factor, 0.0)
-                acc += through(p * (dp - delta[:, None]), p, outer, DERIVATIVE)
+                pairs = pairs_of(queries, first, span, head, place, TILE.BLOCK_N)
+                extra = added(pairs, terms.scoring, FEATURES)
+                products = tl.dot(queries.q, keys.T, input_precision=FEATURES.PRECISION)
+                p, outer, _ = probabilities(products, extra, queries, known, pairs, terms, FEATURES)
+                dp = tl.dot(dys, values.T, input_precision=FEATURES.PRECISION)
+                dp = dropped(dp, queries, pairs, terms.dropout.factor, terms, numbers)
+                acc += dscores(p, dp, known, outer, terms)
 
-    rows = row + tl.arange(0, BLOCK_M)
-    cols = col + tl.arange(0, BLOCK_N)
-    if ONE_QUERY:  # every row is stored to the same place, all with the same sum
-        acc = tl.broadcast_to(tl.sum(acc, axis=0)[None, :], (BLOCK_M, BLOCK_N))
+    rows = row + tl.arange(0, TILE.BLOCK_M)
+    cols = col + tl.arange(0, TILE.BLOCK_N)
+    if ONES.QUERY:  # every row is stored to the same place, all with the same sum
+        acc = tl.broadcast_to(tl.sum(acc, axis=0)[None, :], acc.shape)
         rows = rows * 0
-    if ONE_KEY:
-        acc = tl.broadcast_to(tl.sum(acc, axis=1)[:, None], (BLOCK_M, BLOCK_N))
+    if ONES.KEY:
+        acc = tl.broadcast_to(tl.sum(acc, axis=1)[:, None], acc.shape)
         cols = cols * 0
     inside = (rows < dbias.queries)[:, None] & (cols < dbias.keys)[None, :]
+    plane += tl.program_id(2) * (tl.num_programs(0) // tiles)
     start = dbias.ptr + plane.to(tl.int64) * dbias.queries * dbias.keys
     at = rows.to(tl.int64)[:, None] * dbias.keys + cols[None, :]
     tl.store(start + at, acc.to(dbias.ptr.dtype.element_ty), mask=inside)

@@ -5,11 +5,13 @@ Dao, Haziza, Massa and Sizov 2023.
 Tiling    One query leaves most of a GPU idle, so the keys are split, too: a program owns one split
           of one sequence and key head, and the queries of every head that reads it are the rows of
           its tile, so that a key is read once for its whole group. Another kernel merges them.
+          The host does not know how long ragged sequences are. All have as many splits, chosen for
+          the average length, and tiles hold their average number of queries or more.
 Traffic   The roof is memory: the cache is read once. A split adds DV + 1 float32 a query and head.
 Numerics  As in scaled_dot_product_attention.py; the merge is weighted by exp(lse of the split -
           lse), in float32. By default the number of splits fills the GPU, and so depends on the
           batch; batch_invariant fixes their length, and a row has the same bits in any batch.
-Launch    grid = (sequences * splits, key heads, tiles of rows); merge: (queries of all heads,)
+Launch    grid = (tiles of queries * splits, key heads, tiles of rows); merge: (queries * heads,)
 """
 
 import functools
@@ -18,18 +20,28 @@ import torch
 import triton
 import triton.language as tl
 
-from slimkernels.backends.triton._attention import dropout_keys, key_extent, load_offset, load_tile
-from slimkernels.backends.triton._attention_launch import Prepared
+from slimkernels.backends.triton._attention import (
+    dropout_keys,
+    keys_seen,
+    load_keys,
+    locate,
+    pairs_of,
+    place_of,
+    tiles_of,
+    zeros,
+)
+from slimkernels.backends.triton._attention_launch import Prepared, rows_of
 from slimkernels.backends.triton._attention_scores import (
     LOWEST,
     added,
-    exp_of,
-    modified,
+    dropped,
     scale_early,
-    shown,
+    softmax_end,
+    softmax_start,
+    softmax_step,
     split_lse,
 )
-from slimkernels.backends.triton._common import keep_mask
+from slimkernels.backends.triton._attention_terms import NUMBERS, Numbers, Queries, Tile
 
 MOST_QUERIES = 16  # more fill tiles of their own
 FEWEST_KEYS = 128
@@ -38,41 +50,57 @@ _MOST_SPLITS = 128
 
 
 def applies(given: Prepared) -> bool:
-    """Whether a call is decoding: from its shape without the batch, which must not decide."""
-    if given.call.ragged or given.Tq > MOST_QUERIES:
-        return False
-    # The longest sequence of the batch decides Tk, and must not decide a row's bits.
-    return given.call.batch_invariant or given.Tk >= FEWEST_KEYS
+    """Whether a call is decoding: of dense sequences each by itself, of ragged ones on average,
+    which is all that the host knows, and which batch_invariant forbids to decide."""
+    call, count = given.call, given.sequences if given.call.ragged else 1
+    few, many = given.Tq <= MOST_QUERIES * count, given.Tk >= FEWEST_KEYS * count
+    if call.batch_invariant:  # the longest sequence decides Tk, and must not decide a row's bits
+        return few and not call.ragged
+    return few and many
 
 
 def forward(given: Prepared, y: torch.Tensor, lse: torch.Tensor) -> None:
-    """Fill y (B, H, Tq, DV) and lse (2, B, H, Tq), neither of them empty."""
-    B, Hkv, rows = given.sequences, given.H // given.group, given.group * given.Tq
+    """Fill y and lse, neither of them empty."""
+    call, Hkv = given.call, given.H // given.group
     launch = given.launch("forward")
-    widest = max(launch["BLOCK_D"], launch["BLOCK_DV"])
-    # The rows that the first tensor core instruction fills anyhow. Fixed, where bits are.
-    BLOCK_M = 64 if given.call.batch_invariant else min(max(triton.next_power_of_2(rows), 16), 64)
-    BLOCK_M = BLOCK_M if widest <= 128 and y.dtype != torch.float32 else 16
-    launch |= dict(BLOCK_M=BLOCK_M, BLOCK_N=64 if widest <= 128 else 16, num_warps=4, num_stages=2)
-    tiles = triton.cdiv(rows, BLOCK_M)
-    if given.call.batch_invariant:
-        split = INVARIANT_SPLIT
-    else:
-        count = splits_of(B * Hkv * tiles, given.Tk, launch["BLOCK_N"], _multiprocessors(y.device))
-        split = triton.cdiv(triton.cdiv(given.Tk, count), launch["BLOCK_N"]) * launch["BLOCK_N"]
-    count = triton.cdiv(given.Tk, split)
+    tile = tile_of(launch["TILE"], given)
+    launch |= dict(TILE=tile, num_warps=4, num_stages=2)
+    queries, keys = given.Tq, given.Tk  # of a tile, and of a sequence
+    if call.ragged:  # on average
+        queries = max(triton.cdiv(given.Tq, given.sequences), tile.BLOCK_M // given.group)
+        keys = triton.cdiv(given.Tk, given.sequences)
+    tiles = tiles_of(given.query, call.cu_seqlens_q, queries)
+    blocks = triton.cdiv(given.group * queries, tile.BLOCK_M)
+    split = INVARIANT_SPLIT
+    if not call.batch_invariant:
+        programs = given.sequences * Hkv * blocks
+        count = splits_of(programs, keys, tile.BLOCK_N, _multiprocessors(y.device))
+        split = triton.cdiv(triton.cdiv(keys, count), tile.BLOCK_N) * tile.BLOCK_N
+    count = triton.cdiv(keys, split)
     parts, part_lse = y, lse
     if count > 1:
         parts = torch.empty(count, *y.shape, dtype=torch.float32, device=y.device)
         part_lse = torch.empty(2, count, *lse.shape[1:], dtype=torch.float32, device=y.device)
-    _split_kernel[(B * count, Hkv, tiles)](
-        *(given.operands(), parts, *part_lse.unbind(), *given.shared(), split, B), **launch
+    out = rows_of(y)._replace(ptr=parts)
+    _split_kernel[(tiles * count, Hkv, blocks)](
+        *(given.operands(), out, *part_lse.unbind(), *given.shared(), tiles, queries, split),
+        **launch,
     )
     if count > 1:
-        sizes = dict(DV=launch["DV"], BLOCK_DV=launch["BLOCK_DV"])
         _merge_kernel[(lse[0].numel(),)](
-            *(parts, *part_lse.unbind(), y, *lse.unbind(), count), **sizes
+            *(parts, *part_lse.unbind(), rows_of(y), *lse.unbind(), given.Tq, given.H, count),
+            **dict(DV=tile.DV, BLOCK_DV=tile.BLOCK_DV),
         )
+
+
+def tile_of(tile: Tile, given: Prepared) -> Tile:
+    narrow = max(tile.BLOCK_D, tile.BLOCK_DV) <= 128
+    # The rows that the first tensor core instruction fills anyhow.
+    BLOCK_M = min(max(triton.next_power_of_2(given.group * given.Tq), 16), 64)
+    if given.call.batch_invariant or given.call.ragged:
+        BLOCK_M = 64  # bits are fixed, or one of the sequences may have more queries than others
+    BLOCK_M = BLOCK_M if narrow and given.query.dtype != torch.float32 else 16
+    return tile._replace(BLOCK_M=BLOCK_M, BLOCK_N=64 if narrow else 16)
 
 
 def splits_of(programs: int, keys: int, BLOCK_N: int, multiprocessors: int) -> int:
@@ -96,144 +124,110 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-_NUMBERS = ["threshold", "Tq", "Tk", "left", "right", "offset", "split_keys", "B"]
-
-
-@triton.jit(do_not_specialize=_NUMBERS)
+@triton.jit(do_not_specialize=[*NUMBERS, "tiles", "tile_queries", "split_keys"])
 def _split_kernel(
     x,
-    parts,
+    out,
     lse_ptr,
     low_ptr,
-    lengths,
-    scoring,
-    dropout,
+    terms,
     threshold,
     Tq,
     Tk,
     left,
     right,
     offset,
-    group,
+    tiles,
+    tile_queries,
     split_keys,
-    B,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    MODIFIED: tl.constexpr,
-    MASKED: tl.constexpr,
-    SCORE: tl.constexpr,
-    DERIVATIVE: tl.constexpr,
-    MASK: tl.constexpr,
-    PRECISION: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
+    FEATURES: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    sequence = tl.program_id(0) % B
-    split = tl.program_id(0) // B
-    batch = sequence.to(tl.int64)
+    numbers = Numbers(threshold, Tq, Tk, left, right, offset)
     key_head = tl.program_id(1).to(tl.int64)
-    H = tl.num_programs(1) * group
-    k_begin, k_count, seen = key_extent(sequence, Tk, lengths)
-    if lengths.offsets is not None:
-        offset = load_offset(lengths, sequence)
-    row = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
-    present = row < group * Tq
-    row = tl.minimum(row, group * Tq - 1)  # absent ones repeat the last, and are not stored
-    head = key_head * group + row // Tq
-    i = row % Tq
-    at_q = batch * x.q.batch + head * x.q.head + i.to(tl.int64) * x.q.token
-    dims = tl.arange(0, BLOCK_D)
-    queries = tl.load(x.q.ptr + at_q[:, None] + dims[None, :], mask=dims[None, :] < D, other=0.0)
-    queries, late = scale_early(queries, scoring.scale)
-    if dropout.seed is not None:
-        key0, key1 = dropout_keys(dropout, batch, head, i, H, Tq, lengths)
-    place = (sequence, head[:, None], offset, left, right, Tq, seen)
-
-    begin = split * split_keys
-    end = tl.minimum(begin + split_keys, seen)
-    whole_begin = 0
-    whole_end = seen
-    if HAS_RIGHT:
-        whole_end = tl.minimum(offset + right + 1, seen)
-        end = tl.minimum(offset + right + Tq, end)
-    if HAS_LEFT:
-        begin = tl.maximum(tl.maximum(offset - left, 0) // BLOCK_N * BLOCK_N, begin)
-        whole_begin = offset - left + (Tq - 1)
-    peak = tl.full((BLOCK_M,), LOWEST, tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    if scoring.sinks is not None:  # a score without a value, of the first split
-        sinks = tl.load(scoring.sinks + head).to(tl.float32)
-        peak = tl.where(split == 0, tl.maximum(peak, sinks), peak)
-        total += tl.where(split == 0, 1.0, 0.0)
-    sums = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
-    for start in range(begin, end, BLOCK_N):
-        j = start + tl.arange(0, BLOCK_N)
-        here = j < seen
-        keys = load_tile(x.k, batch, key_head, start, here, D, BLOCK_N, BLOCK_D)
-        if MODIFIED:
-            extra = added(i[:, None], j[None, :], place, scoring)
-        scores = tl.dot(queries, keys.T, input_precision=PRECISION)
-        if MODIFIED:
-            scores, outer, inner = modified(
-                scores, late, extra, i[:, None], j[None, :], place, scoring, SCORE, None
-            )
-        scores = shown(
-            scores,
-            -float("inf"),
-            i[:, None],
-            j[None, :],
-            (start < whole_begin) | (start + BLOCK_N > whole_end),
-            place,
-            scoring,
-            HAS_LEFT,
-            HAS_RIGHT,
-            MASKED,
-            MASK,
-            True,
+    split = tl.program_id(0) // tiles
+    tile = tl.program_id(0) % tiles
+    sequence, first = locate(tile, tiles, Tq, terms.lengths.cu_q, tile_queries)
+    place = place_of(sequence, terms, numbers)
+    if first >= place.q_count:
+        return
+    rows = tiles.to(tl.int64) * Tq  # of a head, in all of the batch
+    if terms.lengths.cu_k is not None:  # every sequence has as many splits, as long as it needs
+        splits = tl.num_programs(0) // tiles
+        split_keys = tl.cdiv(tl.cdiv(place.seen, splits), TILE.BLOCK_N) * TILE.BLOCK_N
+        rows = tl.cast(Tq, tl.int64)
+    H = tl.num_programs(1) * terms.group
+    head, queries = _load_group(x.q, key_head, H, first, tile_queries, place, terms, numbers, TILE)
+    span = keys_seen(first, tile_queries, place, FEATURES, TILE.BLOCK_N)
+    begin = tl.maximum(span.begin, split * split_keys)
+    end = tl.minimum(span.end, (split + 1) * split_keys)
+    peak, total = softmax_start(head, split == 0, terms, TILE.BLOCK_M)
+    sums = zeros(TILE.BLOCK_M, TILE.BLOCK_DV)
+    for start in range(begin, end, TILE.BLOCK_N):
+        keys = load_keys(x.k, key_head, start, place, TILE.D, TILE.BLOCK_N, TILE.BLOCK_D)
+        pairs = pairs_of(queries, start, span, head[:, None], place, TILE.BLOCK_N)
+        extra = added(pairs, terms.scoring, FEATURES)
+        products = tl.dot(queries.q, keys.T, input_precision=FEATURES.PRECISION)
+        p, shrink, peak, total = softmax_step(
+            products, extra, queries, peak, total, pairs, terms, FEATURES
         )
-        scale = 1.0 if MODIFIED else late
-        raised = tl.maximum(peak, tl.max(scores, axis=1) * scale)
-        p = exp_of(scores, scale, raised[:, None], tl.float32 if MODIFIED else queries.dtype)
-        shrink = tl.exp(peak - raised)
-        peak = raised
-        total = total * shrink + tl.sum(p, axis=1)
-        if dropout.seed is not None:
-            keep = keep_mask(key0[:, None], key1[:, None], j[None, :], threshold)
-            p = tl.where(keep, p, 0.0)
-        values = load_tile(x.v, batch, key_head, start, here, DV, BLOCK_N, BLOCK_DV)
+        p = dropped(p, queries, pairs, 1.0, terms, numbers)
+        values = load_keys(x.v, key_head, start, place, TILE.DV, TILE.BLOCK_N, TILE.BLOCK_DV)
         sums = sums * shrink[:, None]
-        sums = tl.dot(p.to(values.dtype), values, sums, input_precision=PRECISION)
+        sums = tl.dot(p.to(values.dtype), values, sums, input_precision=FEATURES.PRECISION)
 
-    total = tl.where(total == 0.0, 1.0, total)
-    sums *= (dropout.factor / total)[:, None]
-    lse, low = split_lse(peak, total)
-    at = ((split.to(tl.int64) * B + batch) * H + head) * Tq + i
-    cols = tl.arange(0, BLOCK_DV)
-    mask = present[:, None] & (cols < DV)[None, :]
-    tl.store(parts + at[:, None] * DV + cols[None, :], sums.to(parts.dtype.element_ty), mask=mask)
-    tl.store(lse_ptr + at, lse, mask=present)
-    tl.store(low_ptr + at, low, mask=present)
+    sums, lse, low = softmax_end(sums, peak, total, terms)
+    part = split * H * rows
+    cols = tl.arange(0, TILE.BLOCK_DV)
+    at = place.batch * out.batch + head * out.head + queries.token * out.token
+    tl.store(
+        out.ptr + (part * TILE.DV + at)[:, None] + cols[None, :],
+        sums.to(out.ptr.dtype.element_ty),
+        mask=queries.present[:, None] & (cols < TILE.DV)[None, :],
+    )
+    tl.store(lse_ptr + part + queries.at, lse, mask=queries.present)
+    tl.store(low_ptr + part + queries.at, low, mask=queries.present)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit
+def _load_group(x, key_head, H, first, count, place, terms, numbers, TILE: tl.constexpr):
+    """The head of each row, and Queries: `count` from `first` on of every head that reads a key
+    head. Their `token` is each row's."""
+    row = tl.program_id(2) * TILE.BLOCK_M + tl.arange(0, TILE.BLOCK_M)
+    i = first + row % count
+    present = (row < terms.group * count) & (i < place.q_count)
+    # Absent ones repeat the last, and are not stored.
+    head = key_head * terms.group + tl.minimum(row // count, terms.group - 1)
+    i = tl.minimum(i, place.q_count - 1)
+    token = place.q_begin + i
+    at = (place.batch * H + head) * numbers.Tq + token
+    start = place.batch * x.batch + head * x.head + token * x.token
+    dims = tl.arange(0, TILE.BLOCK_D)
+    q = tl.load(x.ptr + start[:, None] + dims[None, :], mask=dims[None, :] < TILE.D, other=0.0)
+    q, late = scale_early(q, terms.scoring.scale)
+    key0, key1 = dropout_keys(place.batch, head, token, H, terms, numbers, 1)
+    return head, Queries(i[:, None], token, present, at, q, late, key0, key1)
+
+
+@triton.jit(do_not_specialize=["Tq", "count"])
 def _merge_kernel(
     parts,
     part_lse,
     part_low,
-    y_ptr,
+    y,
     lse_ptr,
     low_ptr,
+    Tq,
+    H,
     count,
     DV: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
     """One query of one head: its splits' results, weighted by what they saw of the whole."""
     row = tl.program_id(0).to(tl.int64)
-    rows = tl.num_programs(0)
+    rows = tl.num_programs(0).to(tl.int64)
+    head = row // Tq  # of the batch
+    y_at = head // H * y.batch + head % H * y.head + row % Tq * y.token
     cols = tl.arange(0, BLOCK_DV)
     peak = tl.load(part_lse + row)
     for split in range(1, count):
@@ -245,9 +239,11 @@ def _merge_kernel(
         at = split * rows + row
         weight = tl.exp((tl.load(part_lse + at) - peak) + tl.load(part_low + at))
         total += weight
-        sums += weight * tl.load(parts + at * DV + cols, mask=cols < DV, other=0.0)
+        sums += weight * tl.load(
+            parts + (split * rows * DV + y_at) + cols, mask=cols < DV, other=0.0
+        )
     total = tl.where(total == 0.0, 1.0, total)
-    tl.store(y_ptr + row * DV + cols, (sums / total).to(y_ptr.dtype.element_ty), mask=cols < DV)
+    tl.store(y.ptr + y_at + cols, (sums / total).to(y.ptr.dtype.element_ty), mask=cols < DV)
     lse, low = split_lse(peak, total)
     tl.store(lse_ptr + row, lse)
     tl.store(low_ptr + row, low)

@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from slimkernels.backends._attention import with_whole_rows
 from slimkernels.backends._dropout import threshold
-from slimkernels.backends.triton._attention import Dropout, Lengths, Operands, Rows, Statistics
-from slimkernels.backends.triton._attention_scores import Plane, Scoring, Table
+from slimkernels.backends.triton._attention_terms import (
+    Dropout,
+    Features,
+    Lengths,
+    Numbers,
+    Ones,
+    Operands,
+    Plane,
+    Rows,
+    Scoring,
+    Statistics,
+    Table,
+    Terms,
+    Tile,
+)
 from slimkernels.backends.triton._attention_tiles import tiles
 
 MAX_WIDTH = 512  # a tile of wider heads does not fit one program's registers
@@ -18,11 +32,12 @@ _EVERYWHERE = 2**31 - 1  # the end of a dimension that is broadcast
 
 def launch_of(
     kernel: str, D: int, DV: int, dtype: torch.dtype, rich: bool, device: torch.device
-) -> dict[str, int]:
-    """What a kernel's launch needs beside the call's own features."""
+) -> dict:
+    """What a kernel's launch needs beside the call's own Features: TILE, num_warps, num_stages."""
     BLOCK_D, BLOCK_DV = (max(triton.next_power_of_2(n), 16) for n in (D, DV))  # tl.dot wants 16
     chosen = tiles(kernel, max(BLOCK_D, BLOCK_DV), dtype, rich, device)
-    return dict(D=D, DV=DV, BLOCK_D=BLOCK_D, BLOCK_DV=BLOCK_DV, **chosen)
+    blocks = chosen.pop("BLOCK_M"), chosen.pop("BLOCK_N")
+    return dict(TILE=Tile(D, DV, *blocks, BLOCK_D, BLOCK_DV), **chosen)
 
 
 class Prepared:
@@ -58,29 +73,28 @@ class Prepared:
         """The run-time parameters that all kernels have in common, in their order."""
         call = self.call
         dropout = Dropout(call.seed, 1 / (1 - call.dropout_p))
+        terms = Terms(self.lengths, self.scoring, dropout, self.group)
         band = min(max(call.left, 0), 2**30), min(max(call.right, 0), 2**30), call.causal_offset
-        sizes = threshold(call.dropout_p), self.Tq, self.Tk, *band, self.group
-        return self.lengths, self.scoring, dropout, *sizes
+        return terms, *Numbers(threshold(call.dropout_p), self.Tq, self.Tk, *band)
 
     def launch(self, kernel: str) -> dict:
         """The compile-time parameters, num_warps and num_stages."""
-        call, function = self.call, self.call.function
-        features = dict(
-            HAS_LEFT=call.left >= 0,
-            HAS_RIGHT=call.right >= 0,
-            SCORE=function and function.score,
-            DERIVATIVE=function and function.derivative,
-            MASK=function and function.mask,
-            PRECISION="tf32" if call.tf32 else "ieee",
-        )
+        call = self.call
         # What a bias leaves out past its end, where sequences are ragged, it hides.
         ends = call.ragged and call.bias is not None
         masked = call.mask is not None or call.function is not None or ends
-        if kernel != "dbias":
-            features |= dict(MASKED=masked, MODIFIED=call.is_modified)
+        features = Features(
+            HAS_LEFT=call.left >= 0,
+            HAS_RIGHT=call.right >= 0,
+            MODIFIED=call.is_modified,
+            MASKED=masked or kernel == "dbias",  # which has no loop worth a branch
+            KEYS_END=kernel != "dkdv",
+            DERIVED=kernel != "forward",
+            PRECISION="tf32" if call.tf32 else "ieee",
+        )
         rich = masked or call.is_modified or call.dropout_p > 0
         query, widths = self.query, (self.query.shape[-1], self.value.shape[-1])
-        return features | launch_of(kernel, *widths, query.dtype, rich, query.device)
+        return dict(FEATURES=features) | launch_of(kernel, *widths, query.dtype, rich, query.device)
 
     def statistics(self, lse: Tensor, dlse: Tensor | None) -> Statistics:
         """With room for what backward computes first; the sums of P in float32 only."""
@@ -90,7 +104,7 @@ class Prepared:
         return Statistics(lse, low, torch.empty_like(lse), total, dlse, None)
 
     def _scoring(self, scale: float) -> Scoring:
-        call, table = self.call, None
+        call, function, table = self.call, self.call.function, None
         if call.table is not None:
             values = call.table.t().contiguous()  # a head's values side by side
             buckets = call.buckets.contiguous()
@@ -107,6 +121,9 @@ class Prepared:
             slopes_sequence=None if slopes is None else self.H * (len(slopes) > 1),
             table=table,
             sinks=sinks,
+            score=function and function.score,
+            derivative=function and function.derivative,
+            mask_function=function and function.mask,
             tensors=call.function_tensors or None,
         )
 
@@ -123,8 +140,29 @@ def rows_of(x: Tensor) -> Rows:
     return Rows(x, *x.stride()[:3]) if x.dim() == 4 else Rows(x, 0, x.stride(1), x.stride(0))
 
 
+@triton.jit
+def _a_score(score, batch, head, i, j, tensors):
+    return score + tl.load(tensors[0] + head)
+
+
+@triton.jit
+def _a_derivative(score, batch, head, i, j, tensors):
+    return tl.where(score > 0.0, 1.0, 0.5)
+
+
+@triton.jit
+def _a_mask(batch, head, i, j, tensors):
+    return (i - j) % 2 == 0
+
+
+# Functions as a user may have them.
+FUNCTIONS = dict(
+    score=_a_score, derivative=_a_derivative, mask_function=_a_mask, tensors=("*fp32",)
+)
+
+
 # What tests/test_aot.py compiles for sm_80, sm_90 and sm_100, and the most that may come out.
-def compiled(kernel, direction, D, dtype, *, dropout=False, scoring=None, constants=None, **most):
+def compiled(kernel, direction, D, dtype, *, dropout=False, scoring=None, blocks=None, **most):
     """An entry of COMPILES: causal, ragged, one query head a key head."""
     is_float = dtype == torch.float32
     operand = Rows("*fp32" if is_float else "*bf16", "i32", "i32", "i32")
@@ -132,25 +170,38 @@ def compiled(kernel, direction, D, dtype, *, dropout=False, scoring=None, consta
     if scoring is not None and scoring.table is not None and direction == "dq":
         statistics[-1] = "*fp32"
     types = {
-        **dict.fromkeys(("y", "dy", "dq", "dk", "dv"), operand),
-        **dict.fromkeys(("x",), Operands(*(operand,) * 5)),
+        "x": Operands(*(operand,) * 5),
+        **dict.fromkeys(("y", "dq", "dk", "dv"), operand),
         **dict.fromkeys(("lse_ptr", "low_ptr", "parts", "part_lse", "part_low"), "*fp32"),
-        "y_ptr": "*bf16",
+        "out": operand._replace(ptr="*fp32"),
         "statistics": Statistics(*statistics),
-        "lengths": Lengths(None, "*i32", "*i32", None),
-        "scoring": scoring or Scoring("fp32"),
-        "dropout": Dropout("*i64" if dropout else None, "fp32"),
+        "terms": Terms(
+            Lengths(None, "*i32", "*i32", None),
+            scoring or Scoring("fp32"),
+            Dropout("*i64" if dropout else None, "fp32"),
+            1,
+        ),
         "dbias": Plane("*bf16", "i32", "i32", "i32", "i32", "i32", "i32"),
-        **dict.fromkeys(("threshold", "Tq", "Tk", "T", "left", "right", "offset"), "i32/1"),
-        **dict.fromkeys(("sequences", "H", "B", "count", "split_keys"), "i32/1"),
+        **dict.fromkeys((*Numbers._fields, "T"), "i32/1"),
+        **dict.fromkeys(
+            ("sequences", "H", "plane_shares", "tiles", "tile_queries", "split_keys", "count"),
+            "i32/1",
+        ),
     }
     rich = dropout or scoring is not None
     launch = launch_of(direction, D, D, dtype, rich, torch.device("cpu"))
-    functions = dict.fromkeys(("SCORE", "DERIVATIVE", "MASK"))
-    features = dict(HAS_LEFT=False, HAS_RIGHT=True, MODIFIED=scoring is not None, MASKED=False)
-    features |= dict(PRECISION="ieee", BLOCK_TABLE=32, group=1) | functions
-    features |= dict.fromkeys(("ONE_SEQUENCE", "ONE_HEAD", "ONE_QUERY", "ONE_KEY"), False)
-    constants = features | launch | (constants or {})
+    launch["TILE"] = launch["TILE"]._replace(**(blocks or {}))
+    features = Features(
+        HAS_LEFT=False,
+        HAS_RIGHT=True,
+        MODIFIED=scoring is not None,
+        MASKED=direction == "dbias" or (scoring is not None and scoring.mask_function is not None),
+        KEYS_END=direction != "dkdv",
+        DERIVED=direction != "forward",
+        PRECISION="ieee",
+    )
+    constants = dict(FEATURES=features, BLOCK_TABLE=32, ONES=Ones(*(False,) * 4))
+    constants |= launch | launch["TILE"]._asdict()
     return dict(
         kernel=kernel,
         signature={n: t for n, t in types.items() if n in kernel.arg_names},

@@ -22,11 +22,13 @@ import triton.language as tl
 from slimkernels.backends._attention import with_whole_rows
 from slimkernels.backends.triton import _attention_decode
 from slimkernels.backends.triton._attention import (
-    dropout_keys,
-    load_tile,
+    load_keys,
+    load_queries,
+    pairs_of,
     query_tile,
     store_tile,
     tiles_of,
+    zeros,
 )
 from slimkernels.backends.triton._attention_backward import (
     _delta_kernel,
@@ -34,26 +36,30 @@ from slimkernels.backends.triton._attention_backward import (
     _dq_kernel,
     _row_sums_kernel,
 )
-from slimkernels.backends.triton._attention_bias import _dbias_kernel
+from slimkernels.backends.triton._attention_bias import _dbias_kernel, shares_of
 from slimkernels.backends.triton._attention_launch import (
+    FUNCTIONS,
     MAX_WIDTH,
     Prepared,
     compiled,
     rows_of,
 )
 from slimkernels.backends.triton._attention_scores import (
-    LOWEST,
+    added,
+    dropped,
+    softmax_end,
+    softmax_start,
+    softmax_step,
+)
+from slimkernels.backends.triton._attention_terms import (
+    NUMBERS,
+    Numbers,
+    Ones,
     Plane,
     Scoring,
     Table,
-    added,
-    exp_of,
-    modified,
-    scale_early,
-    shown,
-    split_lse,
 )
-from slimkernels.backends.triton._common import keep_mask, unsupported_tensor
+from slimkernels.backends.triton._common import unsupported_tensor
 
 
 def unsupported(query, key, value, call):
@@ -77,7 +83,7 @@ def forward(query, key, value, call):
         _attention_decode.forward(given, y, lse)
     elif y.numel():
         launch = given.launch("forward")
-        grid = tiles_of(query, call.cu_seqlens_q, launch["BLOCK_M"]), given.H
+        grid = tiles_of(query, call.cu_seqlens_q, launch["TILE"].BLOCK_M), given.H
         _forward_kernel[grid](
             *(given.operands(), rows_of(y), *lse.unbind(), *given.shared()), **launch
         )
@@ -107,13 +113,13 @@ def sum_rows(given, operands, statistics):
         return
     launch = given.launch("dq")
     if statistics.total is not None:
-        grid = tiles_of(query, call.cu_seqlens_q, launch["BLOCK_M"]), given.H
+        grid = tiles_of(query, call.cu_seqlens_q, launch["TILE"].BLOCK_M), given.H
         _row_sums_kernel[grid](operands, statistics, *given.shared(), **launch)
         return
     rows = 1 if call.ragged else query.shape[0]
     _delta_kernel[(rows * triton.cdiv(given.Tq, 32), given.H)](
         *(operands, statistics, given.Tq),
-        **dict(DV=launch["DV"], BLOCK_M=32, BLOCK_DV=launch["BLOCK_DV"]),
+        **dict(DV=launch["TILE"].DV, BLOCK_M=32, BLOCK_DV=launch["TILE"].BLOCK_DV),
     )
 
 
@@ -122,7 +128,7 @@ def dq_of(given, operands, statistics, with_table):
     query, call = given.query, given.call
     dq = _empty_like(query)
     launch = given.launch("dq")
-    grid = tiles_of(query, call.cu_seqlens_q, launch["BLOCK_M"]), given.H
+    grid = tiles_of(query, call.cu_seqlens_q, launch["TILE"].BLOCK_M), given.H
     shares, BLOCK_TABLE = None, 1
     if with_table:  # a tile's share; tiles left over write none
         BLOCK_TABLE = triton.next_power_of_2(call.table.shape[0])
@@ -144,7 +150,10 @@ def dkdv_of(given, operands, statistics):
     dk, dv = _empty_like(key), _empty_like(value)
     if key.numel():
         launch = given.launch("dkdv")
-        grid = tiles_of(key, given.call.cu_seqlens_k, launch["BLOCK_N"]), given.H // given.group
+        grid = (
+            tiles_of(key, given.call.cu_seqlens_k, launch["TILE"].BLOCK_N),
+            given.H // given.group,
+        )
         _dkdv_kernel[grid](
             *(operands, rows_of(dk), rows_of(dv), statistics, *given.shared()), **launch
         )
@@ -157,20 +166,19 @@ def dbias_of(given, operands, statistics):
     if not (dbias.numel() and given.query.numel() and given.key.numel()):
         return dbias
     launch = given.launch("dbias")
-    of = [f"ONE_{name}" for name in ("SEQUENCE", "HEAD", "QUERY", "KEY")]
-    ones = {name: size == 1 for name, size in zip(of, bias.shape, strict=True)}
-    tiles = [
-        triton.cdiv(n, launch[name])
-        for n, name in zip(bias.shape[2:], ("BLOCK_M", "BLOCK_N"), strict=True)
-    ]
-    grid = bias.shape[0] * bias.shape[1] * tiles[0], tiles[1]
-    plane = Plane(dbias, *dbias.stride(), *dbias.shape[2:])
-    _dbias_kernel[grid](
-        *(operands, plane, statistics, *given.shared(), given.sequences, given.H),
-        **ones,
-        **launch,
+    tile = launch["TILE"]
+    tiles = triton.cdiv(bias.shape[2], tile.BLOCK_M), triton.cdiv(bias.shape[3], tile.BLOCK_N)
+    programs = bias.shape[0] * bias.shape[1] * tiles[0], tiles[1]
+    of_planes, of_queries = shares_of(given, tile, programs[0] * programs[1])
+    shares = dbias[None]
+    if of_planes * of_queries > 1:
+        shares = bias.new_empty((of_planes * of_queries, *bias.shape), dtype=torch.float32)
+    _dbias_kernel[(*programs, len(shares))](
+        *(operands, Plane(shares, *dbias.stride(), *dbias.shape[2:]), statistics),
+        *(*given.shared(), given.sequences, given.H, of_planes),
+        **{"ONES": Ones(*(n == 1 for n in bias.shape)), **launch},
     )
-    return dbias
+    return dbias if len(shares) == 1 else shares.sum(0).to(bias.dtype)
 
 
 def _empty_like(x):
@@ -189,107 +197,49 @@ def _dsinks(sinks, statistics):
     return -of_rows.sum(1).to(sinks.dtype)
 
 
-# Not specialised: one compiled kernel serves all lengths and rates, 1, 16 and 17 alike.
-@triton.jit(do_not_specialize=["threshold", "Tq", "Tk", "left", "right", "offset"])
+@triton.jit(do_not_specialize=NUMBERS)
 def _forward_kernel(
     x,
     y,
     lse_ptr,
     low_ptr,
-    lengths,
-    scoring,
-    dropout,
+    terms,
     threshold,
     Tq,
     Tk,
     left,
     right,
     offset,
-    group,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    MODIFIED: tl.constexpr,
-    MASKED: tl.constexpr,
-    SCORE: tl.constexpr,
-    DERIVATIVE: tl.constexpr,
-    MASK: tl.constexpr,
-    PRECISION: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
+    FEATURES: tl.constexpr,
+    TILE: tl.constexpr,
 ):
+    numbers = Numbers(threshold, Tq, Tk, left, right, offset)
     head = tl.program_id(1).to(tl.int64)
-    H = tl.num_programs(1)
-    where, keys_seen, first, q_count = query_tile(
-        Tq, Tk, left, right, offset, lengths, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
-    )
-    if first >= q_count:
+    place, first, span = query_tile(terms, numbers, FEATURES, TILE)
+    if first >= place.q_count:
         return
-    sequence, batch, q_begin, k_begin, offset = where
-    begin, end, whole_begin, whole_end, seen = keys_seen
-    place = (sequence, head, offset, left, right, q_count, seen)
-    i = first + tl.arange(0, BLOCK_M)  # queries, and j keys, are counted within the sequence
-    present = i < q_count
-    tokens = q_begin + i
-    queries = load_tile(x.q, batch, head, q_begin + first, present, D, BLOCK_M, BLOCK_D)
-    queries, late = scale_early(queries, scoring.scale)
-    if dropout.seed is not None:
-        key0, key1 = dropout_keys(dropout, batch, head, tokens, H, Tq, lengths)
-
-    peak = tl.full((BLOCK_M,), LOWEST, tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    if scoring.sinks is not None:  # a score without a value
-        peak = tl.maximum(peak, tl.load(scoring.sinks + head).to(tl.float32))
-        total += 1.0
-    sums = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
-    for start in range(begin, end, BLOCK_N):
-        j = start + tl.arange(0, BLOCK_N)
-        here = j < seen
-        keys = load_tile(x.k, batch, head // group, k_begin + start, here, D, BLOCK_N, BLOCK_D)
-        if MODIFIED:
-            extra = added(i[:, None], j[None, :], place, scoring)
-        scores = tl.dot(queries, keys.T, input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
-        if MODIFIED:
-            scores, outer, inner = modified(
-                scores, late, extra, i[:, None], j[None, :], place, scoring, SCORE, None
-            )
-        scores = shown(
-            scores,
-            -float("inf"),
-            i[:, None],
-            j[None, :],
-            (start < whole_begin) | (start + BLOCK_N > whole_end),
-            place,
-            scoring,
-            HAS_LEFT,
-            HAS_RIGHT,
-            MASKED,
-            MASK,
-            True,
+    H = tl.num_programs(1)
+    queries = load_queries(x.q, head, H, first, place, terms, numbers, TILE, 1)
+    peak, total = softmax_start(head, True, terms, TILE.BLOCK_M)
+    sums = zeros(TILE.BLOCK_M, TILE.BLOCK_DV)
+    for start in range(span.begin, span.end, TILE.BLOCK_N):
+        key_head = head // terms.group
+        keys = load_keys(x.k, key_head, start, place, TILE.D, TILE.BLOCK_N, TILE.BLOCK_D)
+        pairs = pairs_of(queries, start, span, head, place, TILE.BLOCK_N)
+        extra = added(pairs, terms.scoring, FEATURES)
+        products = tl.dot(queries.q, keys.T, input_precision=FEATURES.PRECISION)
+        p, shrink, peak, total = softmax_step(
+            products, extra, queries, peak, total, pairs, terms, FEATURES
         )
-        scale = 1.0 if MODIFIED else late
-        raised = tl.maximum(peak, tl.max(scores, axis=1) * scale)
-        p = exp_of(scores, scale, raised[:, None], tl.float32 if MODIFIED else queries.dtype)
-        shrink = tl.exp(peak - raised)
-        peak = raised
-        total = total * shrink + tl.sum(p, axis=1)
-        if dropout.seed is not None:
-            keep = keep_mask(key0[:, None], key1[:, None], j[None, :], threshold)
-            p = tl.where(keep, p, 0.0)
-        values = load_tile(x.v, batch, head // group, k_begin + start, here, DV, BLOCK_N, BLOCK_DV)
+        p = dropped(p, queries, pairs, 1.0, terms, numbers)
+        values = load_keys(x.v, key_head, start, place, TILE.DV, TILE.BLOCK_N, TILE.BLOCK_DV)
         sums = sums * shrink[:, None]
-        sums = tl.dot(p.to(values.dtype), values, sums, input_precision=PRECISION)
+        sums = tl.dot(p.to(values.dtype), values, sums, input_precision=FEATURES.PRECISION)
 
-    total = tl.where(total == 0.0, 1.0, total)  # no key, or only scores of -inf: y is 0
-    sums *= (dropout.factor / total)[:, None]
-    store_tile(sums, y, batch, head, q_begin + first, present, DV)
-    lse, low = split_lse(peak, total)
-    at = (batch * H + head) * Tq + tokens
-    tl.store(lse_ptr + at, lse, mask=present)
-    tl.store(low_ptr + at, low, mask=present)
+    sums, lse, low = softmax_end(sums, peak, total, terms)
+    store_tile(sums, y, place.batch, head, queries.token, queries.present, TILE.DV)
+    tl.store(lse_ptr + queries.at, lse, mask=queries.present)
+    tl.store(low_ptr + queries.at, low, mask=queries.present)
 
 
 # What tests/test_aot.py compiles, and the most that may come out.
@@ -323,6 +273,10 @@ COMPILES = [
         for scoring, dropout in zip(_FEATURES, (False, True, False), strict=True)
     ),
     *(
+        compiled(kernel, name, 64, _BF16, scoring=Scoring("fp32", **FUNCTIONS), **_MATRIX)
+        for name, kernel in _KERNELS.items()
+    ),
+    *(
         compiled(kernel, name, D, _BF16, registers=255)
         for name, kernel in _KERNELS.items()
         for D in (256, 512)
@@ -337,15 +291,15 @@ COMPILES = [
         compiled(
             *(_attention_decode._split_kernel, "forward", D, _BF16),
             scoring=_FEATURES[1],
-            constants=dict(BLOCK_M=16, BLOCK_N=64),
+            blocks=dict(BLOCK_M=16, BLOCK_N=64),
             registers=255,
         )
         for D in (64, 128)
     ),
     compiled(
         *(_attention_decode._merge_kernel, "forward", 128, _BF16),
-        constants=dict(BLOCK_DV=128),
+        blocks=dict(BLOCK_DV=128),
         registers=64,
     ),
-    compiled(_delta_kernel, "dq", 128, _BF16, constants=dict(BLOCK_M=32), registers=80),
+    compiled(_delta_kernel, "dq", 128, _BF16, blocks=dict(BLOCK_M=32), registers=80),
 ]
