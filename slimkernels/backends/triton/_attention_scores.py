@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from slimkernels.backends.triton._common import tanh
+
 LOG2E = tl.constexpr(1.4426950408889634)
 # Where a query's maximum starts, and stays if all its scores are -inf: exp(-inf - LOWEST) is 0, and
 # exp(-inf + inf) would be NaN. About the lowest float32 whose product with LOG2E is one, too.
@@ -50,19 +52,6 @@ class Scoring(NamedTuple):
     table: Any = None  # Table
     sinks: Any = None  # (H,)
     tensors: Any = None  # for the user's functions
-
-
-@triton.jit
-def tanh(x):
-    """To float32's last digits. 1 - 2 / (e^2x + 1) cancels near 0, where Cephes' polynomial is."""
-    t = x * x
-    p = -5.70498872745e-3 * t + 2.06390887954e-2
-    p = p * t - 5.37397155531e-2
-    p = p * t + 1.33314422036e-1
-    p = p * t - 3.33332819422e-1
-    near = p * t * x + x
-    far = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
-    return tl.where(tl.abs(x) < 0.625, near, tl.where(x < 0, -far, far))
 
 
 @triton.jit
