@@ -103,16 +103,20 @@ struct Kernels {
   void (*gelu_backward)(const void* dy, const void* x, const void* bias, void* dx, void* dbias,
                         int64_t M, int64_t N, int is_tanh, int dtype, int bias_dtype);
 
-  // cross_entropy.cpp: x (M, V), target and losses (M,), lse (2, M), total and count (1,);
-  // dy (M,), or one element with dy_stride 0. A null divisor stands for 1.
-  void (*cross_entropy_forward)(const void* x, const int64_t* target, float* losses, float* total,
-                                float* lse, float* count, int64_t M, int64_t V,
-                                int64_t ignore_index, float label_smoothing, int is_mean,
-                                int dtype);
-  void (*cross_entropy_backward)(const float* dy, int64_t dy_stride, const void* x,
-                                 const int64_t* target, const float* lse, const float* divisor,
-                                 void* dx, int64_t M, int64_t V, int64_t ignore_index,
-                                 float label_smoothing, int dtype);
+  // cross_entropy.cpp: x (M, V); target (M,) labels where target_dtype is -1, or (M, V)
+  // probabilities of that dtype; weight (V,) may be null; losses (M,), stats (3, M), total and
+  // divisor (1,). dy (M,), or one element with dy_stride 0; dlse (M,) may be null. A null divisor
+  // stands for 1. dx may be x itself.
+  void (*cross_entropy_forward)(const void* x, const void* target, const float* weight,
+                                float* losses, float* total, float* stats, float* divisor,
+                                int64_t M, int64_t V, int64_t ignore_index, float label_smoothing,
+                                float z_loss, float softcap, int is_mean, int dtype,
+                                int target_dtype);
+  void (*cross_entropy_backward)(const float* dy, int64_t dy_stride, const float* dlse,
+                                 const void* x, const void* target, const float* weight,
+                                 const float* stats, const float* divisor, void* dx, int64_t M,
+                                 int64_t V, int64_t ignore_index, float label_smoothing,
+                                 float z_loss, float softcap, int dtype, int target_dtype);
 
   // softmax.cpp: x, y (M, N). If period > 0, row r sees the columns up to r % period. mask_rows are
   // the integers of MaskRows in slimkernels/backends/_mask.py, null where mask is.

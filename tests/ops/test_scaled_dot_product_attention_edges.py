@@ -175,13 +175,9 @@ def test_bad_boundaries_touch_no_other_memory(boundaries, dtype, is_causal):
         call = call_of((q, k, v), {"cu_seqlens": whole, "is_causal": is_causal})
         call = call._replace(cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
         y, lse = module.forward(q, k, v, call)
-<<<<<<< HEAD
         module.backward(dy, None, q, k, v, y, lse, call, (True,) * 3 + (False,) * 3)
-=======
-        module.backward(dy, None, q, k, v, y, lse, call, (False,) * 3)
         few = call._replace(cu_seqlens_q=cu_q.clamp(-20, 20))
         module.forward(q[:20], k, v, few)  # decodes
->>>>>>> triton-dedupe
 
 
 Q, K = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 7, 8)

@@ -12,36 +12,59 @@ from slimkernels.backends.cpu._common import (
     unsupported_tensor,
 )
 
+LABELS = -1  # the number in a dtype's place for a target that holds none of floats
 
-def unsupported(x, target, ignore_index, reduction, label_smoothing):
+
+def unsupported(x, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap):
+    if target.requires_grad:
+        return "the gradient of target's probabilities is torch's"
     return unsupported_tensor(x)
 
 
-def forward(x, target, ignore_index, reduction, label_smoothing):
-    x, target = x.contiguous(), target.contiguous()
-    M, V = x.shape
+def forward(x, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap):
+    M = x.shape[0]
     losses = x.new_empty(M, dtype=torch.float32)
     total = x.new_empty((), dtype=torch.float32)
-    lse = x.new_empty((2, M), dtype=torch.float32)
-    count = x.new_empty(1, dtype=torch.float32)
+    stats = x.new_empty((3, M), dtype=torch.float32)
+    divisor = x.new_empty(1, dtype=torch.float32)
+    x, target, weight = x.contiguous(), target.contiguous(), float_of(weight)
     run(
         _cpu.cross_entropy_forward,
-        *pointers(x, target, losses, total, lse, count),
-        *(M, V, ignore_index, label_smoothing, int(reduction == "mean"), DTYPES[x.dtype]),
+        *pointers(x, target, weight, losses, total, stats, divisor),
+        *(*x.shape, ignore_index, label_smoothing, z_loss, softcap, int(reduction == "mean")),
+        *(DTYPES[x.dtype], DTYPES.get(target.dtype, LABELS)),
     )
-    return as_dtype(losses if reduction == "none" else total, x.dtype), lse, count
+    return as_dtype(losses if reduction == "none" else total, x.dtype), stats, divisor
 
 
-def backward(dy, x, target, lse, count, ignore_index, reduction, label_smoothing):
-    x, target = x.contiguous(), target.contiguous()
-    M, V = x.shape
+def backward(
+    dy,
+    dlse,
+    x,
+    target,
+    weight,
+    stats,
+    divisor,
+    ignore_index,
+    reduction,
+    label_smoothing,
+    z_loss,
+    softcap,
+):
+    x, target, weight = x.contiguous(), target.contiguous(), float_of(weight)
     dx = torch.empty_like(x)
-    dy = as_dtype(dy, torch.float32).contiguous()
-    divisor = count if reduction == "mean" else None
+    dy, dlse = float_of(dy), float_of(dlse)
+    divisor = divisor if reduction == "mean" else None
     run(
         _cpu.cross_entropy_backward,
         *(pointer(dy), int(reduction == "none")),
-        *pointers(x, target, lse, divisor, dx),
-        *(M, V, ignore_index, label_smoothing, DTYPES[x.dtype]),
+        *pointers(dlse, x, target, weight, stats, divisor, dx),
+        *(*x.shape, ignore_index, label_smoothing, z_loss, softcap),
+        *(DTYPES[x.dtype], DTYPES.get(target.dtype, LABELS)),
     )
     return dx
+
+
+def float_of(x):
+    """An optional tensor in float32 without gaps."""
+    return None if x is None else as_dtype(x, torch.float32).contiguous()

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from slimkernels.backends.triton._attention_terms import Known
-from slimkernels.backends.triton._common import keep_mask
+from slimkernels.backends.triton._common import keep_mask, tanh
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # Where a query's maximum starts, and stays if all its scores are -inf: exp(-inf - LOWEST) is 0, and
@@ -187,19 +187,6 @@ def bucket_of(table, distance):
     far = tl.minimum(tl.maximum(distance, -table.far), table.far)
     bucket = tl.load(table.buckets + (far + table.far))
     return tl.minimum(tl.maximum(bucket, 0), table.count - 1)  # on a GPU nobody has checked it
-
-
-@triton.jit
-def tanh(x):
-    """To float32's last digits. 1 - 2 / (e^2x + 1) cancels near 0, where Cephes' polynomial is."""
-    t = x * x
-    p = -5.70498872745e-3 * t + 2.06390887954e-2
-    p = p * t - 5.37397155531e-2
-    p = p * t + 1.33314422036e-1
-    p = p * t - 3.33332819422e-1
-    near = p * t * x + x
-    far = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
-    return tl.where(tl.abs(x) < 0.625, near, tl.where(x < 0, -far, far))
 
 
 @triton.jit

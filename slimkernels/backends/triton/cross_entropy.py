@@ -1,4 +1,4 @@
-"""Cross-entropy of logits (M, V) with class labels in Triton.
+"""Cross-entropy of logits (M, V) in Triton; csrc/cpu/cross_entropy.cpp has the formulas.
 
 Tiling    Forward: a program owns one part of one row and walks it in blocks; few rows are cut into
           more parts, so that the whole GPU reads. A second kernel merges the parts of many rows, a
@@ -6,71 +6,104 @@ Tiling    Forward: a program owns one part of one row and walks it in blocks; fe
           Backward: one program a block of a row.
 Traffic   forward reads the logits once, backward reads them once and writes dx once; ignored rows
           are not read. The roof is DRAM bandwidth, 3 * M * V * itemsize bytes in all.
-Numerics  online: a running maximum, the sum of exp(x - maximum), and for smoothing the sum of
-          maximum - x, rescaled when the maximum rises. lse stays in two float32, the maximum and
-          the logarithm of the sum: in one it would be wrong by 5e-4 at logits of 1e4.
+Numerics  online: a running maximum, the sum of exp(x - maximum), and for smoothing and
+          probabilities the sum of u (maximum - x), rescaled when the maximum rises. lse stays in
+          two float32, the maximum and the logarithm of the sum: in one it would be wrong by 5e-4
+          at logits of 1e4.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from slimkernels.backends.triton._common import row_programs, unsupported_tensor
+from slimkernels.backends.triton._common import dense, row_programs, tanh, unsupported_tensor
 
 MAX_BLOCK = 4096
 ROWS = 128  # that one program of the second kernel finishes
 SUMMED = 2048  # rows that the third adds at once
 
 
-def unsupported(x, target, ignore_index, reduction, label_smoothing):
+def unsupported(x, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap):
+    if target.requires_grad:
+        return "the gradient of target's probabilities is torch's"
     return unsupported_tensor(x)
 
 
-def forward(x, target, ignore_index, reduction, label_smoothing):
-    x, target = x.contiguous(), target.contiguous()
+def forward(x, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap):
+    x, target, weight = x.contiguous(), target.contiguous(), dense(weight)
     M, V = x.shape
+    has_labels = not target.is_floating_point()
     losses = x.new_empty(M, dtype=torch.float32 if reduction != "none" else x.dtype)
-    lse = x.new_empty((2, M), dtype=torch.float32)
-    total = x.new_empty(())
-    count = x.new_empty(1, dtype=torch.float32)
+    stats = x.new_empty((3, M), dtype=torch.float32)
     if M:
         BLOCK_V, num_warps = _block(V)
         blocks = triton.cdiv(V, BLOCK_V)
         parts = triton.cdiv(row_programs(x, 1 << 30), M)
         per_part = triton.cdiv(blocks, min(parts, blocks)) * BLOCK_V
         parts = triton.cdiv(V, per_part)
-        partials = x.new_empty((M, parts, 3), dtype=torch.float32)
+        partials = x.new_empty((M, parts, 4), dtype=torch.float32)
         _parts_kernel[(M * parts,)](
-            *(x, target, partials, V, parts, per_part, ignore_index),
-            SMOOTH=label_smoothing > 0,
+            *(x, target, weight, partials, V, parts, per_part),
+            *(ignore_index, label_smoothing, softcap),
+            HAS_LABELS=has_labels,
+            SPREADS=label_smoothing > 0 or not has_labels,
+            CAPPED=softcap > 0,
             BLOCK_V=BLOCK_V,
             num_warps=num_warps,
         )
-        _finish_kernel[(triton.cdiv(M, ROWS),)](
-            *(x, target, partials, losses, lse, M, V, parts, per_part),
-            *(ignore_index, label_smoothing),
-            SMOOTH=label_smoothing > 0,
+        finish_kernel[(triton.cdiv(M, ROWS),)](
+            *(x, V, 1, target, weight, partials, losses, stats, M, V, parts),
+            *(ignore_index, label_smoothing, z_loss, softcap),
+            HAS_LABELS=has_labels,
+            CAPPED=softcap > 0,
             ROWS=ROWS,
             num_warps=ROWS // 32,
         )
     if reduction == "none":
-        return losses, lse, count
-    _total_kernel[(1,)](
-        *(losses, target, total, count, M, ignore_index),
+        return losses, stats, x.new_empty(1, dtype=torch.float32)
+    total, divisor = add_up(losses, target, weight, V, ignore_index, reduction, x.dtype)
+    return total, stats, divisor
+
+
+def add_up(losses, target, weight, V, ignore_index, reduction, dtype):
+    """The loss of all rows, and what their mean divides by."""
+    M = losses.shape[0]
+    total, divisor = losses.new_empty((), dtype=dtype), losses.new_empty(1)
+    total_kernel[(1,)](
+        *(losses, target, weight, total, divisor, M, V, ignore_index),
+        HAS_LABELS=not target.is_floating_point(),
         IS_MEAN=reduction == "mean",
         BLOCK_M=min(max(triton.next_power_of_2(M), 16), SUMMED),
     )
-    return total, lse, count
+    return total, divisor
 
 
-def backward(dy, x, target, lse, count, ignore_index, reduction, label_smoothing):
-    dy, x, target = dy.contiguous(), x.contiguous(), target.contiguous()
+def backward(
+    dy,
+    dlse,
+    x,
+    target,
+    weight,
+    stats,
+    divisor,
+    ignore_index,
+    reduction,
+    label_smoothing,
+    z_loss,
+    softcap,
+):
+    dy, dlse, x, target, weight = (dense(t) for t in (dy, dlse, x, target, weight))
     M, V = x.shape
     dx = torch.empty_like(x)
+    has_labels = not target.is_floating_point()
     if M:
         BLOCK_V, num_warps = _block(V)
         _backward_kernel[(M * triton.cdiv(V, BLOCK_V),)](
-            *(dy, x, target, lse, count, dx, M, V, ignore_index, label_smoothing),
+            *(dy, dlse, x, target, weight, stats, divisor, dx, M, V),
+            *(ignore_index, label_smoothing, z_loss, softcap),
+            HAS_LABELS=has_labels,
+            SPREADS=label_smoothing > 0 or not has_labels,
+            CAPPED=softcap > 0,
             PER_ROW=reduction == "none",
             IS_MEAN=reduction == "mean",
             BLOCK_V=BLOCK_V,
@@ -86,15 +119,62 @@ def _block(V):
 
 
 @triton.jit
+def _shares(target_ptr, weight_ptr, row, cols, mask, V, label_smoothing, HAS_LABELS: tl.constexpr):
+    """u of a block of classes: what smoothing or probabilities spread over them; 0 past the end."""
+    if HAS_LABELS:
+        u = tl.where(mask, 1.0, 0.0)
+    else:
+        q = tl.load(target_ptr + row * V + cols, mask=mask, other=0.0).to(tl.float32)
+        u = tl.where(mask, (1.0 - label_smoothing) * q + label_smoothing / V, 0.0)
+    if weight_ptr is not None:
+        u *= tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    return u
+
+
+@triton.jit
+def slope_of_tanh(u):
+    """1 - tanh(u)^2, which cancels where tanh is almost 1."""
+    e = tl.exp(-2.0 * tl.abs(u))
+    r = 1.0 / (1.0 + e)
+    return 4.0 * e * r * r
+
+
+@triton.jit
+def row_weights(target, weight_ptr, valid):
+    """What rows count in the sum and the mean: 1, or the weight of their label."""
+    if weight_ptr is not None:
+        return tl.load(weight_ptr + target, mask=valid, other=0.0).to(tl.float32)
+    else:
+        return tl.where(valid, 1.0, 0.0)
+
+
+@triton.jit
+def slopes(dy, dlse, rows, lse, V, label_smoothing, z_loss, HAS_LABELS: tl.constexpr):
+    """(own, even, extra) of dz = own (p - 1 at the label) + even (mass p - u) + extra p."""
+    if HAS_LABELS:
+        own = dy * rows * (1.0 - label_smoothing)
+        even = dy * label_smoothing / V
+    else:
+        own = 0.0
+        even = dy
+    return own, even, 2.0 * z_loss * dy * rows * lse + dlse
+
+
+@triton.jit
 def _parts_kernel(
     x_ptr,
     target_ptr,
+    weight_ptr,
     partials_ptr,
     V,
     parts,
     per_part,
     ignore_index,
-    SMOOTH: tl.constexpr,
+    label_smoothing,
+    softcap,
+    HAS_LABELS: tl.constexpr,
+    SPREADS: tl.constexpr,
+    CAPPED: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -104,113 +184,156 @@ def _parts_kernel(
     peak = -float("inf")
     total = 0.0
     gap = 0.0
-    if tl.load(target_ptr + row) != ignore_index:
+    mass = 0.0
+    kept = True
+    if HAS_LABELS:
+        kept = tl.load(target_ptr + row) != ignore_index
+    if kept:
         for start in range(begin, end, BLOCK_V):
             cols = start + tl.arange(0, BLOCK_V)
             mask = cols < end
             x = tl.load(x_ptr + row * V + cols, mask=mask, other=-float("inf")).to(tl.float32)
+            if CAPPED:
+                x = tl.where(mask, softcap * tanh(x / softcap), -float("inf"))
             raised = tl.maximum(peak, tl.max(x, axis=0))
             # While all logits are -inf, they add exp(-inf - 0) = 0, not exp(-inf + inf) = NaN.
             shift = tl.where(raised == -float("inf"), 0.0, raised)
             total = total * tl.exp(peak - shift) + tl.sum(tl.exp(x - shift), axis=0)
-            if SMOOTH:
-                # The terms so far were below the old maximum; the first block has none so far.
-                rise = tl.where(start == begin, 0.0, (start - begin) * (raised - peak))
-                rise = tl.where(raised == peak, 0.0, rise)
-                gap += rise + tl.sum(tl.where(mask, shift - x, 0.0), axis=0)
+            if SPREADS:
+                # The terms so far were below the old maximum.
+                gap += tl.where((raised == peak) | (mass == 0.0), 0.0, mass * (raised - peak))
+                u = _shares(target_ptr, weight_ptr, row, cols, mask, V, label_smoothing, HAS_LABELS)
+                gap += tl.sum(tl.where(mask, u * (shift - x), 0.0), axis=0)
+                mass += tl.sum(u, axis=0)
             peak = raised
-    at = partials_ptr + program.to(tl.int64) * 3
+    at = partials_ptr + program.to(tl.int64) * 4
     tl.store(at, peak)
     tl.store(at + 1, total)
     tl.store(at + 2, gap)
+    tl.store(at + 3, mass)
 
 
 @triton.jit
-def _finish_kernel(
+def finish_kernel(
     x_ptr,
+    row_stride,
+    class_stride,
     target_ptr,
+    weight_ptr,
     partials_ptr,
     losses_ptr,
-    lse_ptr,
+    stats_ptr,
     M,
     V,
     parts,
-    per_part,
     ignore_index,
     label_smoothing,
-    SMOOTH: tl.constexpr,
+    z_loss,
+    softcap,
+    HAS_LABELS: tl.constexpr,
+    CAPPED: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     mask = rows < M
-    at = partials_ptr + rows * parts * 3
+    at = partials_ptr + rows * parts * 4
     peak = tl.full((ROWS,), -float("inf"), tl.float32)
     for part in range(parts):
-        peak = tl.maximum(peak, tl.load(at + part * 3, mask=mask, other=0.0))
+        peak = tl.maximum(peak, tl.load(at + part * 4, mask=mask, other=0.0))
     total = tl.zeros((ROWS,), tl.float32)
     gap = tl.zeros((ROWS,), tl.float32)
+    mass = tl.zeros((ROWS,), tl.float32)
     for part in range(parts):
-        top = tl.load(at + part * 3, mask=mask, other=0.0)
+        top = tl.load(at + part * 4, mask=mask, other=0.0)
         below = tl.where(top == peak, 0.0, peak - top)
-        total += tl.load(at + part * 3 + 1, mask=mask, other=1.0) * tl.exp(-below)
-        if SMOOTH:
-            n = tl.minimum(V - part * per_part, per_part)
-            gap += tl.load(at + part * 3 + 2, mask=mask, other=0.0) + n * below
+        total += tl.load(at + part * 4 + 1, mask=mask, other=1.0) * tl.exp(-below)
+        share = tl.load(at + part * 4 + 3, mask=mask, other=0.0)
+        gap += tl.load(at + part * 4 + 2, mask=mask, other=0.0)
+        gap += tl.where((below == 0.0) | (share == 0.0), 0.0, share * below)
+        mass += share
 
-    target = tl.load(target_ptr + rows, mask=mask, other=ignore_index)
-    kept = target != ignore_index
-    valid = kept & (target >= 0) & (target < V)
+    kept = mask
+    valid = mask
+    target = rows
+    if HAS_LABELS:
+        target = tl.load(target_ptr + rows, mask=mask, other=ignore_index)
+        kept = target != ignore_index
+        valid = kept & (target >= 0) & (target < V)
     # NaN for a row whose logits are all -inf, as in torch, and for a label out of range.
     log_total = tl.where(valid & (peak != -float("inf")), tl.log(total), float("nan"))
-    label = tl.load(x_ptr + rows * V + target, mask=valid, other=0.0).to(tl.float32)
-    loss = log_total + (peak - label)
-    if SMOOTH:
-        smooth = log_total + gap / V
-        loss = (1.0 - label_smoothing) * loss + label_smoothing * smooth
+    lse = peak + log_total
+    loss = mass * log_total + gap
+    if HAS_LABELS:
+        at_label = x_ptr + rows * row_stride + target * class_stride
+        label = tl.load(at_label, mask=valid, other=0.0).to(tl.float32)
+        if CAPPED:
+            label = softcap * tanh(label / softcap)
+        own = (1.0 - label_smoothing) * (log_total + (peak - label)) + z_loss * lse * lse
+        loss = row_weights(target, weight_ptr, valid) * own + tl.where(
+            label_smoothing > 0.0, label_smoothing / V * loss, 0.0
+        )
+    else:
+        loss += z_loss * lse * lse
     tl.store(losses_ptr + rows, tl.where(kept, loss, 0.0), mask=mask)
-    tl.store(lse_ptr + rows, tl.where(kept, peak, 0.0), mask=mask)
-    tl.store(lse_ptr + M + rows, tl.where(kept, log_total, 0.0), mask=mask)
+    tl.store(stats_ptr + rows, tl.where(kept, peak, 0.0), mask=mask)
+    tl.store(stats_ptr + M + rows, tl.where(kept, log_total, 0.0), mask=mask)
+    tl.store(stats_ptr + 2 * M + rows, tl.where(kept, mass, 0.0), mask=mask)
 
 
 @triton.jit
-def _total_kernel(
+def total_kernel(
     losses_ptr,
     target_ptr,
+    weight_ptr,
     total_ptr,
-    count_ptr,
+    divisor_ptr,
     M,
+    V,
     ignore_index,
+    HAS_LABELS: tl.constexpr,
     IS_MEAN: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
     sums = tl.zeros((BLOCK_M,), tl.float32)
-    kept = tl.zeros((BLOCK_M,), tl.int32)
+    weights = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(0, M, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
-        mask = rows < M
-        sums += tl.load(losses_ptr + rows, mask=mask, other=0.0).to(tl.float32)
-        target = tl.load(target_ptr + rows, mask=mask, other=ignore_index)
-        kept += (target != ignore_index).to(tl.int32)
+        kept = rows < M
+        sums += tl.load(losses_ptr + rows, mask=kept, other=0.0).to(tl.float32)
+        target = rows
+        if HAS_LABELS:
+            target = tl.load(target_ptr + rows, mask=kept, other=ignore_index)
+            kept = target != ignore_index
+            weights += row_weights(target, weight_ptr, kept & (target >= 0) & (target < V))
+        else:
+            weights += tl.where(kept, 1.0, 0.0)
     total = tl.sum(sums, axis=0)
-    count = tl.sum(kept, axis=0).to(tl.float32)
+    divisor = tl.sum(weights, axis=0)
     if IS_MEAN:
-        total = total / count  # 0 / 0 = NaN where every row is ignored, as in torch
+        total = total / divisor  # 0 / 0 = NaN where every row is ignored, as in torch
     tl.store(total_ptr, total)
-    tl.store(count_ptr, count)
+    tl.store(divisor_ptr, divisor)
 
 
 @triton.jit
 def _backward_kernel(
     dy_ptr,
+    dlse_ptr,
     x_ptr,
     target_ptr,
-    lse_ptr,
-    count_ptr,
+    weight_ptr,
+    stats_ptr,
+    divisor_ptr,
     dx_ptr,
     M,
     V,
     ignore_index,
     label_smoothing,
+    z_loss,
+    softcap,
+    HAS_LABELS: tl.constexpr,
+    SPREADS: tl.constexpr,
+    CAPPED: tl.constexpr,
     PER_ROW: tl.constexpr,
     IS_MEAN: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -219,43 +342,70 @@ def _backward_kernel(
     row = (tl.program_id(0) // blocks).to(tl.int64)
     cols = (tl.program_id(0) % blocks) * BLOCK_V + tl.arange(0, BLOCK_V)
     mask = cols < V
-    target = tl.load(target_ptr + row)
-    kept = target != ignore_index
+    target = row
+    kept = True
+    if HAS_LABELS:
+        target = tl.load(target_ptr + row)
+        kept = target != ignore_index
     dx = tl.zeros((BLOCK_V,), tl.float32)
     if kept:
-        scale = tl.load(dy_ptr + (row if PER_ROW else 0)).to(tl.float32)
+        dy = tl.load(dy_ptr + (row if PER_ROW else 0)).to(tl.float32)
         if IS_MEAN:
-            scale = scale / tl.load(count_ptr)
+            dy = dy / tl.load(divisor_ptr)
+        dlse = 0.0
+        if dlse_ptr is not None:
+            dlse = tl.load(dlse_ptr + row)
+        weight = 1.0
+        if HAS_LABELS:
+            weight = row_weights(target, weight_ptr, (target >= 0) & (target < V))
+        peak = tl.load(stats_ptr + row)
+        log_total = tl.load(stats_ptr + M + row)
+        lse = peak + log_total
+        own, even, extra = slopes(dy, dlse, weight, lse, V, label_smoothing, z_loss, HAS_LABELS)
         x = tl.load(x_ptr + row * V + cols, mask=mask, other=0.0).to(tl.float32)
+        outer = 1.0
+        if CAPPED:
+            outer = slope_of_tanh(x / softcap)
+            x = softcap * tanh(x / softcap)
         # The maximum first: x - maximum is nearly exact, where lse in one float32 is not.
-        p = tl.exp((x - tl.load(lse_ptr + row)) - tl.load(lse_ptr + M + row))
-        wanted = tl.where(cols == target, 1.0 - label_smoothing, 0.0) + label_smoothing / V
-        dx = scale * (p - wanted)
+        p = tl.exp((x - peak) - log_total)
+        dx = extra * p
+        if HAS_LABELS:
+            dx += own * (p - tl.where(cols == target, 1.0, 0.0))
+        if SPREADS:
+            mass = tl.load(stats_ptr + 2 * M + row)
+            u = _shares(target_ptr, weight_ptr, row, cols, mask, V, label_smoothing, HAS_LABELS)
+            dx += even * (mass * p - u)
+        dx *= outer
     tl.store(dx_ptr + row * V + cols, dx, mask=mask)
 
 
 # What tests/test_aot.py compiles for sm_80, sm_90 and sm_100, and the most that may come out.
+_FLOATS = "partials_ptr", "losses_ptr", "stats_ptr", "divisor_ptr", "weight_ptr", "dlse_ptr"
+_INTEGERS = "M", "V", "parts", "per_part", "ignore_index", "row_stride", "class_stride"
 _TYPES = {
     **dict.fromkeys(("x_ptr", "dy_ptr", "dx_ptr", "total_ptr"), "*bf16"),
-    **dict.fromkeys(("partials_ptr", "losses_ptr", "lse_ptr", "count_ptr"), "*fp32"),
-    "target_ptr": "*i64",
-    **dict.fromkeys(("M", "V", "parts", "per_part", "ignore_index"), "i32"),
-    "label_smoothing": "fp32",
+    **dict.fromkeys(_FLOATS, "*fp32"),
+    **dict.fromkeys(_INTEGERS, "i32"),
+    **dict.fromkeys(("label_smoothing", "z_loss", "softcap"), "fp32"),
 }
-_SPLIT = {"SMOOTH": True, "BLOCK_V": MAX_BLOCK}
-_GRADIENT = {"PER_ROW": True, "IS_MEAN": False, "BLOCK_V": MAX_BLOCK}
+_LABELS = {"HAS_LABELS": True, "SPREADS": True, "CAPPED": False}
+_PROBABILITIES = {"HAS_LABELS": False, "SPREADS": True, "CAPPED": True}
+_REDUCTION = {"PER_ROW": True, "IS_MEAN": False}
 COMPILES = [
     dict(
         kernel=kernel,
-        signature={name: t for name, t in _TYPES.items() if name in kernel.arg_names},
-        constexprs=constexprs,
+        signature={n: t for n, t in types.items() if n in kernel.arg_names},
+        constexprs={n: c for n, c in constexprs.items() if n in kernel.arg_names},
         num_warps=warps,
         registers=96,
     )
-    for kernel, constexprs, warps in (
-        (_parts_kernel, _SPLIT, _block(MAX_BLOCK)[1]),
-        (_finish_kernel, {"SMOOTH": True, "ROWS": ROWS}, ROWS // 32),
-        (_total_kernel, {"IS_MEAN": True, "BLOCK_M": SUMMED}, 4),
-        (_backward_kernel, _GRADIENT, _block(MAX_BLOCK)[1]),
+    for kernel, own, warps in (
+        (_parts_kernel, {"BLOCK_V": MAX_BLOCK}, _block(MAX_BLOCK)[1]),
+        (finish_kernel, {"ROWS": ROWS}, ROWS // 32),
+        (total_kernel, {"IS_MEAN": True, "BLOCK_M": SUMMED}, 4),
+        (_backward_kernel, _REDUCTION | {"BLOCK_V": MAX_BLOCK}, _block(MAX_BLOCK)[1]),
     )
+    for kind, target in ((_LABELS, "*i64"), (_PROBABILITIES, "*fp32"))
+    for constexprs, types in ((own | kind, _TYPES | {"target_ptr": target}),)
 ]
