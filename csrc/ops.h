@@ -19,6 +19,9 @@ enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1 };
 // Whether the chosen instruction set has AMX, which needs no code of its own outside a few products
 // and so no table: it is avx512bf16's, with this on.
 extern bool has_amx;
+#if defined(__x86_64__) && (__has_include(<amxbf16intrin.h>) || __has_include(<amxintrin.h>))
+#define SLIM_COMPILER_HAS_AMX
+#endif
 
 struct Kernels {
   // layer_norm.cpp: x, y (M, N); weight, bias (N,) in parameter_dtype; mean, rstd (M,).

@@ -31,6 +31,7 @@ import torch
 from torch.autograd import forward_ad
 
 BACKENDS = ("cuda", "triton", "cpu", "torch")
+GPU_BACKENDS = ("cuda", "triton")  # chosen for CPU tensors only when asked for by name
 
 # Triton decides when it is imported whether its kernels are compiled or interpreted.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -121,8 +122,10 @@ class Op:
         """The backend that will run this call. Pure: no imports, logs, warnings or env reads."""
         if backend is None and _forced is None:
             # What a GPU's backends say of tensors on the CPU would take longer than a small call.
-            order = ("cpu",) if args and args[0].is_cpu else self.order
-            for candidate in order:
+            on_cpu = bool(args) and getattr(args[0], "is_cpu", False)
+            for candidate in self.order:
+                if on_cpu and candidate in GPU_BACKENDS:
+                    continue
                 if self._refusal(candidate, *args) is None:
                     return candidate
             return "torch"

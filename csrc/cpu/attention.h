@@ -10,15 +10,28 @@ namespace slimkernels::SLIM_ISA {
 
 inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// The largest of n scores, which are s times a positive scale. Up to a whole vector, what no key
-// stands behind becomes -inf, whose exponential is zero.
+// The largest of n scores. Up to a whole vector, what no key stands behind becomes -inf, whose
+// exponential is zero. kScale: of s times scale, which it becomes; not later, in one operation with
+// the subtraction of the largest, since that would not round where this does, and a large score
+// could pass its own maximum.
+template <bool kScale = false>
 inline float peak_of(float* s, int64_t n, float scale = 1.f) {
-  if (n % kLanes) store(s + n, broadcast(-kInfinity), Part{int(kLanes - n % kLanes)});
   vfloat most[2] = {broadcast(-kInfinity), broadcast(-kInfinity)};
+  const auto score = [&](int64_t i) {
+    const vfloat x = load(s + i, Full{});
+    if constexpr (!kScale) return x;
+    store(s + i, x * scale, Full{});
+    return x * scale;
+  };
   int64_t i = 0;
   for (; i + 2 * kLanes <= n; i += 2 * kLanes)
-    for (int k = 0; k < 2; ++k) most[k] = vmax(load(s + i + k * kLanes, Full{}) * scale, most[k]);
-  for (; i < n; i += kLanes) most[0] = vmax(load(s + i, Full{}) * scale, most[0]);
+    for (int k = 0; k < 2; ++k) most[k] = vmax(score(i + k * kLanes), most[k]);
+  for (; i + kLanes <= n; i += kLanes) most[0] = vmax(score(i), most[0]);
+  if (i < n) {
+    score(i);
+    store(s + n, broadcast(-kInfinity), Part{int(kLanes - n % kLanes)});
+    most[1] = vmax(load(s + i, Full{}), most[1]);
+  }
   return max(vmax(most[0], most[1]));
 }
 
@@ -27,16 +40,16 @@ inline void multiply_row(float* s, int64_t n, float factor) {
   for (int64_t i = 0; i < n; i += kLanes) store(s + i, load(s + i, Full{}) * factor, Full{});
 }
 
-// One row of scores, s times a positive scale, to probabilities relative to the maximum so far,
-// which may overwrite the scores from their own start or from before it. Inlined, as its gradients
-// are: the keys in RowBits would be read from memory for every vector otherwise.
-template <bool kDropout, typename Probability>
+// One row of scores, with kScale still to be multiplied by scale, to probabilities relative to the
+// maximum so far, which may overwrite the scores from their own start or from before it. Inlined,
+// as its gradients are: the keys in RowBits would be read from memory for every vector otherwise.
+template <bool kDropout, bool kScale, typename Probability>
 inline __attribute__((always_inline)) void softmax_row(float* s, float scale,
                                                        Probability* probabilities, int64_t n,
                                                        float& peak, float& total, float* y,
                                                        int64_t width, const Dropout& dropout,
                                                        const RowBits& bits, int64_t first_key) {
-  const float before = peak, here = peak_of(s, n, scale);
+  const float before = peak, here = peak_of<kScale>(s, n, scale);
   peak = here > before ? here : before;
   // While all scores are -inf, they add exp(-inf - 0) = 0, not exp(-inf + inf) = NaN.
   const float shift = peak == -kInfinity ? 0.f : peak;
@@ -47,7 +60,7 @@ inline __attribute__((always_inline)) void softmax_row(float* s, float scale,
   }
   vfloat sums[2] = {};
   const auto exponential = [&](int64_t j, vfloat& sum) {
-    const vfloat p = exp_of_nonpositive(load(s + j, Full{}) * scale - shift);
+    const vfloat p = exp_of_nonpositive(load(s + j, Full{}) - shift);
     sum += p;
     if constexpr (kDropout)
       store(probabilities + j, bits.at(first_key + j) >= dropout.threshold ? p : vfloat{}, Full{});

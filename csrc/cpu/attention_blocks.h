@@ -60,7 +60,7 @@ class FloatBlocks {
   Panels panels_ = {};
 };
 
-#if defined(__AVX512BF16__)
+#if defined(SLIM_AMX)
 // Queries as they are: with scale in them they would be rounded once more. Probabilities become
 // bfloat16, each row of them at the start of its scores, as in torch's kernel.
 class Bf16Blocks {
@@ -70,13 +70,14 @@ class Bf16Blocks {
   static constexpr bool kScaled = false;
 
   Bf16Blocks(const Problem& p, int64_t queries, int64_t keys)
-      : D_(p.D), Dv_(p.Dv), queries_(queries), keys_(whole({0, clamp(keys, 1, kMostKeys)}).end) {}
+      : D_(p.D),
+        Dv_(p.Dv),
+        queries_(queries),
+        keys_(steps_for(clamp(keys, 1, kMostKeys)) * kDepth) {}
 
   int64_t keys() const { return keys_; }
   int64_t rows() const { return tiles_for(queries_) * kTile; }
-  Span whole(Span keys) const {
-    return {keys.begin / kDepth * kDepth, steps_for(keys.end) * kDepth};
-  }
+  Span whole(Span keys) const { return whole_steps(keys); }
 
   int64_t floats() const { return (q_elements() + k_elements() + v_elements()) / 2 + 48; }
   void place(Scratch& scratch) {
@@ -110,8 +111,6 @@ class Bf16Blocks {
   }
 
  private:
-  static constexpr int64_t kMostKeys = 256;  // of which a tile's scores fit in L1
-
   int64_t q_elements() const { return rows() * steps_for(D_) * kDepth; }
   int64_t k_elements() const { return keys_ * steps_for(D_) * kDepth; }
   int64_t v_elements() const { return keys_ * tiles_for(Dv_) * kTile; }

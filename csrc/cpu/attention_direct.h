@@ -101,8 +101,8 @@ class Direct {
       const RowBits bits(
           dropout_.seed,
           kDropout ? at(p_.dropout_rows(), sequence.batch, head, sequence.q_begin + i) : 0);
-      softmax_row<kDropout>(s + seen.begin, 1.f, s + seen.begin, n, peak, total, nullptr, 0,
-                            dropout_, bits, split.begin + seen.begin);
+      softmax_row<kDropout, false>(s + seen.begin, 1.f, s + seen.begin, n, peak, total, nullptr, 0,
+                                   dropout_, bits, split.begin + seen.begin);
     }
     fill(s, 0, n ? seen.begin : keys, 0.f);
     fill(s, n ? seen.end : keys, keys, 0.f);

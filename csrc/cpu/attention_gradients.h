@@ -111,7 +111,7 @@ class FloatGradients {
   Panels k_panels_ = {}, v_panels_ = {};
 };
 
-#if defined(__AVX512BF16__)
+#if defined(SLIM_AMX)
 // p and ds become bfloat16, as in torch's kernel: ds once as rows, at the start of its float32
 // ones, and both as pairs of queries. With those on the right dk and dv are summed transposed, so
 // that only q and dy, once a head, and not every tile need a transpose.
@@ -130,26 +130,25 @@ class Bf16Gradients {
         key_stride_(keys_ + kLanes) {}
 
   int64_t block() const { return block_; }
-  Span whole(Span keys) const {
-    return {keys.begin / kDepth * kDepth, steps_for(keys.end) * kDepth};
-  }
+  Span whole(Span keys) const { return whole_steps(keys); }
 
   int64_t floats() const {
-    const int64_t left = queries_ * 2 * (depth(D_) + depth(Dv_));
-    const int64_t right = block_ * (2 * depth(D_) + depth(Dv_)) + 2 * kRows * block_;
-    return left / 2 + right / 2 + dq_size() + dk_size() + dv_size() + rows_size() + 256;
+    const int64_t left =
+        queries_ * (depth(D_) + depth(Dv_)) + q_transposed_size() + dy_transposed_size();
+    const int64_t right = block_ * (depth(D_) + depth(Dv_)) + k_size() + p_size() + ds_size();
+    return (left + right) / 2 + dq_size() + dk_size() + dv_size() + rows_size() + 256;
   }
   void place(Scratch& scratch) {
     const auto take = [&](int64_t elements) { return (bf16*)scratch.take(elements / 2); };
     q_ = take(queries_ * depth(D_));
     dy_ = take(queries_ * depth(Dv_));
-    q_transposed_ = take(queries_ * depth(D_));
-    dy_transposed_ = take(queries_ * depth(Dv_));
+    q_transposed_ = take(q_transposed_size());
+    dy_transposed_ = take(dy_transposed_size());
     k_transposed_ = take(block_ * depth(D_));
     v_transposed_ = take(block_ * depth(Dv_));
-    k_ = take(block_ * depth(D_));
-    p_ = take(kRows * block_);
-    ds_ = take(kRows * block_);
+    k_ = take(k_size());
+    p_ = take(p_size());
+    ds_ = take(ds_size());
     dq_ = scratch.take(dq_size());
     dk_ = scratch.take(dk_size());
     dv_ = scratch.take(dv_size());
@@ -207,13 +206,19 @@ class Bf16Gradients {
   const float* dv() { return by_rows(dv_, Dv_); }
 
  private:
-  static constexpr int64_t kMostKeys = 256;
-
   static int64_t depth(int64_t columns) { return steps_for(columns) * kDepth; }
   int64_t dq_size() const { return wanted_.query ? queries_ * padded(D_) : 0; }
   int64_t dk_size() const { return wanted_.key ? padded(D_) * key_stride_ : 0; }
   int64_t dv_size() const { return wanted_.value ? padded(Dv_) * key_stride_ : 0; }
-  int64_t rows_size() const { return keys_ * padded(D_ > Dv_ ? D_ : Dv_); }
+  int64_t q_transposed_size() const { return wanted_.key ? queries_ * depth(D_) : 0; }
+  int64_t dy_transposed_size() const { return wanted_.value ? queries_ * depth(Dv_) : 0; }
+  int64_t k_size() const { return wanted_.query ? block_ * depth(D_) : 0; }
+  int64_t p_size() const { return wanted_.value ? kRows * block_ : 0; }
+  int64_t ds_size() const { return wanted_.query || wanted_.key ? kRows * block_ : 0; }
+  int64_t rows_size() const {
+    const int64_t dk = wanted_.key ? padded(D_) : 0, dv = wanted_.value ? padded(Dv_) : 0;
+    return keys_ * (dk > dv ? dk : dv);
+  }
 
   void against_keys(const bf16* left, int64_t columns, Tiles right, int64_t row, int64_t rows,
                     Span keys, float* out, int64_t stride) const {

@@ -5,6 +5,7 @@
 // more.
 #include <omp.h>
 #if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -45,12 +46,15 @@ bool cpu_has(const std::string& isa) {
   return isa == "base";
 }
 
-// Linux gives a process AMX's registers only when it asks.
+// Linux gives a process AMX's registers only when it asks. It is asked when the module is loaded,
+// since isas_available() and what runs afterwards depend on the answer.
 bool cpu_has_amx() {
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(SLIM_COMPILER_HAS_AMX) && defined(__linux__)
   constexpr long kAskPermission = 0x1023,
                  kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA
-  return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;  // of leaf 7's EDX
+  unsigned a = 0, b = 0, c = 0, d = 0;  // not __builtin_cpu_supports: old compilers know no AMX
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kBf16) && (d & kTile) &&
          syscall(SYS_arch_prctl, kAskPermission, kTileData) == 0;
 #else
   return false;
@@ -62,8 +66,10 @@ const std::vector<InstructionSet>& instruction_sets() {
   static const std::vector<InstructionSet> sets = [] {
     std::vector<InstructionSet> all = {SLIM_ISA_LIST(SLIM_ENTRY)};
     const InstructionSet best = all.back();
+#if defined(SLIM_COMPILER_HAS_AMX)
     if (best.name == "avx512bf16")
       all.push_back({"amx", best.kernels, best.available && cpu_has_amx()});
+#endif
     return all;
   }();
   return sets;

@@ -9,7 +9,8 @@
 #include "gemm.h"
 #include "parallel.h"
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) && defined(SLIM_COMPILER_HAS_AMX)
+#define SLIM_AMX
 namespace slimkernels::SLIM_ISA {
 
 inline constexpr int64_t kTile = 16, kDepth = 32, kTileElements = kTile * kDepth;
@@ -17,6 +18,13 @@ inline constexpr int64_t kTile = 16, kDepth = 32, kTileElements = kTile * kDepth
 typedef uint16_t vshort2 __attribute__((vector_size(64)));
 
 inline int64_t steps_for(int64_t depth) { return (depth + kDepth - 1) / kDepth; }
+// Of a block of keys, so many that their scores with a tile of queries fit in L1.
+inline constexpr int64_t kMostKeys = 256;
+// Keys that products can begin and end with.
+template <typename Span>
+inline Span whole_steps(Span keys) {
+  return {keys.begin / kDepth * kDepth, steps_for(keys.end) * kDepth};
+}
 inline int64_t tiles_for(int64_t columns) { return (columns + kTile - 1) / kTile; }
 
 // The right-hand matrix: how far the next kTile columns, and the next kDepth rows, are in elements.

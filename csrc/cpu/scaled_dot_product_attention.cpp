@@ -102,18 +102,15 @@ class Forward {
       auto* p = (typename Blocks::Probability*)scores;
       if (n) {
         float* s = scores + seen.begin;
-        float scale = Blocks::kScaled ? 1.f : scale_;
-        if (!Blocks::kScaled && (kModified || !(scale > 0.f))) {
-          multiply_row(s, n, scale);
-          scale = 1.f;
-        }
+        constexpr bool kScale = !Blocks::kScaled && !kModified;  // which modify() does not wait for
+        if constexpr (!Blocks::kScaled && kModified) multiply_row(s, n, scale_);
         if constexpr (kModified)
           modify(variant_, {sequence, head, i + r, first + seen.begin, n}, s, nullptr);
         const RowBits bits(dropout_.seed,
                            kDropout ? at(p_.dropout_rows(), sequence.batch, head, token) : 0);
-        softmax_row<kDropout>(s, scale, p + seen.begin, n, running.peak[r], running.sum[r],
-                              running.y + r * out_width, out_width, dropout_, bits,
-                              first + seen.begin);
+        softmax_row<kDropout, kScale>(s, scale_, p + seen.begin, n, running.peak[r], running.sum[r],
+                                      running.y + r * out_width, out_width, dropout_, bits,
+                                      first + seen.begin);
       }
       clear(p, tile.begin, n ? seen.begin : tile.end);
       clear(p, n ? seen.end : tile.end, tile.end);
@@ -189,7 +186,7 @@ void scaled_dot_product_attention_forward(const void* query, const void* key, co
         return kernel.run(items[n / problem.H], n % problem.H, scratch);
       });
     };
-#if defined(__AVX512BF16__)
+#if defined(SLIM_AMX)
     if constexpr (sizeof(T) == 2)
       if (has_amx) return attend(Chosen<Bf16Blocks>{});
 #endif

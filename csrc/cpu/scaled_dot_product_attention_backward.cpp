@@ -333,7 +333,7 @@ void scaled_dot_product_attention_backward(const void* dy, const float* dlse, co
               });
   };
   with_kernel(dtype, seed, variant.modifies, [&](auto zero, auto dropped, auto modified) {
-#if defined(__AVX512BF16__)
+#if defined(SLIM_AMX)
     if constexpr (sizeof zero == 2)
       if (has_amx) return differentiate(Chosen<Bf16Gradients>{}, zero, dropped, modified);
 #endif

@@ -7,11 +7,8 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from slimkernels.ops._attention_variant import (
-    AttentionVariant,
-    Call,
-    RelativeBias,
-)
+from slimkernels.dispatch import may_skip_dispatcher
+from slimkernels.ops._attention_variant import AttentionVariant, Call, RelativeBias
 from slimkernels.ops._checks import (
     FLOATING,
     check_dropout,
@@ -72,8 +69,8 @@ def call_of(
 
 def _signature(query, key, value, options):
     """All that a plain call's checks look at; None where some of it is out of the ordinary."""
-    if torch.compiler.is_compiling() or tuple(map(type, options)) not in _ORDINARY:
-        return None
+    if not may_skip_dispatcher((query, key, value)) or tuple(map(type, options)) not in _ORDINARY:
+        return None  # what traces may have tensors for sizes
     if not type(query) is type(key) is type(value) is Tensor:
         return None
     if query.is_nested or key.is_nested or value.is_nested:  # which have no shape

@@ -8,8 +8,6 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
-from slimkernels.dispatch import may_skip_dispatcher
-
 _LARGEST = torch.finfo(torch.float32).max
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -145,8 +143,11 @@ def check_dropout(op: str, dropout_p: float) -> None:
 
 
 def is_readable(values: Tensor) -> bool:
-    """Whether the host may look at the values: not on a GPU, not while somebody traces."""
-    return values.is_cpu and may_skip_dispatcher((values,))
+    """Whether the host may look at the values: not on a GPU, not of fake tensors, and not while
+    somebody compiles or transforms the call."""
+    if torch.compiler.is_compiling() or type(values) not in (Tensor, torch.nn.Parameter):
+        return False
+    return values.is_cpu and torch._C._functorch.peek_interpreter_stack() is None
 
 
 def value_range(values: Tensor) -> tuple[int, int]:

@@ -25,7 +25,8 @@ def first_order(op: str) -> Callable[[Callable], Callable]:
         @functools.wraps(backward)
         def run(ctx, *dys):
             saved = ctx.saved_tensors
-            # A compiled backward is recorded as a whole, and torch.compile itself refuses a second.
+            # A compiled backward is recorded as a whole, and torch.compile's own autograd refuses a
+            # second; its backend="eager", for debugging, says nothing.
             if torch.compiler.is_compiling() or not torch.is_grad_enabled():
                 return backward(ctx, saved, *dys)
             with torch.no_grad():

@@ -83,12 +83,14 @@ class ScoreFunction:
     @classmethod
     def named(cls, name: str) -> ScoreFunction:
         """The function that a graph, or what backward kept, calls by this name."""
-        if name not in cls._known:
+        reference = cls._known.get(name)
+        function = None if reference is None else reference()
+        if function is None:
             raise ValueError(
                 f"scaled_dot_product_attention: the score function {name!r} of a saved graph must "
                 f"be made before it runs, and kept; there are {', '.join(cls._known) or 'none'}"
             )
-        return cls._known[name]()
+        return function
 
     def keep(self) -> None:
         """Keep it for as long as the process lives, as a compiled graph may."""

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from attention_cases import NAME, call_of, cu_of
 from op_cases import with_seed
 
@@ -15,6 +16,14 @@ from slimkernels.testing import assert_no_worse, assert_op_matches, run_with_gra
 
 FLOATS = [torch.float32, torch.bfloat16]
 PARAMETERS = "bias", "sinks", "table"
+
+
+def _isas_available():
+    try:
+        from slimkernels import _cpu
+    except ImportError:
+        return []
+    return _cpu.isas_available()
 
 
 def ints(*values):
@@ -146,16 +155,48 @@ def test_everything_on_every_instruction_set_and_number_of_threads(each_isa, dty
             assert all(torch.equal(r[name], expected) for r in results[1:]), (isa, name)
 
 
-# Several items of 256 queries, blocks of 512 keys, and tiles of 24 and 48 queries.
+# Several items of 256 queries, blocks of 512 keys and tiles of 24 and 48 queries, or with AMX
+# blocks of 256 and tiles of 32 and 64.
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("window", [(0, 0), (30, 5), (600, None), (None, 20), (100, 0)], ids=str)
 @pytest.mark.parametrize("sinks", [False, True], ids=["", "sinks"])
-def test_band_over_many_blocks(each_isa, window, sinks):
-    inputs = random_inputs((1, 4, 2, 560, 1200, 16), torch.float32)
+def test_band_over_many_blocks(each_isa, window, sinks, dtype):
+    inputs = random_inputs((1, 4, 2, 560, 1200, 16), dtype)
     inputs = (*inputs, torch.randn(4)) if sinks else inputs
     variant = {"window": window, "causal_offset": 550}
     functions = functions_of({}, variant, ["sinks"] if sinks else [])
     for _ in each_isa():
         assert_op_matches(*functions, inputs)
+
+
+# 1 / sqrt(D) is no power of two: scaling rounds the scores.
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("D", [24, 128])
+@pytest.mark.parametrize("largest", [1e5, 1e7, 1e10])
+def test_large_scores(each_isa, largest, D, dtype):
+    q, k, v = random_inputs((1, 2, 2, 40, 600, D), dtype)
+    size = (largest / (q.float() @ k.float().mT).abs().max().item() * D**0.5) ** 0.5
+
+    def definition(q, k, v):
+        return scaled_dot_product_attention_reference(q, k, v, call_of((q, k, v), {}))[0]
+
+    def ours(q, k, v):
+        return sk.scaled_dot_product_attention(q, k, v, backend="cpu")
+
+    for _ in each_isa():
+        assert_op_matches(ours, F.scaled_dot_product_attention, definition, (q * size, k * size, v))
+
+
+@pytest.mark.skipif("amx" not in _isas_available(), reason="this processor has no AMX")
+def test_the_layout_of_amx_registers_is_put_back():
+    """oneDNN's, between two calls of ours, on every thread."""
+    q, k, v = random_inputs((2, 8, 8, 512, 512, 64), torch.bfloat16)
+    x = torch.randn(512, 512).bfloat16()
+    product = x @ x
+    y = sk.scaled_dot_product_attention(q, k, v, backend="cpu")
+    for _ in range(3):
+        assert torch.equal(x @ x, product)
+        assert torch.equal(sk.scaled_dot_product_attention(q, k, v, backend="cpu"), y)
 
 
 @pytest.mark.parametrize("queries", [2000, 4], ids=["tiled", "decoded"])

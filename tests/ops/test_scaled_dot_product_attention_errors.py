@@ -320,7 +320,8 @@ def test_a_remembered_call_answers_for_no_other():
 def test_few_calls_are_remembered():
     known, most = _attention_arguments._known_calls, _attention_arguments._MOST_KNOWN
     for n in range(most + 10):
-        OPS[NAME].arguments(Q, Q, Q, scale=1.0 + n)
+        call = OPS[NAME].arguments(Q, Q, Q, scale=1.0 + n)[-1]
+        assert OPS[NAME].arguments(Q, Q, Q, scale=1.0 + n)[-1] is call
         assert len(known) <= most
 
 

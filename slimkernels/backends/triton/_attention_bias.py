@@ -31,7 +31,7 @@ from slimkernels.backends.triton._attention_scores import (
 )
 from slimkernels.backends.triton._attention_terms import NUMBERS, Numbers, Tile
 
-_PROGRAMS = 512  # that are enough. No GPU is asked, so that bits are the same on all
+_PROGRAMS = 512  # that are enough; no GPU is asked how many it holds
 
 
 def shares_of(given: Prepared, tile: Tile, programs: int) -> tuple[int, int]:

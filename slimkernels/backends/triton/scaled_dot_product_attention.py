@@ -163,7 +163,8 @@ def dkdv_of(given, operands, statistics):
 def dbias_of(given, operands, statistics):
     bias = given.call.bias
     dbias = torch.zeros_like(bias, memory_format=torch.contiguous_format)
-    if not (dbias.numel() and given.query.numel() and given.key.numel()):
+    is_empty = not (dbias.numel() and given.query.numel() and given.key.numel())
+    if is_empty or given.sequences == 0:
         return dbias
     launch = given.launch("dbias")
     tile = launch["TILE"]
