@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import inspect
 import re
@@ -12,6 +13,7 @@ import pytest
 import torch
 from op_cases import device_of, skip_unsupported
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import slimkernels
 from slimkernels.dispatch import BACKENDS, OPS
@@ -84,6 +86,14 @@ def sample(op: str, backend: str, dtype=torch.float32):
         if isinstance(value, Tensor) and value.is_floating_point():
             value.requires_grad_()
     return args, kwargs
+
+
+def leaves_and_outputs(op: str, backend: str, call=lambda function, *a, **k: function(*a, **k)):
+    """The tensors of a valid call that want gradients, and what the call returns, as a tuple."""
+    args, kwargs = sample(op, backend)
+    leaves = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.requires_grad]
+    output = call(getattr(slimkernels, op), *args, **kwargs, backend=backend)
+    return leaves, output if isinstance(output, tuple) else (output,)
 
 
 def copied(argument):
@@ -180,6 +190,41 @@ def test_inputs_are_not_written_and_outputs_share_no_memory(op, backend, monkeyp
         )
         assert len(own) == len(set(own)), f"two outputs of {registered} share memory"
         assert not set(own) & set(given), f"an output of {registered} shares an input's memory"
+
+
+@every_op
+@every_backend
+@pytest.mark.parametrize("dy", ["constant", "recorded"])
+def test_a_second_derivative_is_an_error(op, backend, dy):
+    wanted, outputs = leaves_and_outputs(op, backend)
+    dys = [torch.ones_like(y, requires_grad=dy == "recorded") for y in outputs]
+    first = torch.autograd.grad(outputs, wanted, dys, retain_graph=True)
+    recorded = torch.autograd.grad(outputs, wanted, dys, create_graph=True)
+    assert all(map(torch.equal, recorded, first)), "recording changes the gradients"
+    # Not only alone: beside a loss, what depends on nothing would be left out in silence.
+    loss = sum(y.sum() for y in outputs)
+    for gradient in recorded:
+        for total in (gradient.sum(), gradient.sum() + loss):
+            with pytest.raises(RuntimeError, match=f'^{op}: .* use_backend."torch".'):
+                torch.autograd.grad(total, wanted, allow_unused=True, retain_graph=True)
+    with pytest.raises(RuntimeError, match=f"^{op}: "):
+        sum(gradient.sum() for gradient in recorded).backward()
+
+
+@every_op
+@every_backend
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_gives_the_same_gradients(op, backend, reentrant):
+    wanted, outputs = leaves_and_outputs(op, backend)
+    expected = torch.autograd.grad(outputs, wanted, [torch.ones_like(y) for y in outputs])
+
+    def checkpointed(function, *args, **kwargs):
+        run = functools.partial(function, **kwargs)  # the reentrant one takes no keywords
+        return checkpoint(run, *args, use_reentrant=reentrant)
+
+    wanted, outputs = leaves_and_outputs(op, backend, checkpointed)
+    torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
+    assert all(map(torch.equal, (t.grad for t in wanted), expected))
 
 
 @every_op

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from slimkernels.dispatch import Op, distinct, kernel_op, needs_gradient
 from slimkernels.ops._checks import check_alike, check_dropout, check_number, normalized_rows
 from slimkernels.ops._dropout import draw_seed, keep_mask
+from slimkernels.ops._first_order import first_order
 from slimkernels.ops.layer_norm import gradient_of, layer_norm_by_torch, layer_norm_reference
 
 
@@ -105,9 +105,9 @@ class _AddLayerNorm(torch.autograd.Function):
         return y, total
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dy, dsum):
-        total, weight, bias, mean, rstd, seed = ctx.saved_tensors
+    @first_order("add_layer_norm")
+    def backward(ctx, saved, dy, dsum):
+        total, weight, bias, mean, rstd, seed = saved
         if dy is None:  # nobody used the output: rare, so not worth a kernel of its own
             dy = torch.zeros_like(total)
         dx, dresidual, dweight, dbias = add_layer_norm_backward(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from slimkernels.dispatch import Op, kernel_op, needs_gradient
 from slimkernels.ops._checks import autocast_device, check_integer, check_number, check_tensor
+from slimkernels.ops._first_order import first_order
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -149,9 +149,9 @@ class _CrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        dx = cross_entropy_backward(dy, *ctx.saved_tensors, *ctx.how)
+    @first_order("cross_entropy")
+    def backward(ctx, saved, dy):
+        dx = cross_entropy_backward(dy, *saved, *ctx.how)
         return dx, None, None, None, None, None
 
 

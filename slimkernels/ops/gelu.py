@@ -7,10 +7,10 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from slimkernels.dispatch import Op, distinct, kernel_op, needs_gradient
 from slimkernels.ops._checks import check_parameter, check_tensor
+from slimkernels.ops._first_order import first_order
 from slimkernels.ops.layer_norm import gradient_of
 
 APPROXIMATIONS = ("none", "tanh")
@@ -83,9 +83,9 @@ class _GELU(torch.autograd.Function):
         return gelu_forward(x, bias, approximate, backend)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        x, bias = ctx.saved_tensors
+    @first_order("gelu")
+    def backward(ctx, saved, dy):
+        x, bias = saved
         dx, dbias = gelu_backward(dy, x, bias, ctx.approximate, ctx.backend)
         return dx, None if bias is None else dbias, None, None
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from slimkernels.dispatch import Op, distinct, kernel_op, needs_gradient
 from slimkernels.ops._checks import autocast_device, check_number, normalized_rows
+from slimkernels.ops._first_order import first_order
 
 
 def layer_norm_reference(
@@ -86,10 +86,10 @@ class _LayerNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        _, weight, bias, _, _ = ctx.saved_tensors
-        dx, dweight, dbias = layer_norm_backward(dy, *ctx.saved_tensors, ctx.backend)
+    @first_order("layer_norm")
+    def backward(ctx, saved, dy):
+        _, weight, bias, _, _ = saved
+        dx, dweight, dbias = layer_norm_backward(dy, *saved, ctx.backend)
         dweight = None if weight is None else dweight
         dbias = None if bias is None else dbias
         return dx, dweight, dbias, None, None

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from slimkernels.dispatch import Op, distinct, kernel_op, needs_gradient
 from slimkernels.ops._checks import check_tensor
+from slimkernels.ops._first_order import first_order
 
 
 def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -91,10 +91,10 @@ class _Linear(torch.autograd.Function):
         return linear_forward(x, weight, bias, backend)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
+    @first_order("linear")
+    def backward(ctx, saved, dy):
         wanted = list(ctx.needs_input_grad[:3])
-        gradients = linear_backward(dy, *ctx.saved_tensors, wanted, ctx.backend)
+        gradients = linear_backward(dy, *saved, wanted, ctx.backend)
         return *(g if w else None for g, w in zip(gradients, wanted, strict=True)), None
 
 

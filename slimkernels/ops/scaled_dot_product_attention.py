@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from slimkernels.dispatch import (
     Op,
@@ -25,6 +24,7 @@ from slimkernels.ops._attention_arguments import NAME, call_of
 from slimkernels.ops._attention_reference import scaled_dot_product_attention_reference
 from slimkernels.ops._attention_variant import AttentionVariant, Call
 from slimkernels.ops._dropout import draw_seed
+from slimkernels.ops._first_order import first_order
 
 
 def scaled_dot_product_attention(
@@ -125,9 +125,9 @@ class _Attention(torch.autograd.Function):
         return (y, lse[0].clone()) if return_lse else y
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dy, dlse=None):
-        query, key, value, y, lse, *tensors = ctx.saved_tensors
+    @first_order(NAME)
+    def backward(ctx, saved, dy, dlse=None):
+        query, key, value, y, lse, *tensors = saved
         if dy is None:
             dy = torch.zeros_like(y)
         wanted = [int(needed) for needed in ctx.needs_input_grad[3:6]]

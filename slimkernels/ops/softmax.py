@@ -10,10 +10,10 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from slimkernels.dispatch import Op, kernel_op, needs_gradient
 from slimkernels.ops._checks import check_integer, check_mask, check_number, check_tensor
+from slimkernels.ops._first_order import first_order
 
 
 def softmax_reference(x: Tensor, scale: float, mask: Tensor | None, is_causal: bool) -> Tensor:
@@ -103,9 +103,9 @@ class _Softmax(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        (y,) = ctx.saved_tensors
+    @first_order("softmax")
+    def backward(ctx, saved, dy):
+        (y,) = saved
         return softmax_backward(dy, y, ctx.scale, ctx.backend), None, None, None, None
 
 

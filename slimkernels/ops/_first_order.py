@@ -1,0 +1,54 @@
+"""Gradients that cannot be differentiated again, and say so."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def first_order(op: str) -> Callable[[Callable], Callable]:
+    """Of an autograd Function's ``backward(ctx, saved, *dys)``: a second derivative is an error.
+
+    saved  ctx.saved_tensors, read here and only once: under torch.utils.checkpoint a second reading
+           is an error
+
+    Where the gradients themselves are recorded (create_graph=True) they hang on everything that
+    they are made of, and raise when somebody differentiates them. torch's once_differentiable does
+    so only where dy requires a gradient; otherwise its gradients are constants, and a penalty on
+    them silently adds nothing.
+    """
+
+    def decorate(backward: Callable) -> Callable:
+        @functools.wraps(backward)
+        def run(ctx, *dys):
+            saved = ctx.saved_tensors
+            # A compiled backward is recorded as a whole, and torch.compile itself refuses a second.
+            if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+                return backward(ctx, saved, *dys)
+            with torch.no_grad():
+                gradients = backward(ctx, saved, *dys)
+            gradients = gradients if isinstance(gradients, tuple) else (gradients,)
+            return _NotAgain.apply(op, gradients, *dys, *saved)
+
+        return run
+
+    return decorate
+
+
+class _NotAgain(torch.autograd.Function):
+    """`gradients`, as a function of `sources` that has no derivative."""
+
+    @staticmethod
+    def forward(ctx, op: str, gradients: tuple[Tensor | None, ...], *sources: Tensor | None):
+        ctx.op = op
+        return gradients
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            f"{ctx.op}: a kernel cannot be differentiated twice; the same call inside "
+            f'use_backend("torch") can'
+        )
