@@ -11,11 +11,15 @@ from slimkernels.ops._attention_variant import (
 )
 from slimkernels.ops.add_layer_norm import add_layer_norm
 from slimkernels.ops.cross_entropy import cross_entropy
+from slimkernels.ops.geglu import geglu
 from slimkernels.ops.gelu import gelu
 from slimkernels.ops.layer_norm import layer_norm
 from slimkernels.ops.linear import linear
+from slimkernels.ops.relu_squared import relu_squared
 from slimkernels.ops.scaled_dot_product_attention import scaled_dot_product_attention
+from slimkernels.ops.silu import silu
 from slimkernels.ops.softmax import softmax
+from slimkernels.ops.swiglu import swiglu
 
 __version__ = "0.1.0"
 
@@ -27,13 +31,17 @@ __all__ = [
     "add_layer_norm",
     "cross_entropy",
     "explain",
+    "geglu",
     "gelu",
     "info",
     "layer_norm",
     "linear",
     "nn",
+    "relu_squared",
     "scaled_dot_product_attention",
+    "silu",
     "softmax",
+    "swiglu",
     "t5_relative_bias",
     "use_backend",
 ]

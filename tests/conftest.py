@@ -27,12 +27,15 @@ def poison_uninitialised_memory():
 
 @pytest.fixture(autouse=True)
 def run_kernels_where_eager_is_faster(monkeypatch):
-    """The CPU's norms must be right at the small sizes that they leave to ATen, too."""
+    """The CPU's kernels must be right at the small sizes that they leave to ATen, too."""
     from slimkernels.dispatch import OPS
 
     for op in ("layer_norm", "add_layer_norm"):
         if op in OPS and not isinstance(OPS[op].modules["cpu"], str):
             monkeypatch.setattr(OPS[op].modules["cpu"], "MIN_FLOAT32", 0)
+    for op in OPS.values():
+        if hasattr(op.modules.get("cpu"), "MIN_ELEMENTS"):
+            monkeypatch.setattr(op.modules["cpu"], "MIN_ELEMENTS", 0)
 
 
 @pytest.fixture

@@ -26,8 +26,8 @@ KERNEL_BACKENDS = [backend for backend in BACKENDS if backend != "torch"]
 
 PUBLIC_NAMES = {
     *("BackendError", "explain", "info", "nn", "use_backend"),
-    *("add_layer_norm", "cross_entropy", "gelu", "layer_norm", "linear"),
-    *("scaled_dot_product_attention", "softmax"),
+    *("add_layer_norm", "cross_entropy", "geglu", "gelu", "layer_norm", "linear"),
+    *("relu_squared", "scaled_dot_product_attention", "silu", "softmax", "swiglu"),
     *("AttentionVariant", "RelativeBias", "ScoreFunction", "t5_relative_bias"),
 }
 ENVIRONMENT = {"SLIMKERNELS_BACKEND", "TRITON_INTERPRET"}  # all in dispatch.py
@@ -111,6 +111,7 @@ def recorded_calls(op: str, backend: str, monkeypatch):
     """Every registered op that one forward and backward call, with its arguments and results."""
     args, kwargs = sample(op, backend)
     module, calls = importlib.import_module(f"slimkernels.ops.{op}"), []
+    shared = [m for m in vars(module).values() if inspect.ismodule(m)]  # by several ops
 
     def recording(function):
         def record(*arguments):
@@ -123,9 +124,10 @@ def recorded_calls(op: str, backend: str, monkeypatch):
 
     if hasattr(module, "may_skip_dispatcher"):
         monkeypatch.setattr(module, "may_skip_dispatcher", lambda args: False)
-    for name, function in vars(module).copy().items():
-        if hasattr(function, "op"):
-            monkeypatch.setattr(module, name, recording(function))
+    for place in (module, *shared):
+        for name, function in vars(place).copy().items():
+            if hasattr(function, "op"):
+                monkeypatch.setattr(place, name, recording(function))
     output = getattr(slimkernels, op)(*args, **kwargs, backend=backend)
     outputs = output if isinstance(output, tuple) else (output,)
     torch.autograd.backward(outputs, [torch.randn_like(y) for y in outputs])

@@ -8,6 +8,7 @@ from slimkernels.nn.cross_entropy import CrossEntropyLoss
 from slimkernels.nn.gelu import GELU
 from slimkernels.nn.layer_norm import LayerNorm
 from slimkernels.nn.multihead_attention import MultiheadAttention
+from slimkernels.nn.silu import SiLU
 from slimkernels.nn.softmax import Softmax
 from slimkernels.nn.transformer import TransformerEncoder, TransformerEncoderLayer
 
@@ -16,6 +17,7 @@ __all__ = [
     "CrossEntropyLoss",
     "LayerNorm",
     "MultiheadAttention",
+    "SiLU",
     "Softmax",
     "TransformerEncoder",
     "TransformerEncoderLayer",

@@ -16,6 +16,7 @@ CASES = {
     "layer norm without parameters": ("LayerNorm", (24,), {"elementwise_affine": False}),
     "gelu": ("GELU", (), {}),
     "gelu by tanh": ("GELU", ("tanh",), {}),
+    "silu": ("SiLU", (), {}),
     "softmax": ("Softmax", (-1,), {}),
     "softmax of another dimension": ("Softmax", (1,), {}),
 }
@@ -82,6 +83,7 @@ def test_copies_and_pickles(case):
 @pytest.mark.parametrize(
     "make, sentence",
     [
+        (lambda: slim_nn.SiLU(inplace=True), "SiLU: inplace=True is not implemented"),
         (lambda: slim_nn.Softmax(), "Softmax: dim must be given"),
         (lambda: slim_nn.CrossEntropyLoss(torch.ones(3)), "weight, of the classes, is not impl"),
         (lambda: slim_nn.CrossEntropyLoss(size_average=True), "use reduction"),
