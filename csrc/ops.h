@@ -12,6 +12,9 @@ namespace slimkernels {
 // Mirrored by DTYPES in slimkernels/backends/cpu/_common.py, which passes these numbers.
 enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1 };
 
+// Mirrored by CURVES in slimkernels/backends/cpu/_activation.py. cpu/curves.h has the functions.
+enum class Curve : int { kGelu = 0, kGeluTanh = 1, kSilu = 2, kReluSquared = 3 };
+
 // Throws what pybind11 makes a MemoryError. Compiled once, like all of the standard library that is
 // used, not once an instruction set.
 [[noreturn]] void out_of_memory();
@@ -100,11 +103,36 @@ struct Kernels {
                                                 const int64_t* variant, float scale, float softcap,
                                                 float dropout_p, int64_t threshold, int dtype);
 
-  // gelu.cpp: x, y (M, N); bias (N,) in bias_dtype. Without a bias only M * N matters.
-  void (*gelu_forward)(const void* x, const void* bias, void* y, int64_t M, int64_t N, int is_tanh,
-                       int dtype, int bias_dtype);
-  void (*gelu_backward)(const void* dy, const void* x, const void* bias, void* dx, void* dbias,
-                        int64_t M, int64_t N, int is_tanh, int dtype, int bias_dtype);
+  // activation.cpp: x, y (M, N); bias (N,) in bias_dtype. Without a bias only M * N matters.
+  void (*activation_forward)(const void* x, const void* bias, void* y, int64_t M, int64_t N,
+                             int curve, int dtype, int bias_dtype);
+  void (*activation_backward)(const void* dy, const void* x, const void* bias, void* dx,
+                              void* dbias, int64_t M, int64_t N, int curve, int dtype,
+                              int bias_dtype);
+
+  // gated.cpp: gate, up (M, N), with a stride from row to row; y, dy (M, N) without gaps; dgate,
+  // dup (M, N), both with gradient_stride
+  void (*gated_forward)(const void* gate, const void* up, void* y, int64_t M, int64_t N,
+                        int64_t gate_stride, int64_t up_stride, int curve, int dtype);
+  void (*gated_backward)(const void* dy, const void* gate, const void* up, void* dgate, void* dup,
+                         int64_t M, int64_t N, int64_t gate_stride, int64_t up_stride,
+                         int64_t gradient_stride, int curve, int dtype);
+
+  // bias_dropout_add.cpp: x, residual, y (M, N); bias (N,) in bias_dtype. Null bias and residual
+  // are zero. A null seed means no dropout: dx, which would equal dy, is not written then.
+  void (*bias_dropout_add_forward)(const void* x, const void* bias, const void* residual, void* y,
+                                   const int64_t* seed, int64_t M, int64_t N, double dropout_p,
+                                   int64_t threshold, int dtype, int bias_dtype);
+  void (*bias_dropout_add_backward)(const void* dy, void* dx, void* dbias, const int64_t* seed,
+                                    int64_t M, int64_t N, double dropout_p, int64_t threshold,
+                                    int dtype, int bias_dtype);
+
+  // rotary.cpp: problem is struct Problem there, as integers; the last dimension of query and key
+  // is contiguous, turned_query and turned_key have no gaps; cos, sin (table_rows, half). Null
+  // positions count from problem's offset. sign is 1, or -1 for backward.
+  void (*rotary)(const void* query, const void* key, void* turned_query, void* turned_key,
+                 const float* cos, const float* sin, const int64_t* positions,
+                 const int64_t* problem, int interleaved, float sign, int dtype);
 
   // cross_entropy.cpp: x (M, V); target (M,) labels where target_dtype is -1, or (M, V)
   // probabilities of that dtype; weight (V,) may be null; losses (M,), stats (3, M), total and

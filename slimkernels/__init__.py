@@ -12,13 +12,17 @@ from slimkernels.ops._score_function import ScoreFunction
 from slimkernels.ops.add_layer_norm import add_layer_norm
 from slimkernels.ops.add_rms_norm import add_rms_norm
 from slimkernels.ops.cross_entropy import cross_entropy
+from slimkernels.ops.geglu import geglu
 from slimkernels.ops.gelu import gelu
 from slimkernels.ops.group_norm import group_norm
 from slimkernels.ops.layer_norm import layer_norm
 from slimkernels.ops.linear import linear
+from slimkernels.ops.relu_squared import relu_squared
 from slimkernels.ops.rms_norm import rms_norm
 from slimkernels.ops.scaled_dot_product_attention import scaled_dot_product_attention
+from slimkernels.ops.silu import silu
 from slimkernels.ops.softmax import softmax
+from slimkernels.ops.swiglu import swiglu
 
 __version__ = "0.1.0"
 
@@ -31,6 +35,7 @@ __all__ = [
     "add_rms_norm",
     "cross_entropy",
     "explain",
+    "geglu",
     "gelu",
     "group_norm",
     "info",
@@ -38,9 +43,12 @@ __all__ = [
     "linear",
     "nn",
     "optim",
+    "relu_squared",
     "rms_norm",
     "scaled_dot_product_attention",
+    "silu",
     "softmax",
+    "swiglu",
     "t5_relative_bias",
     "use_backend",
 ]

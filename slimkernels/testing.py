@@ -145,10 +145,14 @@ def _softmax_sample(device: torch.device, dtype: torch.dtype) -> tuple[tuple, di
     return (x,), {"scale": 0.25, "mask": mask, "is_causal": True}
 
 
-def _gelu_sample(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:
+def _activation_sample(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:
     return (torch.randn(6, 96, device=device).to(dtype),), {
         "bias": torch.randn(96, device=device).to(dtype)
     }
+
+
+def _gated_sample(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:
+    return (torch.randn(6, 2 * 96, device=device).to(dtype),), {}
 
 
 def _cross_entropy_sample(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:
@@ -167,11 +171,15 @@ sample_inputs: dict[str, Callable[[torch.device, torch.dtype], tuple[tuple, dict
     "add_layer_norm": _add_layer_norm_sample,
     "add_rms_norm": _add_rms_norm_sample,
     "cross_entropy": _cross_entropy_sample,
-    "gelu": _gelu_sample,
+    "geglu": _gated_sample,
+    "gelu": _activation_sample,
     "group_norm": _group_norm_sample,
     "layer_norm": _layer_norm_sample,
     "linear": _linear_sample,
+    "relu_squared": _activation_sample,
     "rms_norm": _rms_norm_sample,
     "scaled_dot_product_attention": _scaled_dot_product_attention_sample,
+    "silu": _activation_sample,
     "softmax": _softmax_sample,
+    "swiglu": _gated_sample,
 }

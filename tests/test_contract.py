@@ -27,8 +27,9 @@ KERNEL_BACKENDS = [backend for backend in BACKENDS if backend != "torch"]
 
 PUBLIC_NAMES = {
     *("BackendError", "explain", "info", "nn", "optim", "use_backend"),
-    *("add_layer_norm", "add_rms_norm", "cross_entropy", "gelu", "group_norm"),
-    *("layer_norm", "linear", "rms_norm", "scaled_dot_product_attention", "softmax"),
+    *("add_layer_norm", "add_rms_norm", "cross_entropy", "geglu", "gelu", "group_norm"),
+    *("layer_norm", "linear", "relu_squared", "rms_norm", "scaled_dot_product_attention"),
+    *("silu", "softmax", "swiglu"),
     *("AttentionVariant", "RelativeBias", "ScoreFunction", "t5_relative_bias"),
 }
 ENVIRONMENT = {"SLIMKERNELS_BACKEND", "TRITON_INTERPRET"}  # all in dispatch.py
@@ -120,6 +121,7 @@ def recorded_calls(op: str, backend: str, monkeypatch):
     """Every registered op that one forward and backward call, with its arguments and results."""
     args, kwargs = sample(op, backend)
     module, calls = importlib.import_module(f"slimkernels.ops.{op}"), []
+    shared = [m for m in vars(module).values() if inspect.ismodule(m)]  # by several ops
 
     def recording(function):
         def record(*arguments):
@@ -132,9 +134,10 @@ def recorded_calls(op: str, backend: str, monkeypatch):
 
     if hasattr(module, "may_skip_dispatcher"):
         monkeypatch.setattr(module, "may_skip_dispatcher", lambda args: False)
-    for name, function in vars(module).copy().items():
-        if hasattr(function, "op"):
-            monkeypatch.setattr(module, name, recording(function))
+    for place in (module, *shared):
+        for name, function in vars(place).copy().items():
+            if hasattr(function, "op"):
+                monkeypatch.setattr(place, name, recording(function))
     output = getattr(slimkernels, op)(*args, **kwargs, backend=backend)
     outputs = output if isinstance(output, tuple) else (output,)
     torch.autograd.backward(outputs, [torch.randn_like(y) for y in outputs])

@@ -152,8 +152,13 @@ PYBIND11_MODULE(_cpu, m) {
   bind(m, "group_norm_backward", &Kernels::group_norm_backward);
   bind(m, "scaled_dot_product_attention_forward", &Kernels::scaled_dot_product_attention_forward);
   bind(m, "scaled_dot_product_attention_backward", &Kernels::scaled_dot_product_attention_backward);
-  bind(m, "gelu_forward", &Kernels::gelu_forward);
-  bind(m, "gelu_backward", &Kernels::gelu_backward);
+  bind(m, "activation_forward", &Kernels::activation_forward);
+  bind(m, "activation_backward", &Kernels::activation_backward);
+  bind(m, "gated_forward", &Kernels::gated_forward);
+  bind(m, "gated_backward", &Kernels::gated_backward);
+  bind(m, "bias_dropout_add_forward", &Kernels::bias_dropout_add_forward);
+  bind(m, "bias_dropout_add_backward", &Kernels::bias_dropout_add_backward);
+  bind(m, "rotary", &Kernels::rotary);
   bind(m, "cross_entropy_forward", &Kernels::cross_entropy_forward);
   bind(m, "cross_entropy_backward", &Kernels::cross_entropy_backward);
   bind(m, "softmax_forward", &Kernels::softmax_forward);

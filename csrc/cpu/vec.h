@@ -166,6 +166,24 @@ inline float max(vfloat v) {
 }
 #endif
 
+// Lanes 1 0 3 2 5 4 ..., and 0 0 1 1 2 2 ...: what pairs of neighbouring elements need.
+#if defined(__AVX512F__)
+inline vfloat swap_neighbours(vfloat v) { return (vfloat)_mm512_permute_ps((__m512)v, 0xB1); }
+inline vfloat twice(vfloat v) {
+  const __m512i lanes = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+  return (vfloat)_mm512_permutexvar_ps(lanes, (__m512)v);
+}
+#elif defined(__AVX2__)
+inline vfloat swap_neighbours(vfloat v) { return (vfloat)_mm256_permute_ps((__m256)v, 0xB1); }
+inline vfloat twice(vfloat v) {
+  const __m256i lanes = _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3);
+  return (vfloat)_mm256_permutevar8x32_ps((__m256)v, lanes);
+}
+#else
+inline vfloat swap_neighbours(vfloat v) { return vfloat{v[1], v[0], v[3], v[2]}; }
+inline vfloat twice(vfloat v) { return vfloat{v[0], v[0], v[1], v[1]}; }
+#endif
+
 // body(i, lanes) for each vector of a row of N elements; the last may be partial.
 template <typename Body>
 inline __attribute__((always_inline)) void for_vectors(int64_t N, Body body) {

@@ -10,6 +10,7 @@ from slimkernels.nn.group_norm import GroupNorm
 from slimkernels.nn.layer_norm import LayerNorm
 from slimkernels.nn.multihead_attention import MultiheadAttention
 from slimkernels.nn.rms_norm import RMSNorm
+from slimkernels.nn.silu import SiLU
 from slimkernels.nn.softmax import Softmax
 from slimkernels.nn.transformer import TransformerEncoder, TransformerEncoderLayer
 
@@ -20,6 +21,7 @@ __all__ = [
     "LayerNorm",
     "MultiheadAttention",
     "RMSNorm",
+    "SiLU",
     "Softmax",
     "TransformerEncoder",
     "TransformerEncoderLayer",

@@ -23,6 +23,7 @@ CASES = {
     "group norm without parameters": ("GroupNorm", (1, 3), {"affine": False}),
     "gelu": ("GELU", (), {}),
     "gelu by tanh": ("GELU", ("tanh",), {}),
+    "silu": ("SiLU", (), {}),
     "softmax": ("Softmax", (-1,), {}),
     "softmax of another dimension": ("Softmax", (1,), {}),
 }
@@ -95,6 +96,7 @@ def test_copies_and_pickles(case):
 @pytest.mark.parametrize(
     "make, sentence",
     [
+        (lambda: slim_nn.SiLU(inplace=True), "SiLU: inplace=True is not implemented"),
         (lambda: slim_nn.Softmax(), "Softmax: dim must be given"),
         (lambda: slim_nn.CrossEntropyLoss(size_average=True), "use reduction"),
         (lambda: slim_nn.CrossEntropyLoss(reduce=False), "use reduction"),

@@ -35,6 +35,13 @@ def unsupported_tensor(x: Tensor) -> str | None:
     return None
 
 
+def unsupported_size(elements: int, least: int) -> str | None:
+    """The refusal of an elementwise op that eager PyTorch's own few passes are faster than."""
+    if elements < least:
+        return f"eager PyTorch is faster below {least} elements, and the output has {elements}"
+    return None
+
+
 def run(kernel: Callable[..., None], *arguments: int | float) -> None:
     """Call a kernel on as many threads as torch would use in the calling thread."""
     kernel(torch.get_num_threads(), *arguments)
@@ -93,5 +100,6 @@ __all__ = [
     "pointer",
     "pointers",
     "run",
+    "unsupported_size",
     "unsupported_tensor",
 ]

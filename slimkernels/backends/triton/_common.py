@@ -33,6 +33,12 @@ def row_block(N: int) -> tuple[int, int]:
     return block, min(max(block // (32 * 16), 1), 16)
 
 
+def tile_of_rows(N: int) -> tuple[int, int]:
+    """Rows and columns of a tile of 2048 elements: 16 a lane of 4 warps, enough loads in flight."""
+    BLOCK_N = min(max(triton.next_power_of_2(N), 16), 512)
+    return 2048 // BLOCK_N, BLOCK_N
+
+
 def row_programs(x: Tensor, M: int) -> int:
     """Programs that stride over M rows: a few per multiprocessor, so that each sums many rows."""
     if x.device.type != "cuda":

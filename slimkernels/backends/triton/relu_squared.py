@@ -1,0 +1,19 @@
+"""Squared ReLU in Triton."""
+
+from slimkernels.backends.triton import _activation
+from slimkernels.backends.triton._common import unsupported_tensor
+
+
+def unsupported(x, bias, curve):
+    return unsupported_tensor(x)
+
+
+def forward(x, bias, curve):
+    return _activation.forward(x, bias, curve)
+
+
+def backward(dy, x, bias, curve):
+    return _activation.backward(dy, x, bias, curve)
+
+
+COMPILES = _activation.compiles("relu_squared")
