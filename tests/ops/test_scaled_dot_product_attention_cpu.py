@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from attention_cases import NAME, call_of, cu_of
 from op_cases import with_seed
 
@@ -169,7 +168,9 @@ def test_band_over_many_blocks(each_isa, window, sinks, dtype):
         assert_op_matches(*functions, inputs)
 
 
-# 1 / sqrt(D) is no power of two: scaling rounds the scores.
+# 1 / sqrt(D) is no power of two: scaling rounds the scores. dq and dk are not compared: they are
+# zero but where two scores are nearly the same, and there a score's last bit decides. Eager is the
+# definition in float32: torch's kernel gives NaN from 1e10 on.
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("D", [24, 128])
 @pytest.mark.parametrize("largest", [1e5, 1e7, 1e10])
@@ -183,8 +184,14 @@ def test_large_scores(each_isa, largest, D, dtype):
     def ours(q, k, v):
         return sk.scaled_dot_product_attention(q, k, v, backend="cpu")
 
+    q, k = q * size, k * size
     for _ in each_isa():
-        assert_op_matches(ours, F.scaled_dot_product_attention, definition, (q * size, k * size, v))
+        assert_op_matches(
+            *(lambda v, f=f: f(q, k, v) for f in (ours, definition)),
+            lambda v: definition(q.to(v.dtype), k.to(v.dtype), v),
+            (v,),
+        )
+        assert all(x.isfinite().all() for x in run_with_gradients(ours, (q, k, v)).values())
 
 
 @pytest.mark.skipif("amx" not in _isas_available(), reason="this processor has no AMX")
