@@ -157,10 +157,10 @@ def _stepped(case, shape, make: Maker, dtype=None) -> list[Tensor]:
     return [param.detach() for param in params]
 
 
-def _gate(ours: list[Tensor], eager: list[Tensor], truth: list[Tensor]) -> str:
+def _gate(*results: list[Tensor]) -> str:
+    """Of all parameters together: products in bfloat16 err by chance, on one more, on one less."""
     try:
-        for i, tensors in enumerate(zip(ours, eager, truth, strict=True)):
-            assert_no_worse(*tensors, what=f"parameter {i}")
+        assert_no_worse(*(torch.cat([p.flatten() for p in r]) for r in results), what="parameter")
     except AssertionError as error:
         return f"FAIL {error}"
     return "pass"

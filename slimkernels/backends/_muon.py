@@ -14,6 +14,7 @@ from torch import Tensor
 
 from slimkernels.backends._tensor_lists import TensorLists
 
+CPU_BATCH = 2**17  # elements
 ALIGNMENT = 8  # elements: a matrix begins at a multiple of 16 bytes, in bfloat16
 
 
@@ -90,8 +91,8 @@ def orthogonalize(
     results = torch.empty_like(directions)
     for stack in stacks:
         given, wanted = stack.of(directions), stack.of(results)
-        # On the CPU one matrix after the other: its products then find it in the cache.
-        size = stack.count if given.is_cuda else 1
+        # On the CPU a few at a time: each product then finds the last one's result in the cache.
+        size = stack.count if given.is_cuda else max(CPU_BATCH // stack.stride, 1)
         for x, y in zip(given.split(size), wanted.split(size), strict=True):
             y.copy_(_iterate(x, coefficients, steps))
     return results

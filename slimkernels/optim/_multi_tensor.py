@@ -77,7 +77,8 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
             raise ValueError(f"{_name(self)}: {name} must be a number, 0 or more; got {value!r}")
 
     # Addresses mean nothing in a compiled graph, which breaks here and goes on after.
-    @torch.compiler.disable
+    # torch.compiler.disable would import the compiler with the package; this waits for a call.
+    @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         """One step for every parameter that has a gradient; the closure's value if there is one."""
