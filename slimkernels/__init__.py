@@ -10,12 +10,14 @@ from slimkernels.ops._attention_variant import (
     t5_relative_bias,
 )
 from slimkernels.ops.add_layer_norm import add_layer_norm
+from slimkernels.ops.bias_dropout_add import bias_dropout_add
 from slimkernels.ops.cross_entropy import cross_entropy
 from slimkernels.ops.geglu import geglu
 from slimkernels.ops.gelu import gelu
 from slimkernels.ops.layer_norm import layer_norm
 from slimkernels.ops.linear import linear
 from slimkernels.ops.relu_squared import relu_squared
+from slimkernels.ops.rotary import rotary, rotary_tables
 from slimkernels.ops.scaled_dot_product_attention import scaled_dot_product_attention
 from slimkernels.ops.silu import silu
 from slimkernels.ops.softmax import softmax
@@ -29,6 +31,7 @@ __all__ = [
     "RelativeBias",
     "ScoreFunction",
     "add_layer_norm",
+    "bias_dropout_add",
     "cross_entropy",
     "explain",
     "geglu",
@@ -38,6 +41,8 @@ __all__ = [
     "linear",
     "nn",
     "relu_squared",
+    "rotary",
+    "rotary_tables",
     "scaled_dot_product_attention",
     "silu",
     "softmax",

@@ -1,0 +1,50 @@
+"""residual + dropout(x + bias) on the CPU: csrc/cpu/bias_dropout_add.cpp."""
+
+import torch
+
+from slimkernels.backends._dropout import threshold
+from slimkernels.backends.cpu._common import (
+    DTYPES,
+    _cpu,
+    empty_gradient,
+    pointer,
+    run,
+    unsupported_tensor,
+)
+
+
+def unsupported(x, bias, residual, dropout_p):
+    return unsupported_tensor(x)
+
+
+def forward(x, bias, residual, dropout_p, seed):
+    x = x.contiguous()
+    bias, residual = (None if t is None else t.contiguous() for t in (bias, residual))
+    y = torch.empty_like(x)
+    run(
+        _cpu.bias_dropout_add_forward,
+        *(pointer(t) for t in (x, bias, residual, y, seed)),
+        *_how(x, bias, dropout_p),
+    )
+    return y
+
+
+def backward(dy, bias, dropout_p, seed):
+    dy = dy.contiguous()
+    dx = dy.new_empty(0) if seed is None else torch.empty_like(dy)
+    dbias = empty_gradient(bias, dy)
+    given = dy, dx, None if bias is None else dbias, seed
+    run(
+        _cpu.bias_dropout_add_backward,
+        *(pointer(t) for t in given),
+        *_how(dy, bias, dropout_p),
+    )
+    return dx, dbias
+
+
+def _how(x, bias, dropout_p):
+    """What both kernels take after their pointers."""
+    N = x.shape[-1]
+    bias_dtype = DTYPES[x.dtype if bias is None else bias.dtype]
+    M = x.numel() // max(N, 1)
+    return M, N, dropout_p, threshold(dropout_p), DTYPES[x.dtype], bias_dtype
