@@ -232,3 +232,14 @@ X, B = torch.randn(4, 8), torch.ones(8)
 def test_bad_input_is_one_sentence(backend, args, sentence):
     with pytest.raises(ValueError, match=f"^{NAME}: {sentence}"):
         sk.bias_dropout_add(*args, backend=backend)
+
+
+def test_small_inputs_without_dropout_are_left_to_eager(monkeypatch):
+    cpu = pytest.importorskip("slimkernels.backends.cpu.bias_dropout_add")
+    monkeypatch.setattr(cpu, "MIN_ELEMENTS", 100)
+    x, bias, residual = inputs_of((9, 11), torch.bfloat16, "cpu")
+    assert torch.equal(sk.bias_dropout_add(x, bias, residual), residual + (x + bias))
+    with pytest.raises(sk.BackendError, match="faster below 100 elements, and the output has 99"):
+        sk.bias_dropout_add(x, bias, residual, backend="cpu")
+    text = sk.explain(sk.bias_dropout_add, x, bias, residual, 0.1)
+    assert text.startswith("bias_dropout_add runs on cpu")

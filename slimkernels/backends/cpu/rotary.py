@@ -8,6 +8,10 @@ from slimkernels.backends._rotary import unsupported_tables
 from slimkernels.backends.cpu._common import DTYPES, _cpu, pointer, run, unsupported_tensor
 
 
+# No size is left to torch. Hugging Face's eager code, its tables looked up beforehand, has 0.85 of
+# our time forward and backward at 1x4x16x64, 1.16 at 2x4x64x64 and 4.3 at 1x32x2048x128 (float32,
+# an Intel Xeon with AMX, two busy threads), but the definition, which torch would have to run, is
+# 2.6 times slower than ours where that is the faster.
 def unsupported(query, key, cos, sin, positions, offset, interleaved):
     return unsupported_tables(cos, sin) or unsupported_tensor(query)
 
