@@ -128,8 +128,8 @@ struct Kernels {
                                     int dtype, int bias_dtype);
 
   // rotary.cpp: problem is struct Problem there, as integers; the last dimension of query and key
-  // is contiguous, turned_query and turned_key have no gaps; cos, sin (table_rows, half). Null
-  // positions count from problem's offset. sign is 1, or -1 for backward.
+  // is contiguous, turned_query and turned_key (B, T, H, D) have no gaps; cos, sin (table_rows,
+  // half). Null positions count from problem's offset. sign is 1, or -1 for backward.
   void (*rotary)(const void* query, const void* key, void* turned_query, void* turned_key,
                  const float* cos, const float* sin, const int64_t* positions,
                  const int64_t* problem, int interleaved, float sign, int dtype);

@@ -11,6 +11,7 @@ from slimkernels.ops._attention_variant import (
 from slimkernels.ops._score_function import ScoreFunction
 from slimkernels.ops.add_layer_norm import add_layer_norm
 from slimkernels.ops.add_rms_norm import add_rms_norm
+from slimkernels.ops.bias_dropout_add import bias_dropout_add
 from slimkernels.ops.cross_entropy import cross_entropy
 from slimkernels.ops.geglu import geglu
 from slimkernels.ops.gelu import gelu
@@ -19,6 +20,7 @@ from slimkernels.ops.layer_norm import layer_norm
 from slimkernels.ops.linear import linear
 from slimkernels.ops.relu_squared import relu_squared
 from slimkernels.ops.rms_norm import rms_norm
+from slimkernels.ops.rotary import rotary, rotary_tables
 from slimkernels.ops.scaled_dot_product_attention import scaled_dot_product_attention
 from slimkernels.ops.silu import silu
 from slimkernels.ops.softmax import softmax
@@ -33,6 +35,7 @@ __all__ = [
     "ScoreFunction",
     "add_layer_norm",
     "add_rms_norm",
+    "bias_dropout_add",
     "cross_entropy",
     "explain",
     "geglu",
@@ -45,6 +48,8 @@ __all__ = [
     "optim",
     "relu_squared",
     "rms_norm",
+    "rotary",
+    "rotary_tables",
     "scaled_dot_product_attention",
     "silu",
     "softmax",

@@ -155,6 +155,11 @@ def _gated_sample(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict
     return (torch.randn(6, 2 * 96, device=device).to(dtype),), {}
 
 
+def _bias_dropout_add_sample(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:
+    x, residual = torch.randn(2, 6, 96, device=device).to(dtype).unbind()
+    return (x, torch.randn(96, device=device).to(dtype), residual), {"dropout_p": 0.1}
+
+
 def _cross_entropy_sample(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:
     target = torch.tensor([3, 95, -100, 0, 7, 7], device=device)
     return (torch.randn(6, 96, device=device).to(dtype), target), {"label_smoothing": 0.1}
@@ -166,10 +171,18 @@ def _linear_sample(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dic
     return (x, weight, torch.randn(130, device=device).to(dtype)), {}
 
 
+def _rotary_sample(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:
+    query, key = (torch.randn(2, H, 9, 24, device=device).to(dtype) for H in (4, 2))
+    angles = torch.randn(20, 8, device=device)
+    offset = torch.tensor([0, 7], device=device)
+    return (query, key), {"cos": angles.cos(), "sin": angles.sin(), "offset": offset}
+
+
 # One small valid call of each op: sample_inputs["layer_norm"](device, dtype) -> (args, kwargs).
 sample_inputs: dict[str, Callable[[torch.device, torch.dtype], tuple[tuple, dict]]] = {
     "add_layer_norm": _add_layer_norm_sample,
     "add_rms_norm": _add_rms_norm_sample,
+    "bias_dropout_add": _bias_dropout_add_sample,
     "cross_entropy": _cross_entropy_sample,
     "geglu": _gated_sample,
     "gelu": _activation_sample,
@@ -178,6 +191,7 @@ sample_inputs: dict[str, Callable[[torch.device, torch.dtype], tuple[tuple, dict
     "linear": _linear_sample,
     "relu_squared": _activation_sample,
     "rms_norm": _rms_norm_sample,
+    "rotary": _rotary_sample,
     "scaled_dot_product_attention": _scaled_dot_product_attention_sample,
     "silu": _activation_sample,
     "softmax": _softmax_sample,

@@ -1,9 +1,9 @@
 // Rotary position embedding of query and key: pairs of elements, turned by the token's angles.
 //
-// Tiling   Threads split the rows of D elements of all heads of both tensors; query and key are
-//          read through strides, which may be those of one packed projection.
-// Traffic  Each element is read and written once; the tables stay in the caches, since all heads
-//          read the same. Backward is the same pass with the opposite sign of every angle.
+// Tiling   Threads split the tokens; all heads of both tensors turn by the same row of the tables.
+//          Query and key are read through strides, which may be those of one packed projection.
+// Traffic  Each element is read and written once. Backward is the same pass with the opposite sign
+//          of every angle.
 // Numerics float32.
 #include "kernels.h"
 #include "parallel.h"
@@ -12,12 +12,14 @@
 namespace slimkernels::SLIM_ISA {
 namespace {
 
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+
 // Mirrored by _problem in slimkernels/backends/cpu/rotary.py.
 struct Problem {
   int64_t B, T, D, half, table_rows, offset;  // 2 * half elements of D are turned
   int64_t position_strides[2];                // of positions (B, T)
   int64_t heads[2];                           // of query, of key
-  int64_t strides[2][3];                      // of query, of key: batch, head, token
+  int64_t strides[2][3];                      // of query, of key: batch, token, head
 };
 
 // Pairs (i, i + half): with c and s of pair i, a' = a c - b s and b' = b c + a s.
@@ -46,35 +48,36 @@ inline void turn_neighbours(const T* x, T* y, const float* cos, const float* sin
   });
 }
 
+// A position outside the tables, where Python could not look, gives NaN and reads no table.
+template <typename T>
+inline void turn(const T* x, T* y, const float* cos, const float* sin, const Problem& p,
+                 int64_t position, bool interleaved, float sign) {
+  const int64_t turned = 2 * p.half;
+  if (position < 0 || position >= p.table_rows)
+    for_vectors(turned, [&](int64_t i, auto n) { store(y + i, broadcast(kNaN), n); });
+  else
+    (interleaved ? turn_neighbours<T> : turn_halves<T>)(x, y, cos + position * p.half,
+                                                        sin + position * p.half, sign, p.half);
+  for_vectors(p.D - turned,
+              [&](int64_t i, auto n) { store(y + turned + i, load(x + turned + i, n), n); });
+}
+
 template <typename T>
 void rotate(const T* const* from, T* const* to, const float* cos, const float* sin,
             const int64_t* positions, const Problem& p, bool interleaved, float sign) {
-  const int64_t of_query = p.B * p.heads[0], lines = of_query + p.B * p.heads[1];
-  const auto turn = interleaved ? turn_neighbours<T> : turn_halves<T>;
-  const auto row = [&](const T* x, T* y, int64_t position) {
-    if (position >= 0 && position < p.table_rows)
-      turn(x, y, cos + position * p.half, sin + position * p.half, sign, p.half);
-    else  // where Python could not look: loud, and inside the tables
-      for (int64_t i = 0; i < 2 * p.half; ++i) store(y + i, broadcast(std::numeric_limits<float>::quiet_NaN()), Part{1});
-    const int64_t rest = p.D - 2 * p.half;
-    for_vectors(rest, [&](int64_t i, auto n) {
-      store(y + 2 * p.half + i, load(x + 2 * p.half + i, n), n);
-    });
-  };
-  for_rows(lines * p.T, p.D, [&](int64_t begin, int64_t end) {
-    while (begin < end) {  // a line is one head of one sequence: T rows
-      int64_t line = begin / p.T;
-      const int64_t first = begin % p.T, last = clamp(first + end - begin, 0, p.T);
-      const int which = line >= of_query;
-      line -= which ? of_query : 0;
-      const int64_t b = line / p.heads[which], h = line % p.heads[which];
-      const int64_t* stride = p.strides[which];
-      const T* x = from[which] + b * stride[0] + h * stride[1];
-      T* y = to[which] + line * p.T * p.D;
-      const int64_t* at = positions ? positions + b * p.position_strides[0] : nullptr;
-      for (int64_t t = first; t < last; ++t)
-        row(x + t * stride[2], y + t * p.D, at ? at[t * p.position_strides[1]] : p.offset + t);
-      begin += last - first;
+  for_rows(p.B * p.T, (p.heads[0] + p.heads[1]) * p.D, [&](int64_t begin, int64_t end) {
+    for (int64_t token = begin; token < end; ++token) {
+      const int64_t b = token / p.T, t = token % p.T;
+      const int64_t position =
+          positions ? positions[b * p.position_strides[0] + t * p.position_strides[1]]
+                    : p.offset + t;
+      for (int which = 0; which < 2; ++which) {
+        const int64_t H = p.heads[which], *stride = p.strides[which];
+        const T* x = from[which] + b * stride[0] + t * stride[1];
+        T* y = to[which] + token * H * p.D;
+        for (int64_t h = 0; h < H; ++h)
+          turn(x + h * stride[2], y + h * p.D, cos, sin, p, position, interleaved, sign);
+      }
     }
   });
 }
