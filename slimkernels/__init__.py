@@ -14,6 +14,7 @@ from slimkernels.ops.cross_entropy import cross_entropy
 from slimkernels.ops.gelu import gelu
 from slimkernels.ops.layer_norm import layer_norm
 from slimkernels.ops.linear import linear
+from slimkernels.ops.linear_cross_entropy import linear_cross_entropy
 from slimkernels.ops.scaled_dot_product_attention import scaled_dot_product_attention
 from slimkernels.ops.softmax import softmax
 
@@ -31,6 +32,7 @@ __all__ = [
     "info",
     "layer_norm",
     "linear",
+    "linear_cross_entropy",
     "nn",
     "scaled_dot_product_attention",
     "softmax",

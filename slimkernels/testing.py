@@ -146,6 +146,13 @@ def _linear_sample(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dic
     return (x, weight, torch.randn(130, device=device).to(dtype)), {}
 
 
+def _linear_cross_entropy_sample(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:
+    x = torch.randn(6, 24, device=device).to(dtype)
+    weight, bias = torch.randn(37, 24, device=device), torch.randn(37, device=device)
+    target = torch.tensor([3, 36, -100, 0, 7, 7], device=device)
+    return (x, weight.to(dtype), target, bias.to(dtype)), {"reduction": "none"}
+
+
 # One small valid call of each op: sample_inputs["layer_norm"](device, dtype) -> (args, kwargs).
 sample_inputs: dict[str, Callable[[torch.device, torch.dtype], tuple[tuple, dict]]] = {
     "add_layer_norm": _add_layer_norm_sample,
@@ -153,6 +160,7 @@ sample_inputs: dict[str, Callable[[torch.device, torch.dtype], tuple[tuple, dict
     "gelu": _gelu_sample,
     "layer_norm": _layer_norm_sample,
     "linear": _linear_sample,
+    "linear_cross_entropy": _linear_cross_entropy_sample,
     "scaled_dot_product_attention": _scaled_dot_product_attention_sample,
     "softmax": _softmax_sample,
 }

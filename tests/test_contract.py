@@ -25,7 +25,7 @@ KERNEL_BACKENDS = [backend for backend in BACKENDS if backend != "torch"]
 PUBLIC_NAMES = {
     *("BackendError", "explain", "info", "nn", "use_backend"),
     *("add_layer_norm", "cross_entropy", "gelu", "layer_norm", "linear"),
-    *("scaled_dot_product_attention", "softmax"),
+    *("linear_cross_entropy", "scaled_dot_product_attention", "softmax"),
     *("AttentionVariant", "RelativeBias", "ScoreFunction", "t5_relative_bias"),
 }
 ENVIRONMENT = {"SLIMKERNELS_BACKEND", "TRITON_INTERPRET"}  # all in dispatch.py
@@ -35,6 +35,7 @@ MAX_KERNEL_PARAMETERS = 16  # at run time; constexprs are not passed
 LONG_PARAMETER_LISTS: dict[str, tuple[int, str]] = {
     "scaled_dot_product_attention": (13, "torch's eight, and five of ours; the rest is a variant"),
     "cross_entropy": (10, "torch's six, three of ours and backend"),
+    "linear_cross_entropy": (10, "linear's three, cross_entropy's six and backend"),
 }
 
 # What each part of the package may import, besides itself; nothing may import testing.
@@ -203,6 +204,7 @@ NUMBERS = {
     "layer_norm": {"normalized_shape": 8.0, "eps": "a"},
     "add_layer_norm": {"normalized_shape": [True], "eps": None, "dropout_p": "x"},
     "cross_entropy": {"ignore_index": 1.5, "label_smoothing": "a", "z_loss": "a", "softcap": "a"},
+    "linear_cross_entropy": {"ignore_index": 1.5, "label_smoothing": "a", "z_loss": "a"},
     "softmax": {"dim": 0.5, "scale": "a"},
     "scaled_dot_product_attention": {"dropout_p": "a", "scale": float("nan")},
 }
