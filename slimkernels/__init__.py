@@ -18,6 +18,7 @@ from slimkernels.ops.gelu import gelu
 from slimkernels.ops.group_norm import group_norm
 from slimkernels.ops.layer_norm import layer_norm
 from slimkernels.ops.linear import linear
+from slimkernels.ops.linear_cross_entropy import linear_cross_entropy
 from slimkernels.ops.relu_squared import relu_squared
 from slimkernels.ops.rms_norm import rms_norm
 from slimkernels.ops.rotary import rotary, rotary_tables
@@ -44,6 +45,7 @@ __all__ = [
     "info",
     "layer_norm",
     "linear",
+    "linear_cross_entropy",
     "nn",
     "optim",
     "relu_squared",

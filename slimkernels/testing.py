@@ -171,6 +171,13 @@ def _linear_sample(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dic
     return (x, weight, torch.randn(130, device=device).to(dtype)), {}
 
 
+def _linear_cross_entropy_sample(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:
+    x = torch.randn(6, 24, device=device).to(dtype)
+    weight, bias = torch.randn(37, 24, device=device), torch.randn(37, device=device)
+    target = torch.tensor([3, 36, -100, 0, 7, 7], device=device)
+    return (x, weight.to(dtype), target, bias.to(dtype)), {"reduction": "none"}
+
+
 def _rotary_sample(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:
     query, key = (torch.randn(2, H, 9, 24, device=device).to(dtype) for H in (4, 2))
     angles = torch.randn(20, 8, device=device)
@@ -189,6 +196,7 @@ sample_inputs: dict[str, Callable[[torch.device, torch.dtype], tuple[tuple, dict
     "group_norm": _group_norm_sample,
     "layer_norm": _layer_norm_sample,
     "linear": _linear_sample,
+    "linear_cross_entropy": _linear_cross_entropy_sample,
     "relu_squared": _activation_sample,
     "rms_norm": _rms_norm_sample,
     "rotary": _rotary_sample,

@@ -28,8 +28,8 @@ KERNEL_BACKENDS = [backend for backend in BACKENDS if backend != "torch"]
 PUBLIC_NAMES = {
     *("BackendError", "explain", "info", "nn", "optim", "use_backend"),
     *("add_layer_norm", "add_rms_norm", "bias_dropout_add", "cross_entropy", "geglu", "gelu"),
-    *("group_norm", "layer_norm", "linear", "relu_squared", "rms_norm", "rotary"),
-    *("rotary_tables", "scaled_dot_product_attention"),
+    *("group_norm", "layer_norm", "linear", "linear_cross_entropy", "relu_squared"),
+    *("rms_norm", "rotary", "rotary_tables", "scaled_dot_product_attention"),
     *("silu", "softmax", "swiglu"),
     *("AttentionVariant", "RelativeBias", "ScoreFunction", "t5_relative_bias"),
 }
@@ -48,6 +48,7 @@ LONG_PARAMETER_LISTS: dict[str, tuple[int, str]] = {
     "backends/triton/_long_rows.py:_gradients_kernel": (17, "one kernel for a sum and for plain x"),
     "scaled_dot_product_attention": (13, "torch's eight, and five of ours; the rest is a variant"),
     "cross_entropy": (10, "torch's six, three of ours and backend"),
+    "linear_cross_entropy": (10, "linear's three, cross_entropy's six and backend"),
 }
 
 # What each part of the package may import, besides itself; nothing may import testing.
@@ -272,6 +273,7 @@ NUMBERS = {
     "cross_entropy": {"ignore_index": 1.5, "label_smoothing": "a", "z_loss": "a", "softcap": "a"},
     "bias_dropout_add": {"dropout_p": "x"},
     "rotary": {"offset": 0.5},
+    "linear_cross_entropy": {"ignore_index": 1.5, "label_smoothing": "a", "z_loss": "a"},
     "softmax": {"dim": 0.5, "scale": "a"},
     "scaled_dot_product_attention": {"dropout_p": "a", "scale": float("nan")},
 }

@@ -2,7 +2,7 @@
 
 from slimkernels.backends._gated import empty_gradients, gate_and_up
 from slimkernels.backends.cpu._activation import CURVES
-from slimkernels.backends.cpu._common import DTYPES, _cpu, pointer, run
+from slimkernels.backends.cpu._common import DTYPES, _cpu, pointers, run
 
 
 def forward(x, gate, curve):
@@ -11,7 +11,7 @@ def forward(x, gate, curve):
     y = x.new_empty((*x.shape[:-1], N))
     run(
         _cpu.gated_forward,
-        *(pointer(t) for t in (gate, up, y)),
+        *pointers(gate, up, y),
         *(M, N, gate.stride(0), up.stride(0), CURVES[curve], DTYPES[x.dtype]),
     )
     return y
@@ -24,7 +24,7 @@ def backward(dy, x, gate, curve):
     M, N = up.shape
     run(
         _cpu.gated_backward,
-        *(pointer(t) for t in (dy, gate, up, *to)),
+        *pointers(dy, gate, up, *to),
         *(M, N, gate.stride(0), up.stride(0), to[0].stride(0), CURVES[curve], DTYPES[x.dtype]),
     )
     return dx, dgate

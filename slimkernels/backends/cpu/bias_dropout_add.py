@@ -7,7 +7,7 @@ from slimkernels.backends.cpu._common import (
     DTYPES,
     _cpu,
     empty_gradient,
-    pointer,
+    pointers,
     run,
     unsupported_size,
     unsupported_tensor,
@@ -32,7 +32,7 @@ def forward(x, bias, residual, dropout_p, seed):
     y = torch.empty_like(x)
     run(
         _cpu.bias_dropout_add_forward,
-        *(pointer(t) for t in (x, bias, residual, y, seed)),
+        *pointers(x, bias, residual, y, seed),
         *_how(x, bias, dropout_p),
     )
     return y
@@ -45,7 +45,7 @@ def backward(dy, bias, dropout_p, seed):
     given = dy, dx, None if bias is None else dbias, seed
     run(
         _cpu.bias_dropout_add_backward,
-        *(pointer(t) for t in given),
+        *pointers(*given),
         *_how(dy, bias, dropout_p),
     )
     return dx, dbias

@@ -22,19 +22,27 @@ def unsupported(x, target, weight, ignore_index, reduction, label_smoothing, z_l
 
 
 def forward(x, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap):
+    x, target, weight = x.contiguous(), target.contiguous(), float_of(weight)
+    losses, total, *saved = losses_of(
+        *(x, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap)
+    )
+    return as_dtype(losses if reduction == "none" else total, x.dtype), *saved
+
+
+def losses_of(x, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap):
+    """float32, from tensors without gaps: losses (M,), the loss of them all, stats, divisor."""
     M = x.shape[0]
     losses = x.new_empty(M, dtype=torch.float32)
     total = x.new_empty((), dtype=torch.float32)
     stats = x.new_empty((3, M), dtype=torch.float32)
     divisor = x.new_empty(1, dtype=torch.float32)
-    x, target, weight = x.contiguous(), target.contiguous(), float_of(weight)
     run(
         _cpu.cross_entropy_forward,
         *pointers(x, target, weight, losses, total, stats, divisor),
         *(*x.shape, ignore_index, label_smoothing, z_loss, softcap, int(reduction == "mean")),
         *(DTYPES[x.dtype], DTYPES.get(target.dtype, LABELS)),
     )
-    return as_dtype(losses if reduction == "none" else total, x.dtype), stats, divisor
+    return losses, total, stats, divisor
 
 
 def backward(
@@ -53,7 +61,27 @@ def backward(
 ):
     x, target, weight = x.contiguous(), target.contiguous(), float_of(weight)
     dx = torch.empty_like(x)
-    dy, dlse = float_of(dy), float_of(dlse)
+    how = ignore_index, reduction, label_smoothing, z_loss, softcap
+    write_gradient(dx, float_of(dy), float_of(dlse), x, target, weight, stats, divisor, *how)
+    return dx
+
+
+def write_gradient(
+    dx,
+    dy,
+    dlse,
+    x,
+    target,
+    weight,
+    stats,
+    divisor,
+    ignore_index,
+    reduction,
+    label_smoothing,
+    z_loss,
+    softcap,
+):
+    """Into dx, which may be x itself; from tensors without gaps."""
     divisor = divisor if reduction == "mean" else None
     run(
         _cpu.cross_entropy_backward,
@@ -62,7 +90,6 @@ def backward(
         *(*x.shape, ignore_index, label_smoothing, z_loss, softcap),
         *(DTYPES[x.dtype], DTYPES.get(target.dtype, LABELS)),
     )
-    return dx
 
 
 def float_of(x):

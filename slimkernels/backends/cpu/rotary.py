@@ -5,7 +5,7 @@ from array import array
 import torch
 
 from slimkernels.backends._rotary import unsupported_tables
-from slimkernels.backends.cpu._common import DTYPES, _cpu, pointer, run, unsupported_tensor
+from slimkernels.backends.cpu._common import DTYPES, _cpu, pointers, run, unsupported_tensor
 
 
 # No size is left to torch. Hugging Face's eager code, its tables looked up beforehand, has 0.85 of
@@ -32,7 +32,7 @@ def _turn(query, key, cos, sin, positions, offset, interleaved, sign):
     problem = _problem(query, key, cos, positions, offset)
     run(
         _cpu.rotary,
-        *(pointer(t) for t in (query, key, *outputs, cos, sin, positions)),
+        *pointers(query, key, *outputs, cos, sin, positions),
         *(problem.buffer_info()[0], int(interleaved), sign, DTYPES[query.dtype]),
     )
     return outputs

@@ -1,0 +1,297 @@
+"""Cross-entropy of a linear layer's logits, which are never stored as a whole.
+
+The vocabulary's logits are a language model's largest tensor: 8192 tokens and 128k classes take
+2 GiB in bfloat16, and eager PyTorch holds three of them. The same idea in chunks of tokens: Liger
+Kernel (Hsu et al. 2024); in tiles, recomputed in backward: Cut Cross-Entropy (Wijmans et al. 2024).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from slimkernels.dispatch import Op, distinct, kernel_op, needs_gradient
+from slimkernels.ops._checks import autocast_device, check_tensor
+from slimkernels.ops._first_order import first_order
+from slimkernels.ops.cross_entropy import (
+    check_label_range,
+    check_labels,
+    check_loss_options,
+    cross_entropy,
+    cross_entropy_reference,
+)
+
+
+def linear_cross_entropy_reference(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """The definition. x (N, C), weight (V, C), target (N,); in float32, or in float64 if x is."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    x = x.where((target != ignore_index).unsqueeze(1), 0).to(wide)  # no NaN of an ignored row
+    logits = F.linear(x, weight.to(wide), None if bias is None else bias.to(wide))
+    how = ignore_index, reduction, label_smoothing, z_loss, softcap
+    return cross_entropy_reference(logits, target, None, *how)[0]
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    """cross_entropy(input @ weight^T + bias, target) without the (..., V) logits in memory.
+
+    input       (..., C) hidden states: float32, float16, bfloat16 or float64
+    weight      (V, C), the vocabulary's matrix, bias (V,): input's dtype or float32; they are
+                multiplied in input's dtype (autocast's under autocast) and get their gradients in
+                their own. weight may be an embedding's as well.
+    target      (...) class labels, int64 or int32
+    ignore_index, label_smoothing, z_loss, softcap, reduction
+                as in cross_entropy. What is not kept is not computed: with all hidden states and a
+                target that is ignore_index outside the masked positions, this costs as much as
+                the masked positions alone.
+    Returns     input's dtype, float32 under autocast; a scalar, or target's shape for "none"
+    Saves       on the CPU, for "mean" and "sum", the gradients of input, weight and bias, which
+                forward makes while it has the logits (so do not ask for them in evaluation: use
+                no_grad); otherwise input, weight, target and two float32 a row, from which
+                backward multiplies again
+    Errors      ValueError naming the argument that is wrong; labels as in cross_entropy
+    """
+    args = _arguments(
+        *(input, weight, target, bias),
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
+        reduction=reduction,
+    )
+    chosen = LINEAR_CROSS_ENTROPY.select(*args, backend=backend)
+    if chosen == "torch":
+        loss = _by_torch(*args)
+    elif needs_gradient(*args[:4]):
+        loss = _LinearCrossEntropy.apply(*distinct(*args[:4]), *args[4:], chosen)
+    else:
+        loss = linear_cross_entropy_forward(*args, chosen)[0]
+    dtype = input.dtype
+    if torch.is_autocast_enabled(autocast_device(input)) and dtype != torch.float64:
+        dtype = torch.float32
+    loss = loss.to(dtype)
+    return loss.view(target.shape) if reduction == "none" else loss
+
+
+def _by_torch(
+    x, weight, target, bias, ignore_index, label_smoothing, z_loss, softcap, reduction, wanted
+):
+    """As eager code would, in its dtypes."""
+    autocast = torch.is_autocast_enabled(autocast_device(x))
+    x = x.masked_fill((target == ignore_index).unsqueeze(1), 0.0)
+    with torch.autocast(autocast_device(x), enabled=False):
+        bias = None if bias is None else bias.to(x.dtype)
+        logits = F.linear(x, weight.to(x.dtype), bias)
+        return cross_entropy(
+            logits.float() if autocast and x.dtype != torch.float64 else logits,
+            target,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            softcap=softcap or None,
+            backend="torch",
+        )
+
+
+def _arguments(
+    input,
+    weight,
+    target,
+    bias=None,
+    *,
+    ignore_index=-100,
+    label_smoothing=0.0,
+    z_loss=0.0,
+    softcap=None,
+    reduction="mean",
+):
+    op = "linear_cross_entropy"
+    check_tensor(op, "input", input)
+    check_tensor(op, "weight", weight)
+    if input.dim() == 0:
+        raise ValueError(f"{op}: input must have a last dimension; got shape ()")
+    C = input.shape[-1]
+    if weight.dim() != 2 or weight.shape[1] != C or weight.shape[0] == 0:
+        raise ValueError(
+            f"{op}: weight must have shape (V, {C}), V > 0, the last dimension of input "
+            f"{tuple(input.shape)}; got {tuple(weight.shape)}"
+        )
+    if bias is not None:
+        check_tensor(op, "bias", bias)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(
+                f"{op}: bias must have shape {tuple(weight.shape[:1])}, the rows of weight "
+                f"{tuple(weight.shape)}; got {tuple(bias.shape)}"
+            )
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None:
+            _check_alike(op, name, parameter, input)
+    check_loss_options(op, ignore_index, reduction, label_smoothing, z_loss, softcap)
+    whose = f"that of input {tuple(input.shape)} without its last dimension"
+    check_labels(op, target, tuple(input.shape[:-1]), whose, input.device)
+    check_label_range(op, target, weight.shape[0], ignore_index)
+    x = input.reshape(-1, C)
+    device = autocast_device(input)
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(device))
+    target = target.reshape(-1).to(torch.int64)
+    softcap = 0.0 if softcap is None else softcap
+    wanted = [_wants_gradient(t) for t in (x, weight, bias)]
+    options = ignore_index, label_smoothing, z_loss, softcap, reduction, wanted
+    return x, weight, target, bias, *options
+
+
+def _wants_gradient(t):
+    return torch.is_grad_enabled() and t is not None and t.requires_grad
+
+
+def _check_alike(op, name, parameter, input):
+    if parameter.device != input.device:
+        raise ValueError(
+            f"{op}: {name} must be on {input.device} like input; got {parameter.device}"
+        )
+    converts = torch.is_autocast_enabled(autocast_device(input))
+    if parameter.dtype not in (input.dtype, torch.float32) and not converts:
+        raise ValueError(
+            f"{op}: {name} must be {input.dtype} like input, or float32; got {parameter.dtype}"
+        )
+
+
+# Order: as cross_entropy's.
+LINEAR_CROSS_ENTROPY = Op("linear_cross_entropy", order=("triton", "cpu"), arguments=_arguments)
+
+
+def in_forward(reduction: str, backend: str) -> bool:
+    """Whether forward makes the gradients. On the CPU the logits' product is what costs, so it is
+    not repeated; for "none" what flows into each row is not known before backward."""
+    return backend == "cpu" and reduction != "none"
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, target, bias, *options):
+        loss, stats, divisor, *gradients = linear_cross_entropy_forward(
+            x, weight, target, bias, *options
+        )
+        ctx.options, ctx.gradients = options, None
+        if in_forward(options[-3], options[-1]):
+            if torch.compiler.is_compiling():
+                ctx.save_for_backward(*gradients)
+                return loss
+            # Not saved but owned: backward may then scale them where they are and give them away.
+            ctx.gradients = gradients
+        ctx.save_for_backward(x, weight, target, bias, stats, divisor)
+        return loss
+
+    @staticmethod
+    @first_order("linear_cross_entropy")
+    def backward(ctx, saved, dy):
+        *_, reduction, wanted, backend = ctx.options
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is not None:
+            if type(dy) is not Tensor or dy.item() != 1.0:
+                gradients = [g.mul_(dy) for g in gradients]
+        elif in_forward(reduction, backend) and torch.compiler.is_compiling():
+            gradients = [g * dy for g in saved]
+        else:  # also for a second backward through a graph that was retained
+            gradients = linear_cross_entropy_backward(dy, *saved, *ctx.options)
+        dx, dweight, dbias = (g if w else None for g, w in zip(gradients, wanted, strict=True))
+        return dx, dweight, None, dbias, *(None,) * len(ctx.options)
+
+
+def _gradients_fake(x, weight, bias, wanted):
+    def like(t, is_wanted):
+        if t is None or not is_wanted:
+            return x.new_empty(0)
+        return torch.empty_like(t, memory_format=torch.contiguous_format)
+
+    return tuple(like(t, w) for t, w in zip((x, weight, bias), wanted, strict=True))
+
+
+def _forward_fake(x, weight, target, bias, *options):
+    *_, reduction, wanted, backend = options
+    N = target.shape[0]
+    wanted = wanted if in_forward(reduction, backend) else [False] * 3
+    return (
+        x.new_empty((N,) if reduction == "none" else (), dtype=torch.float32),
+        x.new_empty((3, N), dtype=torch.float32),
+        x.new_empty(1, dtype=torch.float32),
+        *_gradients_fake(x, weight, bias, wanted),
+    )
+
+
+@kernel_op("linear_cross_entropy_forward", _forward_fake)
+def linear_cross_entropy_forward(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    reduction: str,
+    wanted: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss, float32; stats (3, N) and divisor (1,) as in cross_entropy_forward, stats in an
+    order that is the backend's own; and where in_forward() says so the gradients of x, weight and
+    bias for a dy of 1, those that are wanted, else empty tensors.
+    """
+    module = LINEAR_CROSS_ENTROPY.modules[backend]
+    return module.forward(
+        *(x, weight, target, bias),
+        *(ignore_index, label_smoothing, z_loss, softcap, reduction, wanted),
+    )
+
+
+def _backward_fake(dy, x, weight, target, bias, *saved_and_options):
+    return _gradients_fake(x, weight, bias, saved_and_options[-2])
+
+
+@kernel_op("linear_cross_entropy_backward", _backward_fake)
+def linear_cross_entropy_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    stats: Tensor,
+    divisor: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    reduction: str,
+    wanted: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias; an empty tensor for each that is not wanted."""
+    module = LINEAR_CROSS_ENTROPY.modules[backend]
+    return module.backward(
+        *(dy, x, weight, target, bias, stats, divisor),
+        *(ignore_index, label_smoothing, z_loss, softcap, reduction, wanted),
+    )
