@@ -30,8 +30,8 @@ def measured(name: str, options: argparse.Namespace) -> tuple[float, float]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, options.dtype)
     torch.manual_seed(0)
-    x = torch.randn(options.tokens, options.width, device=device).to(dtype)
-    w = torch.randn(options.vocabulary, options.width, device=device).to(dtype)
+    x = torch.randn(options.tokens, options.width, device=device, dtype=dtype)
+    w = torch.randn(options.vocabulary, options.width, device=device, dtype=dtype)
     target = torch.randint(options.vocabulary, (options.tokens,), device=device)
     (w @ x[:8].t()).sum().item()  # starts the library of products
     before, start = _peak(device, reset=True), time.perf_counter()

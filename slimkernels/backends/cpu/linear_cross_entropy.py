@@ -17,7 +17,7 @@ from slimkernels.backends.cpu import linear
 from slimkernels.backends.cpu._common import unsupported_tensor
 from slimkernels.backends.cpu.cross_entropy import float_of, losses_of, write_gradient
 
-CHUNK = 1 << 28  # bytes of logits; in much smaller chunks the passes over dweight cost more
+CHUNK = 1 << 27  # bytes of logits; less, and the passes over dweight cost more than they save
 SLAB = 1 << 22  # elements of dweight that are rounded before they are added up
 
 
