@@ -102,6 +102,7 @@ class GatedTests:
             "transposed": lambda x: ours(x.transpose(0, 1)).transpose(0, 1),
             "every other": lambda x: ours(torch.stack([x, x], -1)[..., 0]),
             "part of rows": lambda x: ours(torch.cat([x, x], -1)[..., :48]),
+            "one half copied": lambda x: ours(halves(x)[0], halves(x)[1].contiguous()),
             "column": lambda x: ours(x.mT.contiguous().mT),
         }
         for name, view in views.items():
