@@ -5,8 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slimkernels.dispatch import Op, distinct, kernel_op, may_skip_dispatcher, needs_gradient
-from slimkernels.ops._checks import check_flag, check_integer, check_number, check_tensor
+from slimkernels.dispatch import Op, distinct, kernel_op, needs_gradient
+from slimkernels.ops._checks import (
+    check_flag,
+    check_integer,
+    check_number,
+    check_tensor,
+    is_readable,
+    value_range,
+)
 from slimkernels.ops._first_order import first_order
 from slimkernels.ops._ragged import sequence_of
 
@@ -223,7 +230,7 @@ def _check_boundaries(cu_seqlens, x):
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
         got = tuple(cu_seqlens.shape)
         raise ValueError(f"{NAME}: {name} must have shape (sequences + 1,); got {got}")
-    if not _readable(cu_seqlens):
+    if not is_readable(cu_seqlens):
         return
     starts, T = cu_seqlens.tolist(), x.shape[1]
     if starts[0] != 0 or starts[-1] != T or sorted(starts) != starts:
@@ -262,19 +269,14 @@ def _tokens(x):
     return torch.arange(x.shape[1], device=x.device)
 
 
-def _readable(values: Tensor) -> bool:
-    """Whether the host may look at the values: not on a GPU, not while somebody traces."""
-    return values.device.type == "cpu" and may_skip_dispatcher((values,))
-
-
 def _check_range(positions, offset, T, rows):
     if T == 0:
         return
     low, high = offset, offset + T - 1
     if positions is not None:
-        if not _readable(positions) or positions.numel() == 0:
+        if not is_readable(positions) or positions.numel() == 0:
             return
-        low, high = (int(value) for value in positions.aminmax())
+        low, high = value_range(positions)
     if low < 0 or high >= rows:
         raise ValueError(
             f"{NAME}: cos must have a row for each position; it has {rows}, and positions go from "
