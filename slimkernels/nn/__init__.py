@@ -7,6 +7,7 @@ argument that is not implemented raises ValueError; none is accepted and ignored
 from slimkernels.nn.cross_entropy import CrossEntropyLoss
 from slimkernels.nn.gelu import GELU
 from slimkernels.nn.layer_norm import LayerNorm
+from slimkernels.nn.linear_cross_entropy import LinearCrossEntropy
 from slimkernels.nn.multihead_attention import MultiheadAttention
 from slimkernels.nn.softmax import Softmax
 from slimkernels.nn.transformer import TransformerEncoder, TransformerEncoderLayer
@@ -15,6 +16,7 @@ __all__ = [
     "GELU",
     "CrossEntropyLoss",
     "LayerNorm",
+    "LinearCrossEntropy",
     "MultiheadAttention",
     "Softmax",
     "TransformerEncoder",
