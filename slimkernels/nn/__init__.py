@@ -8,6 +8,7 @@ from slimkernels.nn.cross_entropy import CrossEntropyLoss
 from slimkernels.nn.gelu import GELU
 from slimkernels.nn.group_norm import GroupNorm
 from slimkernels.nn.layer_norm import LayerNorm
+from slimkernels.nn.linear_cross_entropy import LinearCrossEntropy
 from slimkernels.nn.multihead_attention import MultiheadAttention
 from slimkernels.nn.rms_norm import RMSNorm
 from slimkernels.nn.silu import SiLU
@@ -19,6 +20,7 @@ __all__ = [
     "CrossEntropyLoss",
     "GroupNorm",
     "LayerNorm",
+    "LinearCrossEntropy",
     "MultiheadAttention",
     "RMSNorm",
     "SiLU",

@@ -85,6 +85,27 @@ def test_cross_entropy_loss_drops_in(kwargs):
         assert_no_worse(actual[name], eager[name], expected, what=name)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_cross_entropy_is_linear_into_cross_entropy(bias):
+    torch.manual_seed(0)
+    ours = slim_nn.LinearCrossEntropy(24, 31, bias, label_smoothing=0.1)
+    theirs = torch.nn.Linear(24, 31, bias)
+    theirs.load_state_dict(ours.state_dict())
+    assert repr(theirs)[:-1] in repr(ours).replace("LinearCrossEntropy", "Linear")
+    x, target = torch.randn(3, 5, 24), torch.randint(31, (3, 5))
+    target[1, 2] = -100
+
+    def eager(module, x):
+        loss = torch.nn.CrossEntropyLoss(label_smoothing=0.1)
+        return loss(module(x).flatten(0, 1), target.flatten())
+
+    actual = outputs_and_gradients(ours, lambda module, x: module(x, target), (x,))
+    baseline = outputs_and_gradients(theirs, eager, (x,))
+    truth = outputs_and_gradients(copy.deepcopy(theirs).double(), eager, (x.double(),))
+    for name, expected in truth.items():
+        assert_no_worse(actual[name], baseline[name], expected, what=name)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_copies_and_pickles(case):
     ours, _ = pair(*CASES[case])
@@ -101,6 +122,7 @@ def test_copies_and_pickles(case):
         (lambda: slim_nn.CrossEntropyLoss(size_average=True), "use reduction"),
         (lambda: slim_nn.CrossEntropyLoss(reduce=False), "use reduction"),
         (lambda: slim_nn.CrossEntropyLoss(reduction="max"), "must be .* or 'sum'; got 'max'"),
+        (lambda: slim_nn.LinearCrossEntropy(2, 3, reduction=1), "must be .* or 'sum'; got 1"),
     ],
 )
 def test_what_is_not_implemented_is_refused(make, sentence):

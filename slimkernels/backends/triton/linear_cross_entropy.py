@@ -95,6 +95,7 @@ def backward(
     x, weight, bias = _operands(x, weight, bias)
     (N, C), V = x.shape, weight.shape[0]
     order, labels, count = _kept_first(target, ignore_index)
+    dy = dy.contiguous() if reduction != "mean" else dy / divisor
     # In float32 where they are added up, 0 where nothing is kept.
     dx = x.new_zeros((N, C) if wanted[0] else 0)
     dweight = x.new_zeros((V, C) if wanted[1] else 0, dtype=torch.float32)
@@ -103,16 +104,14 @@ def backward(
     rows = max(CHUNK // (V * x.element_size()), 1)
     rows = min(triton.cdiv(rows, launch["BLOCK_M"]) * launch["BLOCK_M"], max(N, 1))
     dlogits = x.new_empty((rows, V)) if N else None
-    how = ignore_index, label_smoothing, z_loss, softcap
     for first in range(0, N, rows):
         blocks = triton.cdiv(min(rows, N - first), launch["BLOCK_M"])
         _dlogits_kernel[(blocks * triton.cdiv(V, launch["BLOCK_V"]),)](
-            *(dy.contiguous(), x, weight, bias, order, labels, count, stats, divisor, dlogits),
-            *(first, N, C, V, *how[1:]),
+            *(dy, x, weight, bias, order, labels, count, stats, dlogits),
+            *(first, N, C, V, label_smoothing, z_loss, softcap),
             SMOOTH=label_smoothing > 0,
             CAPPED=softcap > 0,
             PER_ROW=reduction == "none",
-            IS_MEAN=reduction == "mean",
             PRECISION=_precision(),
             **launch,
         )
@@ -165,7 +164,7 @@ def _precision():
 
 def _launch(x):
     if x.dtype == torch.float32:
-        return dict(BLOCK_M=64, BLOCK_V=64, BLOCK_C=32, num_warps=4, num_stages=2)
+        return dict(BLOCK_M=64, BLOCK_V=64, BLOCK_C=16, num_warps=4, num_stages=2)
     return dict(BLOCK_M=128, BLOCK_V=128, BLOCK_C=64, num_warps=8, num_stages=3)
 
 
@@ -279,7 +278,6 @@ def _dlogits_kernel(
     labels_ptr,
     count_ptr,
     stats_ptr,
-    divisor_ptr,
     dlogits_ptr,
     first,
     N,
@@ -291,7 +289,6 @@ def _dlogits_kernel(
     SMOOTH: tl.constexpr,
     CAPPED: tl.constexpr,
     PER_ROW: tl.constexpr,
-    IS_MEAN: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -320,8 +317,6 @@ def _dlogits_kernel(
         dy = tl.load(dy_ptr + rows, mask=inside, other=0.0).to(tl.float32)
     else:
         dy = tl.load(dy_ptr).to(tl.float32)
-    if IS_MEAN:
-        dy = dy / tl.load(divisor_ptr)
     dy = tl.where(inside, dy, 0.0)
     own, even, extra = slopes(dy, 0.0, 1.0, peak + log_total, V, label_smoothing, z_loss, True)
     outer = 1.0
@@ -432,15 +427,14 @@ def _dweight_kernel(
         at = dweight_ptr + classes[:, None].to(tl.int64) * C + cols[None, :]
         mask = (classes < V)[:, None] & (cols < C)[None, :]
         tl.store(at, tl.load(at, mask=mask, other=0.0) + dweight, mask=mask)
-    if dbias_ptr is not None:  # noqa: SIM102, known when compiled; the next is not
-        if tl.program_id(0) % columns == 0:
-            at = dbias_ptr + classes
-            total = tl.load(at, mask=classes < V, other=0.0) + dbias
-            tl.store(at, total, mask=classes < V)
+    if dbias_ptr is not None:
+        at = dbias_ptr + classes
+        mask = classes < tl.where(tl.program_id(0) % columns == 0, V, 0)
+        tl.store(at, tl.load(at, mask=mask, other=0.0) + dbias, mask=mask)
 
 
 # What tests/test_aot.py compiles for sm_80, sm_90 and sm_100, and the most that may come out.
-_FLOATS = "partials_ptr", "label_logits_ptr", "stats_ptr", "divisor_ptr", "dweight_ptr", "dbias_ptr"
+_FLOATS = "partials_ptr", "label_logits_ptr", "stats_ptr", "dweight_ptr", "dbias_ptr"
 _OPERANDS = "x_ptr", "weight_ptr", "bias_ptr", "dlogits_ptr", "dx_ptr"
 _INTEGERS = "N", "C", "V", "parts", "per_part", "first", "chunk"
 _TYPES = {
@@ -450,7 +444,7 @@ _TYPES = {
     **dict.fromkeys(("label_smoothing", "z_loss", "softcap"), "fp32"),
     "count_ptr": "*i32",
 }
-_OPTIONS = {"SMOOTH": True, "CAPPED": False, "PER_ROW": False, "IS_MEAN": True, "PRECISION": "ieee"}
+_OPTIONS = {"SMOOTH": True, "CAPPED": False, "PER_ROW": False, "PRECISION": "ieee"}
 COMPILES = [
     dict(
         kernel=kernel,
