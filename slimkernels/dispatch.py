@@ -58,7 +58,11 @@ _forced: str | None = os.environ.get("SLIMKERNELS_BACKEND") or None
 
 @contextlib.contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Run every op inside the block on `name`; None restores automatic choice."""
+    """Run every op inside the block on `name`; None restores automatic choice.
+
+    It holds for the whole process: other threads see it, and blocks that overlap in two threads do
+    not end as they began.
+    """
     global _forced
     previous, _forced = _forced, _known(name)
     try:

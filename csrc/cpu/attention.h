@@ -180,6 +180,10 @@ struct Sequence {
   int64_t offset;           // added to the position of a query
 };
 
+// Sequences of so few queries have a forward of their own (attention_direct.h), which sums products
+// in another order.
+inline constexpr int64_t kDirectQueries = 16;
+
 struct Span {
   int64_t begin, end;
   bool empty() const { return begin >= end; }

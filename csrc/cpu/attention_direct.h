@@ -15,7 +15,7 @@
 
 namespace slimkernels::SLIM_ISA {
 
-inline constexpr int64_t kDirectQueries = 16, kSplitKeys = 512, kDotRows = 8;
+inline constexpr int64_t kSplitKeys = 512, kDotRows = 8;
 
 inline bool is_direct(const Sequence& sequence) {
   return 0 < sequence.q_count && sequence.q_count <= kDirectQueries;

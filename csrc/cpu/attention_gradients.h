@@ -12,6 +12,12 @@ struct Wanted {
   bool query, key, value;
 };
 
+// Keys in a block: all of them where forward was direct. Then no row needs its lse, whose scores
+// were rounded otherwise: of scores of 1e6 the probabilities would be wrong by half.
+inline int64_t keys_in_block(int64_t queries, int64_t keys, int64_t most) {
+  return queries <= kDirectQueries ? clamp(keys, 1, keys + 1) : clamp(keys, 1, most);
+}
+
 // Tiles of kRows queries. scale is in the queries: kScaled.
 class FloatGradients {
  public:
@@ -26,7 +32,7 @@ class FloatGradients {
         out_width_(padded(p.Dv)),
         queries_(queries),
         keys_(keys),
-        block_(clamp(keys, 1, p.block_keys())) {}
+        block_(keys_in_block(queries, keys, p.block_keys())) {}
 
   int64_t block() const { return block_; }
   // Keys that a product can begin and end with.
@@ -126,7 +132,7 @@ class Bf16Gradients {
         Dv_(p.Dv),
         queries_(steps_for(queries) * kDepth),
         keys_(steps_for(keys) * kDepth),
-        block_(clamp(keys_, kDepth, kMostKeys)),
+        block_(steps_for(keys_in_block(queries, keys, kMostKeys)) * kDepth),
         key_stride_(keys_ + kLanes) {}
 
   int64_t block() const { return block_; }

@@ -79,7 +79,8 @@ class Backward {
   bool run_bias(Span sequences, Span heads, int64_t i, void* dbias, Scratch& scratch) {
     const int64_t columns = variant_.bias_size[3];
     const int64_t rows = clamp(variant_.bias_size[2] - i, 0, kRows);
-    Gradients gradients(p_, kRows, p_.block_keys(), {});
+    const bool is_direct = p_.Tq <= kDirectQueries;
+    Gradients gradients(p_, is_direct ? p_.Tq : kRows, is_direct ? p_.Tk : p_.block_keys(), {});
     if (!take(scratch, {}, kRows, 2 * rows * columns, gradients)) return false;
     needs_dscores_ = true;
     sums_ = {(double*)extra_, nullptr, nullptr, nullptr};
@@ -111,12 +112,13 @@ class Backward {
     keys_ = keys;
     block_ = gradients.block();
     stride_ = score_stride(block_);
-    if (!scratch.reserve(gradients.floats() + queries + (2 * kRows + 1) * stride_ + extra + 96))
+    const int64_t rows = clamp((queries + 15) / 16 * 16, 0, kRows);
+    if (!scratch.reserve(gradients.floats() + queries + (2 * rows + 1) * stride_ + extra + 96))
       return false;
     gradients.place(scratch);
     delta_ = scratch.take(queries);
-    scores_ = scratch.take(kRows * stride_);
-    dscores_ = scratch.take(kRows * stride_);
+    scores_ = scratch.take(rows * stride_);
+    dscores_ = scratch.take(rows * stride_);
     slopes_ = scratch.take(stride_);
     extra_ = scratch.take(extra);
     return true;

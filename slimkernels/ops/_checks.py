@@ -138,7 +138,7 @@ def check_flag(op: str, name: str, value: object) -> None:
 def check_dropout(op: str, dropout_p: float) -> None:
     """`dropout_p` is a probability of dropping, below 1."""
     check_number(op, "dropout_p", dropout_p)
-    if not 0.0 <= dropout_p < 1.0:
+    if not 0.0 <= dropout_p <= 1.0 - 2**-24:  # the next float32 is 1
         raise ValueError(f"{op}: dropout_p must be in [0, 1); got {dropout_p}")
 
 
