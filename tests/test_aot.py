@@ -24,16 +24,18 @@ from pathlib import Path
 
 import pytest
 
-ARCHITECTURES = (80, 90, 100)
+triton = pytest.importorskip("triton", reason="without Triton nothing can be compiled")
+
 # Tiles are chosen, and registers declared, with the compiler of the oldest supported Triton, which
 # CI runs, too. A newer one must compile the same kernels to the same kind of code, and may give
-# them a few registers more.
+# them a few registers more; one architecture shows that in a third of the time.
 DECLARED_WITH = "3.6"
+IS_DECLARED = triton.__version__.startswith(DECLARED_WITH + ".")
+ARCHITECTURES = (80, 90, 100) if IS_DECLARED else (90,)
 REQUIRED = {"kernel", "signature", "constexprs", "num_warps", "registers"}
 OPTIONAL = {"num_stages", "smem", "wgmma", "newer_may_wait"}
 
 if __name__ != "__main__":
-    triton = pytest.importorskip("triton", reason="without Triton nothing can be compiled")
     import slimkernels.backends.triton as kernels
 
     ALL_MODULES = sorted(info.name for info in pkgutil.iter_modules(kernels.__path__))
@@ -108,15 +110,14 @@ def test_compiles_as_declared(name, index, arch):
     (report,) = [r for r in compiled(name) if (r["index"], r["arch"]) == (index, arch)]
     assert "error" not in report, report["error"]
     described = report["description"]
-    is_declared = triton.__version__.startswith(DECLARED_WITH + ".")
-    if is_declared:
+    if IS_DECLARED:
         assert report["spill_stores"] == report["spill_loads"] == 0, described
         assert report["regs"] <= config["registers"], described
     assert report["smem"] <= min(config.get("smem", report["smem_limit"]), report["smem_limit"])
     if config.get("wgmma"):
         instructions = report["wgmma"] if arch == 90 else report["mma"]
         assert instructions > 0, described
-        if config.get("newer_may_wait") and not is_declared:
+        if config.get("newer_may_wait") and not IS_DECLARED:
             return
         # ptxas C7511: wgmma would wait for the one before it.
         assert not [w for w in report["warnings"] if "serializ" in w], described
