@@ -33,6 +33,7 @@ def measured(name: str, options: argparse.Namespace) -> tuple[float, float, floa
     torch.manual_seed(0)
     x = torch.randn(options.tokens, options.width, device=device, dtype=dtype)
     w = torch.randn(options.vocabulary, options.width, device=device, dtype=dtype)
+    w /= options.width**0.5
     target = torch.randint(options.vocabulary, (options.tokens,), device=device)
     (w @ x[:8].t()).sum().item()  # starts the library of products
     before = _peak(device, reset=True)

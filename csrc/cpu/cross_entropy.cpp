@@ -116,8 +116,9 @@ Partial scan(const T* x, int64_t n, const Share& share) {
   const float peak = max_of(x, n);
   // A segment of -inf adds exp(-inf - 0) = 0, not exp(-inf + inf) = NaN.
   const float shift = peak == -kInfinity ? 0.f : peak;
-  const float sum = sum_over(
-      n, [&](int64_t i, auto lanes) { return keep(exp(load(x + i, lanes) - shift), lanes); });
+  const float sum = sum_over(n, [&](int64_t i, auto lanes) {
+    return keep(exp_of_nonpositive(load(x + i, lanes) - shift), lanes);
+  });
   if constexpr (std::is_same_v<Share, Nothing>) {
     return {peak, sum, 0.f, 0.f};
   } else {
@@ -232,7 +233,7 @@ void gradient(const T* x, T* dx, int64_t n, const Slopes& s, float softcap, int6
       v = softcap * h.value;
       outer = h.slope;
     }
-    const vfloat p = exp(v - s.peak - s.log_sum);
+    const vfloat p = exp_of_nonpositive(v - s.peak - s.log_sum);  // log_sum >= log(exp(0))
     vfloat dz = s.own * (p - hit) + s.extra * p;
     if constexpr (!std::is_same_v<Share, Nothing>) dz += s.even * (s.mass * p - share.at(i, lanes));
     return dz * outer;

@@ -327,7 +327,7 @@ def cross_entropy_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss; stats (3, M): a row's maximum, the logarithm of its sum of exp(x - maximum), and
     the mass of what smoothing or probabilities spread over its classes, 0 without; divisor (1,):
-    what a mean divides by, on the device, so that no one waits for it.
+    what a mean divides by, on the device, so that no one waits for it; for "none" anything.
 
     lse is the sum of the first two. Rounded to one float32 it would be wrong by 5e-4 at logits of
     1e4, and so would every probability made from it.

@@ -69,7 +69,7 @@ def linear_cross_entropy(
     Returns     input's dtype, float32 under autocast; a scalar, or target's shape for "none"
     Saves       on the CPU, for "mean" and "sum", the gradients of input, weight and bias, which
                 forward makes while it has the logits (so do not ask for them in evaluation: use
-                no_grad); otherwise input, weight, target and two float32 a row, from which
+                no_grad); otherwise input, weight, target and three float32 a row, from which
                 backward multiplies again
     Errors      ValueError naming the argument that is wrong; labels as in cross_entropy
     """
