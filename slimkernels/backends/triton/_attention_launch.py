@@ -31,13 +31,26 @@ _EVERYWHERE = 2**31 - 1  # the end of a dimension that is broadcast
 
 
 def launch_of(
-    kernel: str, D: int, DV: int, dtype: torch.dtype, rich: bool, device: torch.device
+    kernel: str,
+    D: int,
+    DV: int,
+    dtype: torch.dtype,
+    rich: bool,
+    device: torch.device,
+    *,
+    is_foreign: bool,
 ) -> dict:
-    """What a kernel's launch needs beside the call's own Features: TILE, num_warps, num_stages."""
+    """What a kernel's launch needs beside the call's own Features: TILE, num_warps, num_stages.
+
+    is_foreign  the scores go through a user's functions
+    """
     BLOCK_D, BLOCK_DV = (max(triton.next_power_of_2(n), 16) for n in (D, DV))  # tl.dot wants 16
     chosen = tiles(kernel, max(BLOCK_D, BLOCK_DV), dtype, rich, device)
-    blocks = chosen.pop("BLOCK_M"), chosen.pop("BLOCK_N")
-    return dict(TILE=Tile(D, DV, *blocks, BLOCK_D, BLOCK_DV), **chosen)
+    BLOCK_M, BLOCK_N = chosen.pop("BLOCK_M"), chosen.pop("BLOCK_N")
+    if is_foreign and kernel == "forward":
+        # The tables leave no registers for such functions: on sm_100, even small ones spill.
+        BLOCK_N = max(BLOCK_N // 2, 16)
+    return dict(TILE=Tile(D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV), **chosen)
 
 
 class Prepared:
@@ -94,7 +107,11 @@ class Prepared:
         )
         rich = masked or call.is_modified or call.dropout_p > 0
         query, widths = self.query, (self.query.shape[-1], self.value.shape[-1])
-        return dict(FEATURES=features) | launch_of(kernel, *widths, query.dtype, rich, query.device)
+        chosen = launch_of(
+            *(kernel, *widths, query.dtype, rich, query.device),
+            is_foreign=call.function is not None,
+        )
+        return dict(FEATURES=features) | chosen
 
     def statistics(self, lse: Tensor, dlse: Tensor | None) -> Statistics:
         """With room for what backward computes first; the sums of P in float32 only."""
@@ -189,7 +206,8 @@ def compiled(kernel, direction, D, dtype, *, dropout=False, scoring=None, blocks
         ),
     }
     rich = dropout or scoring is not None
-    launch = launch_of(direction, D, D, dtype, rich, torch.device("cpu"))
+    is_foreign = scoring is not None and scoring.score is not None
+    launch = launch_of(*(direction, D, D, dtype, rich, torch.device("cpu")), is_foreign=is_foreign)
     launch["TILE"] = launch["TILE"]._replace(**(blocks or {}))
     features = Features(
         HAS_LEFT=False,
