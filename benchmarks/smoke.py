@@ -39,9 +39,12 @@ def main(argv: list[str] | None = None) -> int:
     for name in slimkernels.optim.__all__:
         for dtype in (torch.float32, torch.bfloat16):
             for backend in (b for b in UPDATES[name.lower()].order if b in NATIVE[device.type]):
-                step_once(getattr(slimkernels.optim, name), device, dtype, backend)
-                ran += 1
-                print(f"{name} {backend} {dtype}: ran", flush=True)
+                module = UPDATES[name.lower()].modules[backend]
+                reason = module if isinstance(module, str) else None
+                if reason is None:
+                    step_once(getattr(slimkernels.optim, name), device, dtype, backend)
+                    ran += 1
+                print(f"{name} {backend} {dtype}: {reason or 'ran'}", flush=True)
     print(f"{ran} kernels ran")
     return 0 if ran else 1
 

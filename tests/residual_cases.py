@@ -31,7 +31,7 @@ def inputs_of(op, shape, dtype, device, residual_dtype=None, parameter_dtype=Non
 def mask_of(x: Tensor, seed: Tensor, dropout_p: float) -> Tensor:
     """Of dropout: rows are counted through all dimensions but the last."""
     N = x.shape[-1]
-    rows = torch.arange(x.numel() // N, device=x.device)[:, None]
+    rows = torch.arange(x.numel() // max(N, 1), device=x.device)[:, None]
     return keep_mask(seed, rows, torch.arange(N, device=x.device), dropout_p).view(x.shape)
 
 

@@ -5,9 +5,8 @@
 //
 // Tiling   Two passes over chunks of all tensors (tensor_lists.h): the first has the norms, the
 //          second, which makes u anew from m and v, the step.
-// Traffic  Reads w, g, m, v and writes m, v; then reads w, m, v and writes w: 40 bytes an element
-// in
-//          float32. To store u would cost two more.
+// Traffic  Reads w, g, m, v and writes m, v; then reads w, m, v and writes w: 40 bytes a float32
+//          element. To store u would cost two more passes.
 // Numerics float32; norms in float32 over a chunk, chunks in double and in order.
 #include "adam.h"
 #include "kernels.h"

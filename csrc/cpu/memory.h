@@ -18,8 +18,9 @@ class Owned {
 
   // At most once, for an object made without.
   void allocate(int64_t count, bool zeroed = false) {
+    count += !count;  // malloc(0) may be null
     values_ = (T*)(zeroed ? std::calloc(count, sizeof(T)) : std::malloc(count * sizeof(T)));
-    if (!values_ && count) out_of_memory();
+    if (!values_) out_of_memory();
   }
   T* get() const { return values_; }
   T& operator[](int64_t i) const { return values_[i]; }

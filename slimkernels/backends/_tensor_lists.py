@@ -1,7 +1,8 @@
 """Many tensors that one kernel call reads and writes: their columns, addresses and layout.
 
-An optimizer keeps its TensorLists between steps. Each step gives it the tensors anew; what a
-backend derives from them (a table of addresses on the device) is kept while the addresses stay.
+An optimizer keeps its TensorLists between steps, but not the tensors: a gradient kept would be
+memory that nobody can free. Each step gives them anew; what a backend derives from them (a table of
+addresses on the device) stays while sizes, layouts and addresses do.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ PLAIN = (Tensor, torch.nn.Parameter)
 class TensorLists:
     """Columns of tensors, one row a parameter; rows are updated independently of each other.
 
-    columns    name -> tensors of one device; "grad" is always there, others may be absent
+    columns    name -> tensors of one device; "grad" is always there, others may be absent. Empty
+               after release()
+    layout     name -> all that `refusal` and `sizes` follow from
     addresses  name -> the tensors' addresses
     sizes      elements of each row's tensors
     refusal    why no kernel may read these tensors, in a sentence; None if one may
@@ -30,6 +33,7 @@ class TensorLists:
         self, columns: dict[str, list[Tensor]], captured: list[Tensor] | None = None
     ) -> None:
         self.columns = columns
+        self.layout = _layout(columns)
         self.addresses = _addresses(columns)
         self.sizes = [tensor.numel() for tensor in columns["grad"]]
         self.refusal = next(filter(None, map(_refusal, self.rows())), None)
@@ -43,16 +47,21 @@ class TensorLists:
             yield dict(zip(self.columns, row, strict=True))
 
     def renewed(self, columns: dict[str, list[Tensor]]) -> TensorLists:
-        """These lists if `columns` lie where they did, but for gradients; else new ones."""
-        addresses = _addresses(columns)
-        if addresses == self.addresses:
-            self.columns = columns
-            return self
-        moved = {name for name, of in addresses.items() if of != self.addresses.get(name)}
-        if moved != {"grad"} or any(g.dtype != self.first.dtype for g in columns["grad"]):
+        """These lists with other tensors of the same layout; new ones for another layout."""
+        if _layout(columns) != self.layout:
             return TensorLists(columns, self.captured)
-        self.columns, self.addresses, self.kept = columns, addresses, {}
+        addresses = _addresses(columns)
+        if addresses != self.addresses:
+            self.addresses, self.kept = addresses, {}
+        self.columns = columns
         return self
+
+    def release(self) -> None:
+        """Let go of the tensors, and of what was derived from them while a graph was captured: it
+        is not there before the graph is replayed."""
+        if self.first.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            self.kept, self.cut = {}, {}
+        self.columns = {}
 
     @property
     def first(self) -> Tensor:
@@ -65,6 +74,13 @@ class TensorLists:
 
 def _addresses(columns: dict[str, list[Tensor]]) -> dict[str, list[int]]:
     return {name: list(map(Tensor.data_ptr, tensors)) for name, tensors in columns.items()}
+
+
+def _layout(columns: dict[str, list[Tensor]]) -> dict[str, list[tuple]]:
+    return {
+        name: [(type(t), t.dtype, t.shape, t.stride(), t.is_neg()) for t in tensors]
+        for name, tensors in columns.items()
+    }
 
 
 def same_layout(a: Tensor, b: Tensor) -> bool:
@@ -84,9 +100,14 @@ def _refusal(row: dict[str, Tensor]) -> str | None:
     for name, tensor in row.items():
         if type(tensor) not in PLAIN:
             return f"it reads plain tensors and {name} is a {type(tensor).__name__}"
+        if tensor.is_neg():
+            return f"it reads memory as it stands and {name} is a lazy negation"
         if name == "step":
             wanted = torch.float32
         else:
+            if tensor.shape != first.shape:
+                shapes = f"{tuple(tensor.shape)} and its parameter {tuple(first.shape)}"
+                return f"it walks tensors of one shape together and {name} has {shapes}"
             if not is_dense(tensor) or not same_layout(tensor, first):
                 return f"it reads memory without gaps and {name} has strides {tensor.stride()}"
             wanted = first.dtype if name in ("param", "grad") else torch.float32

@@ -13,6 +13,8 @@ only by exchanging them between threads; one word of four thrown away costs four
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -58,3 +60,10 @@ def _mix(x: Tensor) -> Tensor:
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & _WORD
     x = ((x ^ (x >> 15)) * 0x846CA68B) & _WORD
     return x ^ (x >> 16)
+
+
+def dropped(x: Tensor, seed: Tensor, dropout_p: float) -> Tensor:
+    """The definition of dropout: rows are counted through all dimensions but the last."""
+    rows = torch.arange(math.prod(x.shape[:-1]), device=x.device).view(*x.shape[:-1], 1)
+    keep = keep_mask(seed, rows, torch.arange(x.shape[-1], device=x.device), dropout_p)
+    return torch.where(keep, x * (1 / (1 - dropout_p)), 0.0)

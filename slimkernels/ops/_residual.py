@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from slimkernels.ops._checks import check_dropout, check_flag, check_tensor, normalized_rows
-from slimkernels.ops._dropout import keep_mask
+from slimkernels.ops._dropout import dropped
 
 
 def add_branch(
@@ -17,10 +17,7 @@ def add_branch(
     """The definition of the sum, in residual's dtype. row_scale (M,); a seed means dropout."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     if seed is not None:
-        N = x.shape[-1]
-        rows = torch.arange(x.numel() // N, device=x.device).view(*x.shape[:-1], 1)
-        keep = keep_mask(seed, rows, torch.arange(N, device=x.device), dropout_p)
-        wide = torch.where(keep, wide * (1 / (1 - dropout_p)), 0.0)
+        wide = dropped(wide, seed, dropout_p)
     if row_scale is not None:
         wide = wide * row_scale.view(*x.shape[:-1], 1)
     return (residual + wide).to(residual.dtype)

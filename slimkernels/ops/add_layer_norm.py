@@ -68,7 +68,7 @@ def add_layer_norm(
     zero_centered     multiply by 1 + weight
     Returns           (output, sum), of input's shape; output in input's dtype, sum in residual's;
                       output is exactly layer_norm(sum)
-    Saves             sum, weight, mean and rstd (one float32 each a row), row_scale and the seed
+    Saves             sum, weight, bias, mean and rstd (one float32 each a row), row_scale, the seed
     Errors            ValueError naming the argument whose shape, dtype or device is wrong
     """
     options = {"dropout_p": dropout_p, "row_scale": row_scale, "zero_centered": zero_centered}

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from slimkernels.dispatch import Op, distinct, kernel_op, needs_gradient
 from slimkernels.ops._activation import check_bias
 from slimkernels.ops._checks import check_alike, check_dropout, check_tensor
-from slimkernels.ops._dropout import draw_seed, keep_mask
+from slimkernels.ops._dropout import draw_seed, dropped
 from slimkernels.ops._first_order import first_order
 from slimkernels.ops.layer_norm import gradient_of
 
@@ -21,11 +19,7 @@ def bias_dropout_add_reference(
     """The definition, in float32, or in float64 if x is, rounded once."""
     y = x.to(torch.promote_types(x.dtype, torch.float32))
     y = y if bias is None else y + bias
-    if seed is not None:
-        N = x.shape[-1]
-        rows = torch.arange(math.prod(x.shape[:-1]), device=x.device).view(*x.shape[:-1], 1)
-        keep = keep_mask(seed, rows, torch.arange(N, device=x.device), dropout_p)
-        y = torch.where(keep, y * (1 / (1 - dropout_p)), 0.0)
+    y = y if seed is None else dropped(y, seed, dropout_p)
     y = y if residual is None else residual + y
     return y.clone() if y is x else y.to(x.dtype)
 
@@ -45,7 +39,8 @@ def bias_dropout_add(
     residual   input's shape, dtype and device; or None, for dropout(input + bias)
     dropout_p  probability of dropping an element, in [0, 1); survivors are multiplied by
                1 / (1 - dropout_p). Pass 0 outside training.
-    Returns    input's shape and dtype; computed in float32 (float64 for float64), rounded once
+    Returns    input's shape and dtype; computed in float32 (float64 for float64) and rounded once;
+               without dropout the backend "torch" rounds each sum, as eager does
     Saves      bias and the seed of the dropout
     Errors     ValueError naming the argument whose value, shape, dtype or device is wrong
     """
@@ -97,6 +92,7 @@ class _BiasDropoutAdd(torch.autograd.Function):
     @first_order("bias_dropout_add")
     def backward(ctx, saved, dy):
         bias, seed = saved
+        bias = bias if ctx.needs_input_grad[1] else None
         dx, dbias = dy, None
         if bias is not None or seed is not None:
             dx, dbias = bias_dropout_add_backward(dy, bias, ctx.dropout_p, seed, ctx.backend)

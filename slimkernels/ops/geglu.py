@@ -23,7 +23,8 @@ def geglu(
                  are stored in the other order, are read where they lie.
     gate         input's shape, dtype and device, or None
     approximate  "none" or "tanh", as in gelu; Gemma and T5 1.1 take "tanh"
-    Returns      (..., N), input's dtype; computed in float32 (float64 for float64)
+    Returns      (..., N), input's dtype; computed in float32 (float64 for float64);
+                 the backend "torch" rounds the gate's activation, as eager does
     Saves        input and gate
     Errors       ValueError naming the argument whose value, shape, dtype or device is wrong
 

@@ -46,9 +46,9 @@ def group_norm(
     num_groups    a divisor of C; the groups are C / num_groups neighbouring channels
     weight, bias  (C,), in input's dtype or float32; None for 1 and 0
     eps           added to the variance
-    Returns       input's shape and dtype, contiguous; computed in float32 (float64 for float64); a
-                  group of one element becomes its bias
-    Saves         input, weight, mean and rstd (one float32 each a group)
+    Returns       input's shape and dtype, contiguous from a kernel; computed in float32 (float64
+                  for float64); a group of one element becomes its bias
+    Saves         input, weight, bias, mean and rstd (one float32 each a group)
     Errors        ValueError naming the argument whose shape, dtype or device is wrong
     """
     args = _arguments(input, num_groups, weight, bias, eps)

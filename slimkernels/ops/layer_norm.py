@@ -47,7 +47,7 @@ def layer_norm(
     eps               added to the variance
     zero_centered     multiply by 1 + weight, whose weight decay pulls towards 1
     Returns           input's shape and dtype; computed in float32 (float64 for float64)
-    Saves             input, weight, mean and rstd (one float32 each a row)
+    Saves             input, weight, bias, mean and rstd (one float32 each a row)
     Errors            ValueError naming the argument whose shape, dtype or device is wrong
     """
     args = _arguments(input, normalized_shape, weight, bias, eps, zero_centered=zero_centered)

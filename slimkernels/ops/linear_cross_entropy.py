@@ -7,6 +7,8 @@ Kernel (Hsu et al. 2024); in tiles, recomputed in backward: Cut Cross-Entropy (W
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -67,10 +69,10 @@ def linear_cross_entropy(
                 target that is ignore_index outside the masked positions, this costs as much as
                 the masked positions alone.
     Returns     input's dtype, float32 under autocast; a scalar, or target's shape for "none"
-    Saves       on the CPU, for "mean" and "sum", the gradients of input, weight and bias, which
-                forward makes while it has the logits (so do not ask for them in evaluation: use
-                no_grad); otherwise input, weight, target and three float32 a row, from which
-                backward multiplies again
+    Saves       input, weight, target and three float32 a row, from which backward multiplies again;
+                on the CPU, for "mean" and "sum", besides these the gradients of input, weight and
+                bias, which forward makes while it has the logits: do not ask for them in evaluation
+                (use no_grad), and do not checkpoint the call, which would make them twice
     Errors      ValueError naming the argument that is wrong; labels as in cross_entropy
     """
     args = _arguments(
@@ -211,15 +213,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, saved, dy):
         *_, reduction, wanted, backend = ctx.options
         gradients, ctx.gradients = ctx.gradients, None
-        if gradients is not None:
-            if type(dy) is not Tensor or dy.item() != 1.0:
-                gradients = [g.mul_(dy) for g in gradients]
-        elif in_forward(reduction, backend) and torch.compiler.is_compiling():
+        gradients = None if gradients is None else _scaled(gradients, dy)
+        if gradients is None and in_forward(reduction, backend) and torch.compiler.is_compiling():
             gradients = [g * dy for g in saved]
-        else:  # also for a second backward through a graph that was retained
+        elif gradients is None:  # also of a graph that was retained, and where dy is not finite
             gradients = linear_cross_entropy_backward(dy, *saved, *ctx.options)
         dx, dweight, dbias = (g if w else None for g, w in zip(gradients, wanted, strict=True))
         return dx, dweight, None, dbias, *(None,) * len(ctx.options)
+
+
+def _scaled(gradients: list[Tensor], dy: Tensor) -> list[Tensor] | None:
+    """Those of forward times dy; None where dy would make NaN of ignored rows' zeros."""
+    if type(dy) is not Tensor or torch._C._functorch.peek_interpreter_stack() is not None:
+        return [g * dy for g in gradients]
+    scale = dy.item()
+    if not math.isfinite(scale):
+        return None
+    return gradients if scale == 1.0 else [g.mul_(dy) for g in gradients]
 
 
 def _gradients_fake(x, weight, bias, wanted):

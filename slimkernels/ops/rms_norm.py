@@ -49,10 +49,12 @@ def rms_norm(
     args = _arguments(input, normalized_shape, weight, eps, zero_centered=zero_centered)
     chosen = RMS_NORM.select(*args, backend=backend)
     if chosen == "torch":
-        return rms_norm_by_torch(*args).view(input.shape)
-    if needs_gradient(*args[:2]):
-        return _RMSNorm.apply(*distinct(*args), chosen).view(input.shape)
-    return rms_norm_forward(*args, chosen)[0].view(input.shape)
+        y = rms_norm_by_torch(*args)
+    elif needs_gradient(*args[:2]):
+        y = _RMSNorm.apply(*distinct(*args), chosen)
+    else:
+        y = rms_norm_forward(*args, chosen)[0]
+    return y if args[0] is input else y.view(input.shape)
 
 
 def rms_norm_by_torch(x: Tensor, weight: Tensor | None, eps: float, zero_centered: bool) -> Tensor:

@@ -16,7 +16,8 @@ def swiglu(input: Tensor, *, gate: Tensor | None = None, backend: str | None = N
              float32, float16, bfloat16 or float64. Views, such as halves that are stored in the
              other order, are read where they lie.
     gate     input's shape, dtype and device, or None
-    Returns  (..., N), input's dtype; computed in float32 (float64 for float64)
+    Returns  (..., N), input's dtype; computed in float32 (float64 for float64);
+             the backend "torch" rounds the gate's activation, as eager does
     Saves    input and gate
     Errors   ValueError naming the argument whose shape, dtype or device is wrong
 

@@ -1,4 +1,4 @@
-"""Optimizers that update many tensors in one kernel, with torch.optim's interface."""
+"""Optimizers that update many tensors in a few launches, with torch.optim's interface."""
 
 from slimkernels.optim.adamw import AdamW
 from slimkernels.optim.lamb import LAMB

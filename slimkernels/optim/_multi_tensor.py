@@ -93,7 +93,12 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         ]
         clip = self._clip([lists for _, lists in gathered])
         for group, lists in gathered:
-            self._update(lists, clip, self._options(group))
+            options = self._options(group)
+            if isinstance(options["lr"], Tensor):  # of one dimension, where a parameter has none
+                options["lr"] = options["lr"].reshape(())
+            self._update(lists, clip, options)
+        for _, lists in gathered:
+            lists.release()
         return loss
 
     def _state_of(self, group: dict, param: Tensor) -> dict[str, Tensor]:
@@ -210,6 +215,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
                 lines.append(f"group {index}, {kind}:")
                 arguments = self.op.arguments(lists, None, **self._options(group))
                 lines.append(self.op.explain(*arguments, backend=self.backend))
+                lists.release()
         return "\n".join(lines) or f"{_name(self)}: no parameter has a gradient"
 
     def load_state_dict(self, state_dict: dict) -> None:

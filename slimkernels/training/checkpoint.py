@@ -103,8 +103,10 @@ def load(checkpoint: Path, model: nn.Module, optimizer=None) -> None:
         for name, parameter in _named_parameters(model) if started else ():
             state = optimizer.state[parameter]
             for key in ("step", "exp_avg", "exp_avg_sq"):
-                value = tensors[f"{key}.{name}"]
-                state[key] = value.to(parameter.device)
+                state[key] = tensors[f"{key}.{name}"].to(parameter.device)
+            for key in ("max_exp_avg_sq", "master"):  # which not every optimizer has
+                if f"{key}.{name}" in tensors:
+                    state[key] = tensors[f"{key}.{name}"].to(parameter.device)
         _set_generators(tensors, _device(model))
     except (KeyError, RuntimeError) as error:
         raise CheckpointError(f"the checkpoint {path} is not of this model: {error}") from error

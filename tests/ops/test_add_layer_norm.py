@@ -11,9 +11,10 @@ from op_cases import (
     skip_unsupported,
     with_seed,
 )
+from residual_cases import mask_of
 
 import slimkernels as sk
-from slimkernels.ops._dropout import draw_seed, keep_mask
+from slimkernels.ops._dropout import draw_seed
 from slimkernels.ops.add_layer_norm import add_layer_norm_forward, add_layer_norm_reference
 from slimkernels.ops.layer_norm import layer_norm_forward
 from slimkernels.testing import assert_op_matches, run_with_gradients
@@ -65,13 +66,6 @@ def functions_of(backend, dropout_p, compiled=False):
         )
 
     return with_seed(maybe_compiled(ours, compiled)), with_seed(eager), with_seed(reference)
-
-
-def mask_of(x, seed, dropout_p):
-    """Of dropout: rows are counted through all dimensions but the last."""
-    N = x.shape[-1]
-    rows = torch.arange(x.numel() // N, device=x.device)[:, None]
-    return keep_mask(seed, rows, torch.arange(N, device=x.device), dropout_p).view(x.shape)
 
 
 def skip(backend, inputs, dropout_p=0.0):

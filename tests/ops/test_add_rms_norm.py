@@ -8,7 +8,7 @@ import slimkernels as sk
 from slimkernels.ops._dropout import draw_seed
 from slimkernels.ops.add_rms_norm import add_rms_norm_forward
 from slimkernels.ops.rms_norm import rms_norm_forward
-from slimkernels.testing import run_with_gradients
+from slimkernels.testing import assert_op_matches, run_with_gradients
 
 NAME = "add_rms_norm"
 # One column is a difference of almost equal terms in backward: of 1x1 the error is luck.
@@ -48,13 +48,12 @@ def test_every_instruction_set(each_isa, dtype):
 def test_one_output_used(backend, used, dropout_p, compiled):
     x, residual, weight = inputs_of(NAME, (6, 45), torch.float32, device_of(backend))
     check(NAME, backend, (x, residual, weight), dropout_p=dropout_p)  # skips
-    ours, eager, _ = functions_of(NAME, backend, dropout_p=dropout_p, compiled=compiled)
-    actual, expected = (
-        run_with_gradients(lambda x, r, f=f: f(x, r, weight)[used], (x, residual))
-        for f in (ours, eager)
-    )
-    for name, t in expected.items():
-        assert torch.allclose(actual[name], t, rtol=1e-5, atol=1e-5), name
+
+    def one(function):
+        return lambda x, residual, weight: function(x, residual, weight)[used]
+
+    functions = functions_of(NAME, backend, dropout_p=dropout_p, compiled=compiled)
+    assert_op_matches(*(one(function) for function in functions), (x, residual, weight))
 
 
 @pytest.mark.parametrize("dropout_p", DROPOUTS)

@@ -1,9 +1,10 @@
 import pytest
 import torch
 from op_cases import DTYPES, KERNEL_BACKENDS, device_of, maybe_compiled, skip_unsupported, with_seed
+from residual_cases import mask_of
 
 import slimkernels as sk
-from slimkernels.ops._dropout import draw_seed, keep_mask
+from slimkernels.ops._dropout import draw_seed
 from slimkernels.ops.bias_dropout_add import bias_dropout_add_reference
 from slimkernels.testing import assert_op_matches, run_with_gradients
 
@@ -19,13 +20,6 @@ def inputs_of(shape, dtype, device, given="both", bias_dtype=None):
     bias = torch.randn(shape[-1], device=device).to(bias_dtype or dtype)
     bias = bias if given in ("both", "bias") else None
     return x, bias, residual if given in ("both", "residual") else None
-
-
-def mask_of(x, seed, dropout_p):
-    """Of dropout: rows are counted through all dimensions but the last."""
-    N = x.shape[-1]
-    rows = torch.arange(x.numel() // max(N, 1), device=x.device)[:, None]
-    return keep_mask(seed, rows, torch.arange(N, device=x.device), dropout_p).view(x.shape)
 
 
 def functions_of(backend, dropout_p, compiled=False):

@@ -206,3 +206,10 @@ def test_bad_input_is_one_sentence(backend, args, sentence):
     args = args if len(args) > 1 else (*args, 1)
     with pytest.raises(ValueError, match="^layer_norm: " + sentence):
         sk.layer_norm(*args, backend=backend)
+
+
+def test_long_rows_that_programs_share(monkeypatch):
+    long_rows = pytest.importorskip("slimkernels.backends.triton._long_rows")
+    # A row has five parts: two shares of the rows.
+    monkeypatch.setattr(long_rows, "row_programs", lambda x, M: 10)
+    check("triton", inputs_of((5, 8197), torch.float32, 0.0, device_of("triton")))

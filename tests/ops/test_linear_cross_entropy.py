@@ -364,3 +364,25 @@ def test_bad_input_is_one_sentence(backend, arguments, sentence):
     arguments = {"input": X, "weight": W, "target": T, "bias": B, **arguments}
     with pytest.raises(ValueError, match="^linear_cross_entropy: " + sentence):
         sk.linear_cross_entropy(**arguments, backend=backend)
+
+
+@every_reduction
+@pytest.mark.parametrize("dy", [float("nan"), float("inf")])
+def test_what_is_not_finite_does_not_reach_ignored_rows(reduction, dy):
+    x, weight, target, bias = inputs_of((9, 24, 37), torch.float32, "cpu")
+    x.requires_grad_()
+    loss = sk.linear_cross_entropy(x, weight, target, bias, reduction=reduction, backend="cpu")
+    (dx,) = torch.autograd.grad(loss, x, torch.full_like(loss, dy))
+    ignored = target == -100
+    assert ignored.any() and (dx[ignored] == 0).all() and not dx[~ignored].isfinite().any()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_several_gradients_at_once(reduction):
+    x, weight, target, bias = inputs_of((9, 24, 37), torch.float32, "cpu")
+    x.requires_grad_()
+    scales = torch.tensor([1.0, 2.0, -3.0])
+    loss = sk.linear_cross_entropy(x, weight, target, bias, reduction=reduction, backend="cpu")
+    (together,) = torch.autograd.grad(loss, x, scales, is_grads_batched=True, retain_graph=True)
+    (alone,) = torch.autograd.grad(loss, x)
+    assert torch.equal(together, alone * scales.view(3, 1, 1))

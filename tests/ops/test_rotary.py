@@ -10,7 +10,7 @@ from slimkernels.testing import assert_op_matches, run_with_gradients
 SIZES = [
     *((1, 1, 1, 1, 2, 2), (2, 3, 1, 5, 24, 24), (2, 4, 2, 7, 40, 16), (1, 2, 2, 33, 64, 64)),
     *((3, 2, 1, 2, 7, 6), (1, 5, 3, 3, 80, 34), (0, 2, 2, 3, 8, 8), (2, 2, 2, 0, 8, 8)),
-    (2, 0, 1, 3, 8, 8),
+    *((2, 0, 1, 3, 8, 8), (1, 40, 2, 2, 128, 128)),  # the last: heads of several tiles
 ]
 LAYOUTS = [False, True]
 ROWS = 50

@@ -115,10 +115,12 @@ def test_a_saved_run_goes_on_as_if_never_saved(make, backend):
 @every_optimizer
 def test_copies_keep_their_options(make):
     params = parameters(SHAPES, torch.float32)
-    optimizer = make(params, max_grad_norm=0.5, skip_nonfinite=True, backend="torch")
+    options = dict(max_grad_norm=0.5, skip_nonfinite=True, master_weights=False)
+    optimizer = make(params, **options, backend="torch")
     train(params, optimizer)
     for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
-        assert other.max_grad_norm == 0.5 and other.skip_nonfinite and other.backend == "torch"
+        assert {name: getattr(other, name) for name in options} == options
+        assert other.backend == "torch"
         train(other.param_groups[0]["params"], other, first_seed=3)
         assert other.grad_norm is not None
 
@@ -201,18 +203,38 @@ def test_groups_have_their_own_options_and_may_come_later(make, torchs, backend)
     close(*results, make)
 
 
-@every_backend
-def test_parameters_of_several_dtypes(backend):
-    device = device_of(backend)
-    wide, low = (parameters(SHAPES, d, device) for d in (torch.float32, torch.bfloat16))
-    mixed = [p for pair in zip(wide, low, strict=True) for p in pair]
-    optimizer = AdamW(mixed, max_grad_norm=1.0, backend=backend)
-    train(mixed, optimizer)
-    alone = parameters(SHAPES, torch.float32, device)
-    mixed_again = [q for pair in zip(alone, low, strict=True) for q in pair]
-    reference = AdamW(mixed_again, max_grad_norm=1.0, backend="torch")
-    train(mixed_again, reference)
-    close(wide, alone)
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("high", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("high_first", [True, False])
+@pytest.mark.parametrize("backend", [None, "torch"])
+def test_parameters_of_several_dtypes(backend, high_first, high, low):
+    """One norm clips them all; each is updated as it would be alone."""
+    kinds = (high, low) if high_first else (low, high)
+    pairs = zip(*(parameters(SHAPES, kind) for kind in kinds), strict=True)
+    mixed = [p for pair in pairs for p in pair]
+    exact = [torch.nn.Parameter(p.detach().double()) for p in mixed]
+    ours = AdamW(mixed, lr=0.05, max_grad_norm=1.0, backend=backend)
+    theirs = torch.optim.AdamW(exact, lr=0.05)
+    for seed in range(3):
+        feed(mixed, seed)
+        for p, q in zip(mixed, exact, strict=True):
+            q.grad = p.grad.double()
+        ours.step()
+        torch.nn.utils.clip_grad_norm_(exact, 1.0)
+        theirs.step()
+    for p, q in zip(mixed, exact, strict=True):
+        moved = ours.state[p].get("master", p)
+        close([moved.double()], [q])
+
+
+@every_optimizer
+@pytest.mark.parametrize("backend", BACKENDS[:2])
+def test_a_learning_rate_of_one_dimension(make, backend):
+    shapes = [(4, 6)] if make is Muon else [(), (4, 6)]
+    params, others = (parameters(shapes, torch.float32) for _ in range(2))
+    train(params, make(params, lr=torch.tensor([0.05]), backend=backend))
+    train(others, make(others, lr=0.05, backend=backend))
+    assert_same_bits(params, others)
 
 
 @every_optimizer

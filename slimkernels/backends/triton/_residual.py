@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -78,3 +80,48 @@ def store_gradients(
     if dx_ptr is not None:
         dx = drop_and_scale(dtotal, seed_ptr, row_scale_ptr, row, cols, threshold, scale)
         tl.store(dx_ptr + at, dx, mask=mask)
+
+
+_TENSORS = ("x", "residual", "weight", "bias", "y", "total", "dy", "dsum", "dx", "dresidual")
+_FLOAT32 = ("mean", "rstd", "dweight", "dbias", "row_scale")
+_TYPES = {
+    **{f"{name}_ptr": "*bf16" for name in _TENSORS},
+    **{f"{name}_ptr": "*fp32" for name in _FLOAT32},
+    "seed_ptr": "*i64",
+    **dict.fromkeys(("M", "N", "threshold"), "i32"),
+    **dict.fromkeys(("eps", "scale"), "fp32"),
+}
+_WIDE = {f"{name}_ptr": "*fp32" for name in ("residual", "total", "dsum", "dresidual")}
+_OPTIONAL = ("weight_ptr", "bias_ptr", "dsum_ptr", "dx_ptr", "seed_ptr", "row_scale_ptr")
+_OPTIONAL += ("dweight_ptr", "dbias_ptr")
+
+
+def compiles(forward_kernel, backward_kernel) -> list[dict]:
+    """What tests/test_aot.py compiles of an op's two kernels, and the most that may come out."""
+    return [
+        dict(
+            kernel=kernel,
+            signature={n: t for n, t in types.items() if n in kernel.arg_names and n not in absent},
+            constexprs={
+                **{"ZERO_CENTERED": False, "BLOCK_N": BLOCK_N},
+                **{n: None for n in absent if n in kernel.arg_names},
+            },
+            num_warps=block(BLOCK_N)[1],
+            registers=registers if BLOCK_N == 1024 else 255,
+        )
+        for types, absent, dtype in (
+            (_TYPES, (), torch.bfloat16),
+            (_TYPES, _OPTIONAL, torch.bfloat16),
+            (_TYPES | _WIDE, (), torch.float32),
+        )
+        for kernel, block, longest, registers in (
+            (forward_kernel, row_block, MAX_ROW, 64),
+            (
+                backward_kernel,
+                functools.partial(backward_block, dtype=dtype),
+                longest_row(dtype),
+                168,
+            ),
+        )
+        for BLOCK_N in (1024, longest)
+    ]

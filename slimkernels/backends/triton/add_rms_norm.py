@@ -3,8 +3,6 @@
 Tiling, traffic and numerics are add_layer_norm.py's; nothing is centered, so a row needs one sum.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +12,7 @@ from slimkernels.backends.triton._common import dense, row_block, unsupported_te
 from slimkernels.backends.triton._residual import (
     add_branch,
     backward_block,
+    compiles,
     dropout_numbers,
     longest_row,
     store_gradients,
@@ -168,43 +167,5 @@ def _backward_kernel(
 
 
 # What tests/test_aot.py compiles for sm_80, sm_90 and sm_100, and the most that may come out.
-_TENSORS = ("x", "residual", "weight", "bias", "y", "total", "dy", "dsum", "dx", "dresidual")
-_FLOAT32 = ("mean", "rstd", "dweight", "dbias", "row_scale")
-_TYPES = {
-    **{f"{name}_ptr": "*bf16" for name in _TENSORS},
-    **{f"{name}_ptr": "*fp32" for name in _FLOAT32},
-    "seed_ptr": "*i64",
-    **dict.fromkeys(("M", "N", "threshold"), "i32"),
-    **dict.fromkeys(("eps", "scale"), "fp32"),
-}
-_WIDE = {f"{name}_ptr": "*fp32" for name in ("residual", "total", "dsum", "dresidual")}
-_OPTIONAL = ("weight_ptr", "bias_ptr", "dsum_ptr", "dx_ptr", "seed_ptr", "row_scale_ptr")
-_OPTIONAL += ("dweight_ptr", "dbias_ptr")
-COMPILES = [
-    dict(
-        kernel=kernel,
-        signature={n: t for n, t in types.items() if n in kernel.arg_names and n not in absent},
-        constexprs={
-            **{"ZERO_CENTERED": False, "BLOCK_N": BLOCK_N},
-            **{n: None for n in absent if n in kernel.arg_names},
-        },
-        num_warps=block(BLOCK_N)[1],
-        registers=registers if BLOCK_N == 1024 else 255,
-    )
-    for types, absent, dtype in (
-        (_TYPES, (), torch.bfloat16),
-        (_TYPES, _OPTIONAL, torch.bfloat16),
-        (_TYPES | _WIDE, (), torch.float32),
-    )
-    for kernel, block, longest, registers in (
-        (_forward_kernel, row_block, MAX_ROW, 64),
-        (
-            _backward_kernel,
-            functools.partial(backward_block, dtype=dtype),
-            longest_row(dtype),
-            168,
-        ),
-    )
-    for BLOCK_N in (1024, longest)
-]
+COMPILES = compiles(_forward_kernel, _backward_kernel)
 COMPILES += _long_rows.compiles(is_rms=True, adds=True)

@@ -12,15 +12,13 @@ import torch
 import triton
 import triton.language as tl
 
-from slimkernels.backends._dropout import threshold
 from slimkernels.backends.triton._common import (
     dense,
-    keep_mask,
-    row_keys,
     row_programs,
     tile_of_rows,
     unsupported_tensor,
 )
+from slimkernels.backends.triton._residual import drop_and_scale, dropout_numbers
 
 
 def unsupported(x, bias, residual, dropout_p):
@@ -34,7 +32,7 @@ def forward(x, bias, residual, dropout_p, seed):
         M, N, launch = _tiles(x)
         blocks = triton.cdiv(M, launch["BLOCK_M"]) * triton.cdiv(N, launch["BLOCK_N"])
         _forward_kernel[(blocks,)](
-            *(x, dense(bias), dense(residual), y, seed, M, N), *_dropout(dropout_p), **launch
+            *(x, dense(bias), dense(residual), y, seed, M, N), *dropout_numbers(dropout_p), **launch
         )
     return y
 
@@ -47,7 +45,9 @@ def backward(dy, bias, dropout_p, seed):
     partials = None if bias is None else dy.new_empty((P, N), dtype=torch.float32)
     if dy.numel():
         grid = (triton.cdiv(N, launch["BLOCK_N"]) * P,)
-        _backward_kernel[grid](*(dy, dx, partials, seed, M, N, P), *_dropout(dropout_p), **launch)
+        _backward_kernel[grid](
+            *(dy, dx, partials, seed, M, N, P), *dropout_numbers(dropout_p), **launch
+        )
     dx = dy.new_empty(0) if dx is None else dx
     return dx, dy.new_empty(0) if bias is None else partials.sum(0).to(bias.dtype)
 
@@ -56,11 +56,6 @@ def _tiles(x):
     N = x.shape[-1]
     BLOCK_M, BLOCK_N = tile_of_rows(N)
     return x.numel() // max(N, 1), N, dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=4)
-
-
-def _dropout(dropout_p):
-    """Below which bits an element is dropped, and what survivors are multiplied by."""
-    return threshold(dropout_p), 1 / (1 - dropout_p)
 
 
 @triton.jit
@@ -87,9 +82,7 @@ def _forward_kernel(
     y = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
-    if seed_ptr is not None:
-        key0, key1 = row_keys(seed_ptr, rows)
-        y = tl.where(keep_mask(key0, key1, cols, threshold), y * scale, 0.0)
+    y = drop_and_scale(y, seed_ptr, None, rows, cols, threshold, scale)
     if residual_ptr is not None:
         y += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(y_ptr + at, y, mask=mask)
@@ -119,9 +112,8 @@ def _backward_kernel(
         mask = (rows < M) & (cols < N)
         at = rows * N + cols
         dx = tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        if seed_ptr is not None:
-            key0, key1 = row_keys(seed_ptr, tl.cast(rows, tl.int64))
-            dx = tl.where(keep_mask(key0, key1, cols, threshold), dx * scale, 0.0)
+        dx = drop_and_scale(dx, seed_ptr, None, rows, cols, threshold, scale)
+        if dx_ptr is not None:
             tl.store(dx_ptr + at, dx, mask=mask)
         dbias += dx  # 0 where masked: dy is
 

@@ -51,8 +51,9 @@ def _turn(query, key, cos, sin, positions, offset, interleaved, is_backward):
 def _tile(heads, half, D):
     """Heads and pairs of a tile of up to 4096 elements: 32 a lane of 4 warps."""
     BLOCK_HALF = triton.next_power_of_2(half)
-    BLOCK_H = min(triton.next_power_of_2(max(heads, 1)), max(2048 // BLOCK_HALF, 1))
     BLOCK_REST = triton.next_power_of_2(D - 2 * half) if 2 * half < D else 0
+    most = max(2048 // max(BLOCK_HALF, BLOCK_REST // 2), 1)
+    BLOCK_H = min(triton.next_power_of_2(max(heads, 1)), most)
     return dict(BLOCK_H=BLOCK_H, BLOCK_HALF=BLOCK_HALF, BLOCK_REST=BLOCK_REST, num_warps=4)
 
 
