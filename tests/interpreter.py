@@ -15,7 +15,8 @@ What it adds, with the environment variable that turns it off or on:
                          input_precision="ieee", as the GPU does
   - SLIM_INTERP_CHECK=0  off: every address must lie inside a tensor that the launch was given
   - SLIM_INTERP_RACES=1  on: no program stores to, or reads, what another program stored
-Pointers that kernels load from memory may point into the tensors of the list `reachable`.
+Pointers that kernels load from memory may point into the tensors that the list
+`reachable` refers to.
 Not covered: fp8.
 """
 
@@ -233,7 +234,8 @@ stock._implicit_cvt = _implicit_convert
 # Addresses: what each launch may touch, and which program stored where
 
 
-reachable: list = []  # tensors whose addresses lie in the memory that launches are given
+# Weak references to tensors whose addresses lie in the memory that launches are given.
+reachable: list = []
 
 
 class Launch:
@@ -243,8 +245,9 @@ class Launch:
         self.ranges: list[tuple[int, int]] = []  # [start, end) of each tensor argument
         self.merged: tuple[np.ndarray, np.ndarray] | None = None
         self.owners: dict[int, np.ndarray] = {}  # a byte's storing program, counted from 1
-        for tensor in reachable:
-            self.allow(tensor)
+        for reference in reachable:
+            if (tensor := reference()) is not None:
+                self.allow(tensor)
 
     def allow(self, tensor) -> None:
         # The tensor's own extent, not its storage's: a slice must not be overrun either.

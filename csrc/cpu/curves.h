@@ -1,9 +1,13 @@
 // The activation functions of one number, with their slopes: what activation.cpp applies to x +
 // bias and gated.cpp to the gate.
 //
+// A curve's at<T>() is for numbers that will be written as T.
+//
 // Phi and its slope come from one exponential and keep their relative accuracy where Phi is small
 // (vec.h). (1 + tanh(u)) / 2 is the logistic function of 2 u.
 #pragma once
+#include <type_traits>
+
 #include "vec.h"
 
 namespace slimkernels::SLIM_ISA {
@@ -14,8 +18,9 @@ struct Point {
 
 struct Gelu {
   static constexpr int64_t kWork = 4;  // an element costs as much as this many of layer_norm's
+  template <typename T>
   static Point at(vfloat z) {
-    const Normal n = normal(z);
+    const Normal n = std::is_same_v<T, bf16> ? normal_for_bf16(z) : normal(z);
     return {z * n.below, n.below + z * n.density};
   }
 };
@@ -24,6 +29,7 @@ struct GeluTanh {
   static constexpr int64_t kWork = 4;
   static constexpr float kTwice = 1.595769122f;        // 2 sqrt(2 / pi)
   static constexpr float kCubic = 0.044715f * kTwice;  // u = kTwice z + kCubic z^3
+  template <typename>
   static Point at(vfloat z) {
     const vfloat square = z * z;
     const Logistic l = logistic(z * (kTwice + kCubic * square));
@@ -33,6 +39,7 @@ struct GeluTanh {
 
 struct Silu {
   static constexpr int64_t kWork = 3;
+  template <typename>
   static Point at(vfloat z) {
     const Logistic l = logistic(z);
     return {z * l.value, l.value + z * l.slope};
@@ -41,6 +48,7 @@ struct Silu {
 
 struct ReluSquared {
   static constexpr int64_t kWork = 1;
+  template <typename>
   static Point at(vfloat z) {
     const vfloat above = z < 0.f ? vfloat{} : z;  // a NaN stays one
     return {above * above, 2.f * above};

@@ -49,11 +49,13 @@ def test_one_output_used(backend, used, dropout_p, compiled):
     x, residual, weight = inputs_of(NAME, (6, 45), torch.float32, device_of(backend))
     check(NAME, backend, (x, residual, weight), dropout_p=dropout_p)  # skips
 
+    inputs = (x, residual) if used else (x, residual, weight)  # no weight is in the sum
+
     def one(function):
-        return lambda x, residual, weight: function(x, residual, weight)[used]
+        return lambda *given: function(*given, *(x, residual, weight)[len(given) :])[used]
 
     functions = functions_of(NAME, backend, dropout_p=dropout_p, compiled=compiled)
-    assert_op_matches(*(one(function) for function in functions), (x, residual, weight))
+    assert_op_matches(*(one(function) for function in functions), inputs)
 
 
 @pytest.mark.parametrize("dropout_p", DROPOUTS)

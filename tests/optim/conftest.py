@@ -1,6 +1,7 @@
 """Triton's interpreter learns of the tensors that optimizers' kernels reach through tables."""
 
 import sys
+import weakref
 
 import pytest
 
@@ -17,7 +18,8 @@ def reachable_through_tables(monkeypatch):
     def recording(op, lists, *args, **kwargs):
         every = [lists] if isinstance(lists, TensorLists) else lists
         columns = [column for each in every for column in each.columns.values()]
-        interpreter.reachable[:] = [tensor for column in columns for tensor in column]
+        # Weak, or no test could see whether an optimizer lets go of them.
+        interpreter.reachable[:] = [weakref.ref(tensor) for column in columns for tensor in column]
         return select(op, lists, *args, **kwargs)
 
     monkeypatch.setattr(Update, "select", recording)
