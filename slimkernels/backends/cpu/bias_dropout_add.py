@@ -15,9 +15,9 @@ from slimkernels.backends.cpu._common import (
 
 # Elements below which eager's two additions are the faster where nothing is dropped out. Their time
 # over ours, forward and backward, float32 and bfloat16, an Intel Xeon with AMX, two threads: 0.88
-# and 0.99 at 1024x384, 1.05 and 1.24 at 1024x768, about 2 at 8192x3072. With dropout torch is slower
-# from 128x256 on, 1.8 and 2.0 there; at 64x64, where it has 0.84 and 0.85, the definition, which
-# torch would have to run, is slower still.
+# and 0.99 at 1024x384, 1.05 and 1.24 at 1024x768, about 2 at 8192x3072. With dropout torch is
+# slower from 128x256 on, 1.8 and 2.0 there; at 64x64, where it has 0.84 and 0.85, the definition,
+# which torch would have to run, is slower still.
 MIN_ELEMENTS = 1 << 19
 
 
