@@ -61,7 +61,7 @@ def device_section(folder: Path) -> Iterator[str]:
     tables = {path.stem: read_csv(path) for path in sorted(folder.glob("*.csv"))}
     header = next(iter(tables.values()))[0]
     yield f"## {header.get('device', folder.name)}"
-    for name in ("bert_training", "bert_training_default_allocator", "pretraining"):
+    for name in ("bert_training", "bert_training_default_allocator", "pretraining", "loss_memory"):
         if name in tables:
             yield from section(name.replace("_", " "), *tables.pop(name), model_table)
     for name, (facts, rows) in tables.items():

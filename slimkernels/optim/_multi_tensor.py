@@ -9,6 +9,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from slimkernels.dispatch import BACKENDS
+from slimkernels.ops._checks import check_flag
 from slimkernels.ops._update import TensorLists, Update
 from slimkernels.ops.grad_norm import grad_norm
 
@@ -39,6 +41,13 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
     ) -> None:
         if max_grad_norm is not None:
             self._check_number("max_grad_norm", max_grad_norm)
+        check_flag(_name(self), "skip_nonfinite", skip_nonfinite)
+        check_flag(_name(self), "master_weights", master_weights)
+        if backend is not None and backend not in BACKENDS:
+            raise ValueError(
+                f"{_name(self)}: backend must be None or one of {', '.join(BACKENDS)}; "
+                f"got {backend!r}"
+            )
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
         self.master_weights = master_weights
@@ -66,6 +75,9 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         for name in ("lr", "eps", "weight_decay", "momentum"):
             if name in group and not isinstance(group[name], Tensor):
                 self._check_number(name, group[name])
+        for name in ("amsgrad", "maximize", "nesterov", "capturable"):
+            if name in group:
+                check_flag(_name(self), name, group[name])
         betas = group.get("betas", (0.0, 0.0))
         is_pair = isinstance(betas, (tuple, list)) and len(betas) == 2
         if not is_pair or not all(isinstance(b, Real) and 0.0 <= b < 1.0 for b in betas):

@@ -253,12 +253,18 @@ WRONG = {
     "eps": (-1e-9,),
     "weight_decay": (-1.0, None),
     "max_grad_norm": (-1.0, float("inf")),
+    "amsgrad": ("x", None),
+    "nesterov": (1,),
+    "maximize": (0,),
+    "skip_nonfinite": ("no",),
+    "master_weights": (None,),
+    "backend": ("gpu", 3),
 }
 
 
 @every_optimizer
 @pytest.mark.parametrize("name", WRONG)
-def test_wrong_numbers_are_refused_in_a_sentence(make, name):
+def test_wrong_options_are_refused_in_a_sentence(make, name):
     if name not in inspect.signature(make).parameters:
         pytest.skip(f"{make.__name__} has no {name}")
     for value in WRONG[name]:
