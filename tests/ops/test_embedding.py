@@ -24,7 +24,9 @@ PARTS = {  # tables besides the tokens', and parameters of the norm; None for no
     "sum": ("position", "segment"),
     "tokens": (),
 }
-ROWS = {"": 11, "position": 6, "segment": 2}
+CASES = [*((torch.bfloat16, parts) for parts in PARTS), (torch.float32, "all")]
+CASES += [(torch.float16, "all"), (torch.float32, "sum")]
+ROWS = {"": 5, "position": 4, "segment": 2}
 
 
 def inputs_of(shape, C, dtype, device, parts="all", wide=(), rows=ROWS):
@@ -101,40 +103,37 @@ def check(backend, inputs, parts="all", dropout_p=0.0, compiled=False, padding_i
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize("parts", PARTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype, parts", CASES, ids=str)
 @pytest.mark.parametrize("backend", KERNEL_BACKENDS)
 def test_matches_reference(backend, dtype, parts, dropout_p):
-    check(backend, inputs_of((3, 5), 37, dtype, device_of(backend), parts), parts, dropout_p)
+    check(backend, inputs_of((2, 4), 37, dtype, device_of(backend), parts), parts, dropout_p)
 
 
-@pytest.mark.parametrize("shape, C", [((0,), 8), ((), 5), ((1, 1), 1), ((2, 3, 2), 130)], ids=str)
+@pytest.mark.parametrize("shape, C", [((0,), 8), ((), 5), ((1, 1), 1), ((2, 1, 2), 130)], ids=str)
 @pytest.mark.parametrize("backend", KERNEL_BACKENDS)
 def test_shapes(backend, shape, C):
     check(backend, inputs_of(shape, C, torch.float32, device_of(backend)))
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize("parts", ["all", "sum"])
+@pytest.mark.parametrize("parts, dropout_p", [("all", 0.3), ("sum", 0.0)])
 @pytest.mark.parametrize("backend", KERNEL_BACKENDS)
 def test_compiled(backend, parts, dropout_p):
-    inputs = inputs_of((2, 4), 24, torch.bfloat16, device_of(backend), parts)
+    inputs = inputs_of((1, 4), 24, torch.bfloat16, device_of(backend), parts)
     check(backend, inputs, parts, dropout_p, compiled=True)
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize("parts", ["all", "sum"])
+@pytest.mark.parametrize("parts, dropout_p", [("all", 0.0), ("sum", 0.3)])
 @pytest.mark.parametrize("wide", [("position",), ("position", "segment")], ids=str)
 @pytest.mark.parametrize("backend", KERNEL_BACKENDS)
 def test_float32_tables_beside_bfloat16(backend, wide, parts, dropout_p):
-    inputs = inputs_of((3, 5), 37, torch.bfloat16, device_of(backend), parts, wide)
+    inputs = inputs_of((5,), 37, torch.bfloat16, device_of(backend), parts, wide)
     check(backend, inputs, parts, dropout_p)
 
 
-@pytest.mark.parametrize("parts, C", [("sum", 9000), ("plain norm", 20000)])
+@pytest.mark.parametrize("parts, C", [("tokens", 9000), ("plain norm", 20000)])
 @pytest.mark.parametrize("backend", KERNEL_BACKENDS)
 def test_long_rows(backend, parts, C):
-    check(backend, inputs_of((3,), C, torch.float32, device_of(backend), parts), parts)
+    check(backend, inputs_of((2,), C, torch.float32, device_of(backend), parts), parts)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
@@ -144,50 +143,56 @@ def test_every_instruction_set(each_isa, dtype):
             check("cpu", inputs_of((40,), 133, dtype, "cpu", parts), parts, 0.3)
 
 
-# How often each id comes: once, more often than a block has tokens, over several blocks, and so
-# that runs begin and end at the edges of blocks (of 32 tokens).
-COUNTS = [[1], [32], [33], [1, 31, 32], [31, 64, 1], [1] * 33, [40, 30, 2, 0, 600], [5, 27, 32, 1]]
-
-
 def ids_of(counts):
+    """Ids in no order, each as often as its count says."""
     ids = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     return ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))]
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("backend", KERNEL_BACKENDS)
-def test_a_tables_gradient_is_its_rows_exact_sum(backend, dtype):
-    for counts in COUNTS:
+def test_a_tables_gradient_is_its_rows_exact_sum(backend, dtype, monkeypatch):
+    B = 32  # tokens of a block
+    if backend == "triton" and device_of(backend).type == "cpu":  # the interpreter takes its time
+        table_gradient = pytest.importorskip("slimkernels.backends.triton._table_gradient")
+        B = 4
+        monkeypatch.setattr(table_gradient, "BLOCK_M", B)
+        monkeypatch.setattr(table_gradient, "RUNS", 2)
+    # Once, more often than a block has tokens, over many blocks; and runs that begin and end at the
+    # edges of blocks.
+    for i, counts in enumerate(
+        ([1], [B], [1, B - 1, B + 1], [B - 1, 2 * B, 1], [1] * (B + 1), [B + 1, 0, B - 2, 17 * B])
+    ):
         ids, V, C = ids_of(counts).to(device_of(backend)), len(counts) + 2, 21
         weight = torch.randn(V, C, device=ids.device).to(dtype).requires_grad_()
         skip_unsupported(NAME, backend, ids, weight)
         # Integers, whose sums are exact in float32 and not in bfloat16.
         dy = torch.randint(-99, 100, (len(ids), C)).to(weight)
-        for padding_idx in (None, 0, -3):
-            y = sk.embedding(ids, weight, padding_idx, backend=backend)
-            (actual,) = torch.autograd.grad(y, weight, dy)
-            expected = torch.zeros(V, C).double().index_add_(0, ids.cpu(), dy.double().cpu())
-            if padding_idx is not None:
-                expected[padding_idx] = 0
-            assert torch.equal(y, weight[ids])
-            assert torch.equal(actual.cpu(), expected.to(dtype)), (counts, padding_idx)
+        padding_idx = (None, None, 0, 1 - V, None, None)[i]
+        y = sk.embedding(ids, weight, padding_idx, backend=backend)
+        (actual,) = torch.autograd.grad(y, weight, dy)
+        expected = torch.zeros(V, C).double().index_add_(0, ids.cpu(), dy.double().cpu())
+        if padding_idx is not None:
+            expected[padding_idx] = 0
+        assert torch.equal(y, weight[ids])
+        assert torch.equal(actual.cpu(), expected.to(dtype)), (counts, padding_idx)
 
 
 @pytest.mark.parametrize("backend", KERNEL_BACKENDS)
 def test_any_layout_of_ids_and_tables(backend):
-    inputs = inputs_of((4, 6), 24, torch.float32, device_of(backend))
+    inputs = inputs_of((3, 2), 24, torch.float32, device_of(backend))
     ids, weight, position_ids, position, segment_ids, segment, *norm = inputs
     skip(backend, inputs)
     position_ids = position_ids[0]  # (T,), as one sequence's
-    dense = (ids, weight, position_ids.expand(4, 6).clone(), position, segment_ids, segment, *norm)
+    dense = (ids, weight, position_ids.expand(3, 2).clone(), position, segment_ids, segment, *norm)
     strided = (
         *(ids.t().contiguous().t().int(), weight.t().contiguous().t()),
-        *(position_ids, position, segment_ids.int()[:1].expand(4, 6), segment.repeat(1, 2)[:, :24]),
+        *(position_ids, position, segment_ids.int()[:1].expand(3, 2), segment.repeat(1, 2)[:, :24]),
         *(torch.stack([t, t], 1)[:, 0] for t in norm),
     )
-    dense = (*dense[:4], segment_ids[:1].expand(4, 6).clone(), *dense[5:])
+    dense = (*dense[:4], segment_ids[:1].expand(3, 2).clone(), *dense[5:])
     ours, _, _ = functions_of(backend, dropout_p=0.3)
-    dy = torch.randn(6, 4, 24, device=weight.device).transpose(0, 1)
+    dy = torch.randn(2, 3, 24, device=weight.device).transpose(0, 1)
     expected, actual = (run_with_gradients(ours, each, (dy,)) for each in (dense, strided))
     for name, value in expected.items():
         assert torch.equal(actual[name], value), name
@@ -195,18 +200,18 @@ def test_any_layout_of_ids_and_tables(backend):
 
 @pytest.mark.parametrize("backend", KERNEL_BACKENDS)
 def test_the_mask_is_that_of_the_definition_and_backward_replays_it(backend):
-    inputs = inputs_of((4, 5), 37, torch.float32, device_of(backend), "tokens")
+    inputs = inputs_of((2, 4), 37, torch.float32, device_of(backend), "tokens")
     skip(backend, inputs, "tokens", 0.5)
     ours, _, _ = functions_of(backend, "tokens", 0.5)
-    ids = torch.arange(20, device=inputs[0].device).view(4, 5)
-    weight = torch.ones(20, 37, device=ids.device)
+    ids = torch.arange(8, device=inputs[0].device).view(2, 4)
+    weight = torch.ones(8, 37, device=ids.device)
     results = run_with_gradients(wanted(ours, (1, 1, *[None] * 6)), (ids, weight))
     torch.manual_seed(7)
     keep = mask_of(weight, draw_seed(weight.device), 0.5)
-    assert torch.equal(results["output 0"].view(20, 37), 2.0 * keep)
+    assert torch.equal(results["output 0"].view(8, 37), 2.0 * keep)
     assert torch.equal(results["gradient 0"] != 0, keep)
     evaluated = sk.embedding(ids, weight, dropout_p=0.5, training=False, backend=backend)
-    assert torch.equal(evaluated, weight.view(4, 5, 37))
+    assert torch.equal(evaluated, weight.view(2, 4, 37))
 
 
 def test_same_bits_for_any_number_of_threads(each_isa):
@@ -227,7 +232,7 @@ def test_same_bits_for_any_number_of_threads(each_isa):
 
 @pytest.mark.parametrize("backend", KERNEL_BACKENDS)
 def test_frozen_tables_cost_nothing(backend, monkeypatch):
-    inputs = inputs_of((3, 5), 16, torch.float32, device_of(backend))
+    inputs = inputs_of((3,), 16, torch.float32, device_of(backend))
     skip(backend, inputs)
     rows, original = [], module.embedding_table_backward
 
@@ -243,26 +248,25 @@ def test_frozen_tables_cost_nothing(backend, monkeypatch):
     assert inputs[3].grad is not None and inputs[1].grad is None and inputs[6].grad is None
 
 
-@pytest.mark.parametrize("wrong", [-1, 11, 2**40])
 @pytest.mark.parametrize("parts", ["all", "sum"])
 @pytest.mark.parametrize("backend", KERNEL_BACKENDS)
-def test_an_id_that_the_host_cannot_see_reads_nothing(backend, parts, wrong):
-    ids, *rest = inputs_of((7,), 20, torch.float32, device_of(backend), parts)
-    skip(backend, (ids, *rest), parts)
-    ids[3] = wrong
+def test_an_id_that_the_host_cannot_see_reads_nothing(backend, parts):
+    ids, weight, position_ids, *rest = inputs_of((7,), 20, torch.float32, device_of(backend), parts)
+    skip(backend, (ids, weight, position_ids, *rest), parts)
     function, _, _ = functions_of(backend, parts, compiled=True)
-    weight = rest[0].requires_grad_()
-    y = function(ids, *rest)
-    assert y[3].isnan().all()
-    ids = ids.clone()
-    kept = torch.arange(7, device=ids.device) != 3
-    assert torch.equal(y[kept], function(ids.where(kept, 0), *rest)[kept])
+    kept = torch.tensor([True, False, True, False, False, True, False], device=ids.device)
+    wrong = ids.masked_fill(~kept, -1)
+    wrong[3], wrong[4] = len(weight), 2**40
+    wrong[6], position_ids[6] = ids[6], ROWS["position"]
+    weight.requires_grad_()
+    y = function(wrong, weight, position_ids, *rest)
+    assert y[~kept].isnan().all()
     (dweight,) = torch.autograd.grad(y[kept].sum(), weight)
-    y = function(ids.where(kept, 0), *rest)
-    (expected,) = torch.autograd.grad(y[kept].sum(), weight)
-    if parts == "sum":  # in a norm's backward the row's 0 becomes NaN
-        assert torch.equal(dweight, expected)
-    assert dweight.isfinite().all()
+    position_ids[6] = 0
+    expected = function(ids, weight, position_ids, *rest)
+    assert torch.equal(y[kept], expected[kept])
+    if parts == "sum":  # a norm's backward makes NaN of the last row's 0
+        assert torch.equal(dweight, torch.autograd.grad(expected[kept].sum(), weight)[0])
 
 
 def test_the_definition_is_torchs():

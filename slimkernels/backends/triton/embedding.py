@@ -110,7 +110,8 @@ def forward(
 @triton.jit
 def _part(lookup, row, cols, mask, N):
     """What a row looks up: NaN, and nothing read, where its id lies outside the table."""
-    id = tl.load(lookup.ids + row).to(tl.int64)
+    # A block of one: Triton's interpreter masks with blocks only.
+    id = tl.load(lookup.ids + row).to(tl.int64) + tl.zeros((1,), tl.int64)
     known = (id >= 0) & (id < lookup.count)
     x = tl.load(lookup.table + id * N + cols, mask=mask & known, other=0.0).to(tl.float32)
     return tl.where(mask & (known == 0), float("nan"), x)
