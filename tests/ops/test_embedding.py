@@ -164,18 +164,23 @@ def test_a_tables_gradient_is_its_rows_exact_sum(backend, dtype, monkeypatch):
         ([1], [B], [1, B - 1, B + 1], [B - 1, 2 * B, 1], [1] * (B + 1), [B + 1, 0, B - 2, 17 * B])
     ):
         ids, V, C = ids_of(counts).to(device_of(backend)), len(counts) + 2, 21
-        weight = torch.randn(V, C, device=ids.device).to(dtype).requires_grad_()
-        skip_unsupported(NAME, backend, ids, weight)
         # Integers, whose sums are exact in float32 and not in bfloat16.
-        dy = torch.randint(-99, 100, (len(ids), C)).to(weight)
-        padding_idx = (None, None, 0, 1 - V, None, None)[i]
-        y = sk.embedding(ids, weight, padding_idx, backend=backend)
-        (actual,) = torch.autograd.grad(y, weight, dy)
-        expected = torch.zeros(V, C).double().index_add_(0, ids.cpu(), dy.double().cpu())
-        if padding_idx is not None:
-            expected[padding_idx] = 0
-        assert torch.equal(y, weight[ids])
+        dsum = torch.randint(-99, 100, (len(ids), C)).to(ids.device, dtype)
+        skip_unsupported(NAME, backend, ids, dsum.new_zeros(V, C), dropout_p=0.1)
+        padding_idx = (-1, -1, 0, 1, -1, -1)[i]
+        actual = module.embedding_table_backward(dsum, ids, V, dtype, padding_idx, backend)
+        expected = torch.zeros(V + 1, C).double().index_add_(0, ids.cpu(), dsum.double().cpu())
+        expected[padding_idx] = 0
+        expected = expected[:-1]
         assert torch.equal(actual.cpu(), expected.to(dtype)), (counts, padding_idx)
+
+
+@pytest.mark.parametrize("padding_idx", [2, -5])
+@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
+def test_the_padding_row_gets_no_gradient(backend, padding_idx):
+    inputs = inputs_of((9,), 20, torch.float32, device_of(backend), "sum")
+    inputs[0][:4] = padding_idx % ROWS[""]
+    check(backend, inputs, "sum", padding_idx=padding_idx)
 
 
 @pytest.mark.parametrize("backend", KERNEL_BACKENDS)
@@ -210,7 +215,7 @@ def test_the_mask_is_that_of_the_definition_and_backward_replays_it(backend):
     keep = mask_of(weight, draw_seed(weight.device), 0.5)
     assert torch.equal(results["output 0"].view(8, 37), 2.0 * keep)
     assert torch.equal(results["gradient 0"] != 0, keep)
-    evaluated = sk.embedding(ids, weight, dropout_p=0.5, training=False, backend=backend)
+    evaluated = sk.embedding(ids, weight, dropout_p=0.5, training=False)
     assert torch.equal(evaluated, weight.view(2, 4, 37))
 
 
@@ -323,3 +328,14 @@ def test_bad_input_is_one_sentence(args, options, sentence):
     for backend in (None, *KERNEL_BACKENDS, "torch"):
         with pytest.raises(ValueError, match=f"^{NAME}: {sentence}"):
             sk.embedding(*args, **options, backend=backend)
+
+
+def test_what_eager_is_faster_at_is_left_to_it(monkeypatch):
+    cpu = pytest.importorskip("slimkernels.backends.cpu.embedding")
+    monkeypatch.setattr(cpu, "MIN_ELEMENTS", 33)
+    with pytest.raises(sk.BackendError, match="faster below 33 elements, and the output has 32"):
+        sk.embedding(IDS, W, **POSITIONS, backend="cpu")
+    with pytest.raises(sk.BackendError, match="F.embedding is faster where one table"):
+        sk.embedding(IDS, W, backend="cpu")
+    for options in (POSITIONS | {"dropout_p": 0.1}, {"dropout_p": 0.1}):
+        assert sk.explain(sk.embedding, IDS, W, **options).startswith("embedding runs on cpu")

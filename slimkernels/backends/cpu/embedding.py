@@ -15,8 +15,17 @@ from slimkernels.backends.cpu._common import (
     norm_parameters,
     pointers,
     run,
+    unsupported_size,
     unsupported_tensor,
 )
+
+# Elements below which eager's lookups and ATen's norm are the faster where nothing is dropped out.
+# Their time over ours, forward and with backward, of a normalised sum of three parts, float32 and
+# bfloat16, an Intel Xeon with AMX, one busy thread: 0.54 to 0.70 at 128x128, 0.77 to 1.17 at
+# 256x256, 1.9 to 3.0 at 341x768; of the sum alone 0.33 to 0.59, 0.56 to 0.78 and 1.1 to 2.0. From
+# 256x256 on, the backend torch, which checks its arguments too, is no faster than ours. With
+# dropout it has 0.19 to 0.55 of eager's speed up to 128x128, and we 0.47 to 1.3.
+MIN_ELEMENTS = 1 << 16
 
 
 def unsupported(
@@ -32,7 +41,12 @@ def unsupported(
     eps,
     dropout_p,
 ):
-    return unsupported_tensor(weight, "weight")
+    if eps is None and dropout_p == 0 and position_weight is None and segment_weight is None:
+        # 0.13 to 0.88 of our time up to 1024x768, forward and with backward.
+        return "F.embedding is faster where one table is looked up and nothing else is done"
+    size = 0 if dropout_p > 0 else MIN_ELEMENTS
+    elements = ids.numel() * weight.shape[1]
+    return unsupported_tensor(weight, "weight") or unsupported_size(elements, size)
 
 
 class _Lookups:
