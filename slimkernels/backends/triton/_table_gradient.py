@@ -60,7 +60,7 @@ def _run_kernel(
         return
     places = start + tl.arange(0, BLOCK_M)
     block_ids = tl.load(ids_ptr + places, mask=places < M, other=-1).to(tl.int64)
-    length = tl.sum(((places >= first) & (block_ids == id)).to(tl.int32), axis=0)
+    length = tl.sum((block_ids == id).to(tl.int32), axis=0)
     end = first + length
     is_last = (end == M) | (tl.load(ids_ptr + tl.minimum(end, M - 1)).to(tl.int64) != id)
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
