@@ -24,8 +24,11 @@ PARTS = {  # tables besides the tokens', and parameters of the norm; None for no
     "sum": ("position", "segment"),
     "tokens": (),
 }
-CASES = [*((torch.bfloat16, parts) for parts in PARTS), (torch.float32, "all")]
-CASES += [(torch.float16, "all"), (torch.float32, "sum")]
+CASES = [
+    *((torch.bfloat16, parts, 0.0 if parts == "plain norm" else 0.3) for parts in PARTS),
+    *((torch.float32, parts, 0.0) for parts in ("all", "sum", "tokens")),
+    *((dtype, "all", 0.3) for dtype in (torch.float32, torch.float16)),
+]
 ROWS = {"": 5, "position": 4, "segment": 2}
 
 
@@ -102,8 +105,7 @@ def check(backend, inputs, parts="all", dropout_p=0.0, compiled=False, padding_i
     assert_op_matches(*functions, tuple(t for t in inputs if t is not None))
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize("dtype, parts", CASES, ids=str)
+@pytest.mark.parametrize("dtype, parts, dropout_p", CASES, ids=str)
 @pytest.mark.parametrize("backend", KERNEL_BACKENDS)
 def test_matches_reference(backend, dtype, parts, dropout_p):
     check(backend, inputs_of((2, 4), 37, dtype, device_of(backend), parts), parts, dropout_p)
