@@ -127,6 +127,23 @@ struct Kernels {
                                     int64_t M, int64_t N, double dropout_p, int64_t threshold,
                                     int dtype, int bias_dtype);
 
+  // embedding.cpp: lookups is struct Lookups there, as integers; y, dy (M, N); weight, bias (N,) in
+  // parameter_dtype; null mean and rstd (M,) stand for no norm, a null seed for no dropout. The
+  // position and segment tables and dsum (M, N) are in wide_dtype: dtype or float32. dtable
+  // (count, N) starts as zeros.
+  void (*embedding_forward)(const int64_t* lookups, const void* weight, const void* bias, void* y,
+                            float* mean, float* rstd, const int64_t* seed, int64_t M, int64_t N,
+                            float eps, double dropout_p, int64_t threshold, int dtype,
+                            int wide_dtype, int parameter_dtype);
+  void (*embedding_backward)(const void* dy, const int64_t* lookups, const void* weight,
+                             const float* mean, const float* rstd, void* dsum, void* dweight,
+                             void* dbias, const int64_t* seed, int64_t M, int64_t N,
+                             double dropout_p, int64_t threshold, int dtype, int wide_dtype,
+                             int parameter_dtype);
+  void (*embedding_table_backward)(const void* dsum, const int64_t* ids, void* dtable, int64_t M,
+                                   int64_t N, int64_t count, int64_t padding_idx, int dtype,
+                                   int table_dtype);
+
   // rotary.cpp: problem is struct Problem there, as integers; the last dimension of query and key
   // is contiguous, turned_query and turned_key (B, T, H, D) have no gaps; cos, sin (table_rows,
   // half). Null positions count from problem's offset. sign is 1, or -1 for backward.

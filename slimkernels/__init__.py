@@ -13,6 +13,7 @@ from slimkernels.ops.add_layer_norm import add_layer_norm
 from slimkernels.ops.add_rms_norm import add_rms_norm
 from slimkernels.ops.bias_dropout_add import bias_dropout_add
 from slimkernels.ops.cross_entropy import cross_entropy
+from slimkernels.ops.embedding import embedding
 from slimkernels.ops.geglu import geglu
 from slimkernels.ops.gelu import gelu
 from slimkernels.ops.group_norm import group_norm
@@ -38,6 +39,7 @@ __all__ = [
     "add_rms_norm",
     "bias_dropout_add",
     "cross_entropy",
+    "embedding",
     "explain",
     "geglu",
     "gelu",

@@ -185,12 +185,24 @@ def _rotary_sample(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dic
     return (query, key), {"cos": angles.cos(), "sin": angles.sin(), "offset": offset}
 
 
+def _embedding_sample(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:
+    ids = torch.tensor([[5, 0, 36], [5, 2, 5]], device=device)
+    weight, position, segment = (torch.randn(n, 96, device=device).to(dtype) for n in (37, 3, 2))
+    norm_weight, norm_bias = torch.randn(2, 96, device=device).to(dtype).unbind()
+    return (ids, weight), {
+        **{"position_ids": torch.arange(3, device=device), "position_weight": position},
+        **{"segment_ids": (ids == 5).long(), "segment_weight": segment},
+        **{"norm_weight": norm_weight, "norm_bias": norm_bias, "dropout_p": 0.1},
+    }
+
+
 # One small valid call of each op: sample_inputs["layer_norm"](device, dtype) -> (args, kwargs).
 sample_inputs: dict[str, Callable[[torch.device, torch.dtype], tuple[tuple, dict]]] = {
     "add_layer_norm": _add_layer_norm_sample,
     "add_rms_norm": _add_rms_norm_sample,
     "bias_dropout_add": _bias_dropout_add_sample,
     "cross_entropy": _cross_entropy_sample,
+    "embedding": _embedding_sample,
     "geglu": _gated_sample,
     "gelu": _activation_sample,
     "group_norm": _group_norm_sample,

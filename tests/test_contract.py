@@ -30,7 +30,7 @@ PUBLIC_NAMES = {
     *("add_layer_norm", "add_rms_norm", "bias_dropout_add", "cross_entropy", "geglu", "gelu"),
     *("group_norm", "layer_norm", "linear", "linear_cross_entropy", "relu_squared"),
     *("rms_norm", "rotary", "rotary_tables", "scaled_dot_product_attention"),
-    *("silu", "softmax", "swiglu"),
+    *("embedding", "silu", "softmax", "swiglu"),
     *("AttentionVariant", "RelativeBias", "ScoreFunction", "t5_relative_bias"),
 }
 # Floating inputs that kernels give no gradient.
@@ -47,6 +47,7 @@ LONG_PARAMETER_LISTS: dict[str, tuple[int, str]] = {
     "add_layer_norm": (10, "torch's five for layer_norm, and what becomes of the sum"),
     "backends/triton/_long_rows.py:_gradients_kernel": (17, "one kernel for a sum and for plain x"),
     "scaled_dot_product_attention": (13, "torch's eight, and five of ours; the rest is a variant"),
+    "embedding": (14, "torch's three, two other tables with their ids, the norm's and dropout's"),
     "cross_entropy": (10, "torch's six, three of ours and backend"),
     "linear_cross_entropy": (10, "linear's three, cross_entropy's six and backend"),
 }
@@ -249,11 +250,11 @@ def test_checkpointing_gives_the_same_gradients(op, backend, reentrant):
 
 
 @every_op
-@pytest.mark.parametrize("wrong", [[1.0], None, "int32"], ids=["list", "None", "int32"])
+@pytest.mark.parametrize("wrong", [[1.0], None, "int16"], ids=["list", "None", "int16"])
 def test_a_wrong_call_gets_the_same_sentence_from_every_backend(op, wrong):
     torch.manual_seed(0)
     args, kwargs = sample_inputs[op](torch.device("cpu"), torch.float32)
-    first = args[0].int() if wrong == "int32" else wrong
+    first = args[0].to(torch.int16) if wrong == "int16" else wrong
     messages = set()
     for backend in (None, *BACKENDS):
         with pytest.raises(ValueError) as raised:
@@ -272,6 +273,7 @@ NUMBERS = {
     "add_rms_norm": {"normalized_shape": [True], "eps": "a", "dropout_p": "x"},
     "cross_entropy": {"ignore_index": 1.5, "label_smoothing": "a", "z_loss": "a", "softcap": "a"},
     "bias_dropout_add": {"dropout_p": "x"},
+    "embedding": {"padding_idx": 0.5, "eps": "a", "dropout_p": "x"},
     "rotary": {"offset": 0.5},
     "linear_cross_entropy": {"ignore_index": 1.5, "label_smoothing": "a", "z_loss": "a"},
     "softmax": {"dim": 0.5, "scale": "a"},

@@ -158,6 +158,9 @@ PYBIND11_MODULE(_cpu, m) {
   bind(m, "gated_backward", &Kernels::gated_backward);
   bind(m, "bias_dropout_add_forward", &Kernels::bias_dropout_add_forward);
   bind(m, "bias_dropout_add_backward", &Kernels::bias_dropout_add_backward);
+  bind(m, "embedding_forward", &Kernels::embedding_forward);
+  bind(m, "embedding_backward", &Kernels::embedding_backward);
+  bind(m, "embedding_table_backward", &Kernels::embedding_table_backward);
   bind(m, "rotary", &Kernels::rotary);
   bind(m, "cross_entropy_forward", &Kernels::cross_entropy_forward);
   bind(m, "cross_entropy_backward", &Kernels::cross_entropy_backward);

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimkernels.models.config import TransformerConfig
 from slimkernels.nn import LayerNorm
-from slimkernels.ops.add_layer_norm import add_layer_norm
+from slimkernels.ops.embedding import embedding
 
 
 class Embedding(nn.Module):
@@ -30,16 +29,25 @@ class Embedding(nn.Module):
 
         Under autocast the hidden states, and so the whole residual stream, are in its dtype.
         """
-        shape, norm = input_ids.shape, self.norm
+        norm = self.norm
+        # _TiedEmbedding looks the tokens up, and its rows are a table in which each is used once.
         tokens, decoder_weight = _TiedEmbedding.apply(self.token.weight, input_ids.flatten())
-        places = F.embedding(position_ids, self.position.weight)
-        places = places + F.embedding(segment_ids, self.segment.weight)
-        hidden, _ = add_layer_norm(
-            tokens.view(*shape, -1), places, norm.normalized_shape, norm.weight, norm.bias, norm.eps
+        each = torch.arange(input_ids.numel(), device=input_ids.device)
+        hidden = embedding(
+            *(each.view(input_ids.shape), tokens),
+            position_ids=position_ids,
+            position_weight=self.position.weight,
+            segment_ids=segment_ids,
+            segment_weight=self.segment.weight,
+            norm_weight=norm.weight,
+            norm_bias=norm.bias,
+            eps=norm.eps,
+            dropout_p=self.config.dropout_p,
+            training=self.training,
         )
         if torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-        return F.dropout(hidden, self.config.dropout_p, self.training), decoder_weight
+        return hidden, decoder_weight
 
 
 class _TiedEmbedding(torch.autograd.Function):

@@ -32,6 +32,7 @@ def check_parameter(
     x: Tensor,
     size: int,
     of_what: str = "the normalized dimension",
+    whose: str = "input",
 ) -> None:
     """`value` is None or a (size,) vector on x's device, in x's dtype or float32."""
     if value is None:
@@ -39,14 +40,19 @@ def check_parameter(
     check_tensor(op, name, value)
     if value.shape != (size,):
         raise ValueError(
-            f"{op}: {name} must have shape ({size},), {of_what} of input {tuple(x.shape)}; "
+            f"{op}: {name} must have shape ({size},), {of_what} of {whose} {tuple(x.shape)}; "
             f"got {tuple(value.shape)}"
         )
+    check_like(op, name, value, x, whose)
+
+
+def check_like(op: str, name: str, value: Tensor, x: Tensor, whose: str = "input") -> None:
+    """`value` is on x's device, in x's dtype or float32."""
     if value.device != x.device:
-        raise ValueError(f"{op}: {name} must be on {x.device} like input; got {value.device}")
+        raise ValueError(f"{op}: {name} must be on {x.device} like {whose}; got {value.device}")
     if value.dtype not in (x.dtype, torch.float32):
         raise ValueError(
-            f"{op}: {name} must be {x.dtype} like input, or float32; got {value.dtype}"
+            f"{op}: {name} must be {x.dtype} like {whose}, or float32; got {value.dtype}"
         )
 
 

@@ -24,12 +24,12 @@ _RUNS_HERE = bool(_cpu.isas_available())
 _ISAS_BUILT = ", ".join(_cpu.isas_built())
 
 
-def unsupported_tensor(x: Tensor) -> str | None:
+def unsupported_tensor(x: Tensor, name: str = "input") -> str | None:
     """The refusals that do not depend on the op: device, dtype, instruction set."""
     if not x.is_cpu:
-        return f"it needs CPU tensors and input is on {x.device}"
+        return f"it needs CPU tensors and {name} is on {x.device}"
     if x.dtype not in DTYPES:
-        return f"it is written for float32 and bfloat16 and input is {x.dtype}"
+        return f"it is written for float32 and bfloat16 and {name} is {x.dtype}"
     if not _RUNS_HERE:
         return f"this machine has none of the instruction sets {_ISAS_BUILT}"
     return None

@@ -12,12 +12,12 @@ from slimkernels.dispatch import INTERPRETED
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def unsupported_tensor(x: Tensor) -> str | None:
+def unsupported_tensor(x: Tensor, name: str = "input") -> str | None:
     """The refusals that do not depend on the op: device and dtype."""
     if x.device.type != "cuda" and not INTERPRETED:
-        return f"it needs CUDA tensors and input is on {x.device}"
+        return f"it needs CUDA tensors and {name} is on {x.device}"
     if x.dtype not in DTYPES:
-        return f"it computes in float32 and input is {x.dtype}"
+        return f"it computes in float32 and {name} is {x.dtype}"
     return None
 
 
