@@ -268,9 +268,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _scaled(gradients: list[Tensor], dy: Tensor) -> list[Tensor] | None:
     """Those of forward times dy; None where dy would make NaN of ignored rows' zeros."""
-    if type(dy) is not Tensor or torch._C._functorch.peek_interpreter_stack() is not None:
+    try:
+        scale = dy.item()
+    except RuntimeError:  # several gradients at once (vmap): forward's stay as they are
         return [g * dy for g in gradients]
-    scale = dy.item()
     if not math.isfinite(scale):
         return None
     return gradients if scale == 1.0 else [g.mul_(dy) for g in gradients]

@@ -85,7 +85,7 @@ def forward(
     correct = x.new_empty(N if return_correct else 0, dtype=torch.bool)
     gradients = (x.new_empty(0) for _ in range(3))  # backward's
     if N:
-        launch = launch_of(x)
+        launch = launch_of(x, softcap)
         parts = min(PARTS, triton.cdiv(V, launch["BLOCK_V"]))
         per_part = triton.cdiv(triton.cdiv(V, parts), launch["BLOCK_V"]) * launch["BLOCK_V"]
         parts = triton.cdiv(V, per_part)
@@ -145,7 +145,7 @@ def backward(
         x.new_zeros(shape, dtype=dtype) if is_wanted else None
         for shape, dtype, is_wanted in zip(shapes, floats, wanted, strict=True)
     ]
-    launch = launch_of(x)
+    launch = launch_of(x, softcap)
     chunk = max(CHUNK // (V * x.element_size()), 1)
     chunk = min(triton.cdiv(chunk, launch["BLOCK_M"]) * launch["BLOCK_M"], max(N, 1))
     dlogits = x.new_empty((chunk, V)) if N else None
@@ -376,21 +376,21 @@ COMPILES = [
         },
         constexprs={
             name: c
-            for name, c in (_OPTIONS | features | launch_of(torch.empty(0, dtype=dtype))).items()
+            for name, c in (_OPTIONS | features | launch).items()
             if name in kernel.arg_names
         },
-        num_warps=launch_of(torch.empty(0, dtype=dtype))["num_warps"],
-        num_stages=launch_of(torch.empty(0, dtype=dtype))["num_stages"],
+        num_warps=launch["num_warps"],
+        num_stages=launch["num_stages"],
         registers=255,
         **(dict(wgmma=True) if dtype == torch.bfloat16 else {}),
     )
     for kernel, features in (
         *(
-            (kernel, features)
-            for kernel in (_parts_kernel, _dlogits_kernel)
-            for features in (_PLAIN, _ALL)
+            (kernel, _PLAIN)
+            for kernel in (_parts_kernel, _dlogits_kernel, dx_kernel, dweight_kernel)
         ),
-        *((kernel, {}) for kernel in (dx_kernel, dweight_kernel)),
+        *((kernel, _ALL) for kernel in (_parts_kernel, _dlogits_kernel)),
     )
     for dtype, pointer in ((torch.bfloat16, "*bf16"), (torch.float32, "*fp32"))
+    for launch in (launch_of(torch.empty(0, dtype=dtype), float(features["CAPPED"])),)
 ]
