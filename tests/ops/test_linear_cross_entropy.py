@@ -398,3 +398,13 @@ def test_several_gradients_at_once(reduction):
     (together,) = torch.autograd.grad(loss, x, scales, is_grads_batched=True, retain_graph=True)
     (alone,) = torch.autograd.grad(loss, x)
     assert torch.equal(together, alone * scales.view(3, 1, 1))
+
+
+def test_small_products_are_left_to_eager(monkeypatch):
+    cpu = pytest.importorskip("slimkernels.backends.cpu.linear_cross_entropy")
+    monkeypatch.setattr(cpu, "MIN_MULTIPLICATIONS", 9 * 24 * 37 + 1)
+    inputs = inputs_of((9, 24, 37), torch.float32, "cpu")
+    with pytest.raises(sk.BackendError, match="faster below 7993 .*, and this call has 7992"):
+        sk.linear_cross_entropy(*inputs, backend="cpu")
+    inputs[3].requires_grad_()  # three times the work
+    assert "runs on cpu" in sk.explain(sk.linear_cross_entropy, *inputs)
