@@ -154,12 +154,13 @@ struct Kernels {
   // cross_entropy.cpp: x (M, V); target (M,) labels where target_dtype is -1, or (M, V)
   // probabilities of that dtype; weight (V,) may be null; losses (M,), stats (3, M), total and
   // divisor (1,). dy (M,), or one element with dy_stride 0; dlse (M,) may be null. A null divisor
-  // stands for 1. dx may be x itself.
+  // stands for 1. dx may be x itself. correct (M,), which may be null: whether argmax gives the
+  // label.
   void (*cross_entropy_forward)(const void* x, const void* target, const float* weight,
                                 float* losses, float* total, float* stats, float* divisor,
-                                int64_t M, int64_t V, int64_t ignore_index, float label_smoothing,
-                                float z_loss, float softcap, int is_mean, int dtype,
-                                int target_dtype);
+                                uint8_t* correct, int64_t M, int64_t V, int64_t ignore_index,
+                                float label_smoothing, float z_loss, float softcap, int is_mean,
+                                int dtype, int target_dtype);
   void (*cross_entropy_backward)(const float* dy, int64_t dy_stride, const float* dlse,
                                  const void* x, const void* target, const float* weight,
                                  const float* stats, const float* divisor, void* dx, int64_t M,

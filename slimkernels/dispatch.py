@@ -195,15 +195,21 @@ _library = torch.library.Library("slimkernels", "DEF")
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-def kernel_op(name: str, fake: Callable) -> Callable[[Callable], Callable]:
+def kernel_op(
+    name: str, fake: Callable, check: Callable | None = None
+) -> Callable[[Callable], Callable]:
     """Register a kernel entry point as a torch op; eager calls skip torch's dispatcher.
 
-    `fake` returns empty outputs of the right shape and dtype, for torch.compile.
+    fake   returns empty outputs of the right shape and dtype, for torch.compile
+    check  looks at the arguments' values, and raises, when the registered op runs: what compiled
+           the call could not. An eager call has been checked before it comes here.
     """
 
     def register(function: Callable) -> Callable:
         @functools.wraps(function)
         def run(*args):
+            if check is not None:
+                check(*args)
             return on_device_of(args[0], function, *args)
 
         # Library.define rather than the custom_op decorator: a third of its cost a call.

@@ -174,8 +174,12 @@ def _linear_sample(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dic
 def _linear_cross_entropy_sample(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:
     x = torch.randn(6, 24, device=device).to(dtype)
     weight, bias = torch.randn(37, 24, device=device), torch.randn(37, device=device)
-    target = torch.tensor([3, 36, -100, 0, 7, 7], device=device)
-    return (x, weight.to(dtype), target, bias.to(dtype)), {"reduction": "none"}
+    target = torch.tensor([3, 36, -100, 0, 7], device=device)
+    positions = torch.tensor([5, 0, 1, 2, 5], device=device)
+    return (x, weight.to(dtype), target, bias.to(dtype)), {
+        "reduction": "none",
+        "positions": positions,
+    }
 
 
 def _rotary_sample(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:

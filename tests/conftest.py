@@ -31,7 +31,7 @@ def run_kernels_where_eager_is_faster(monkeypatch):
     from slimkernels.dispatch import OPS
 
     for op in OPS.values():
-        for bound in ("MIN_FLOAT32", "MIN_ELEMENTS", "MIN_PLAIN"):
+        for bound in ("MIN_FLOAT32", "MIN_ELEMENTS", "MIN_PLAIN", "MIN_MULTIPLICATIONS"):
             if hasattr(op.modules.get("cpu"), bound):
                 monkeypatch.setattr(op.modules["cpu"], bound, 0)
 

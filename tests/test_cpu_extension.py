@@ -57,7 +57,7 @@ y.backward(torch.zeros(1, 1, dtype=bfloat16).expand_as(y))
     "cross_entropy": """
 x, target = torch.zeros(16 * MiB, 1), torch.zeros(16 * MiB, dtype=torch.int64)
 room_for(352 * MiB)
-cross_entropy_forward(x, target, None, -100, "none", 0.0, 0.0, 0.0, "cpu")
+cross_entropy_forward(x, target, None, -100, "none", 0.0, 0.0, 0.0, False, "cpu")
 """,
     "list of sequences": """
 q = torch.zeros(16 * MiB, 1, 1, 1)

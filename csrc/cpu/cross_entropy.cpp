@@ -93,6 +93,7 @@ void with_shares(const Problem& p, Body body) {
 
 struct Partial {
   float peak, sum, gap, mass;  // max(z), sums of exp(z - peak), of u (peak - z), of u
+  float highest;               // max(x), which a softcap may round to what others have
 };
 
 template <typename T>
@@ -120,13 +121,13 @@ Partial scan(const T* x, int64_t n, const Share& share) {
     return keep(exp_of_nonpositive(load(x + i, lanes) - shift), lanes);
   });
   if constexpr (std::is_same_v<Share, Nothing>) {
-    return {peak, sum, 0.f, 0.f};
+    return {peak, sum, 0.f, 0.f, peak};
   } else {
     const Pair spread = sum_over(n, [&](int64_t i, auto lanes) {
       const vfloat u = keep(share.at(i, lanes), lanes);
       return vpair{keep(u * (shift - load(x + i, lanes)), lanes), u};
     });
-    return {peak, sum, spread.first, spread.second};
+    return {peak, sum, spread.first, spread.second, peak};
   }
 }
 
@@ -136,7 +137,9 @@ Partial scan_capped(const T* x, int64_t n, float softcap, const Share& share) {
   for_vectors(n, [&](int64_t i, auto lanes) {
     store(capped + i, softcap * hyperbolic(load(x + i, lanes) / softcap).value, lanes);
   });
-  return scan(capped, n, share);
+  Partial partial = scan(capped, n, share);
+  partial.highest = max_of(x, n);
+  return partial;
 }
 
 template <typename Body>
@@ -152,7 +155,7 @@ void for_segments(const Problem& p, Body body) {
 
 // A row from its segments, with log(sum) in sum's place.
 Partial merge(const Partial* partials, int64_t segments) {
-  Partial all = {-kInfinity, 0.f, 0.f, 0.f};
+  Partial all = {-kInfinity, 0.f, 0.f, 0.f, -kInfinity};
   for (int64_t s = 0; s < segments; ++s)
     all.peak = partials[s].peak > all.peak ? partials[s].peak : all.peak;
   for (int64_t s = 0; s < segments; ++s) {
@@ -168,6 +171,32 @@ Partial merge(const Partial* partials, int64_t segments) {
   return all;
 }
 
+// Whether argmax gives the label: its logit is the first of the greatest, and NaN is the greatest.
+template <typename T>
+bool is_argmax(const T* x, int64_t V, int64_t label) {
+  const auto at = [&](int64_t i) { return load(x + i, Part{1})[0]; };
+  const float own = at(label);
+  const bool is_nan = own != own;
+  for (int64_t i = 0; i < label; ++i)
+    if (is_nan ? at(i) != at(i) : !(at(i) < own)) return false;
+  for (int64_t i = label + 1; i < V && !is_nan; ++i)
+    if (!(at(i) <= own)) return false;
+  return true;
+}
+
+// The same from the segments' maxima, and the logits before it in the label's segment alone.
+template <typename T>
+bool is_correct(const T* x, const Partial* partials, int64_t label, const Partial& r,
+                const Problem& p) {
+  if (!std::isfinite(r.sum))
+    return is_argmax(x, p.V, label);  // there may be NaN, which maxima miss
+  const float own = load(x + label, Part{1})[0];
+  const int64_t home = label / kSegment, begin = home * kSegment;
+  for (int64_t s = 0; s < p.segments(); ++s)
+    if (s < home ? partials[s].highest >= own : partials[s].highest > own) return false;
+  return label == begin || max_of(x + begin, label - begin) < own;
+}
+
 template <typename T>
 float loss_of(const T* x, int64_t row, const Partial& r, const Problem& p) {
   const float lse = r.peak + r.sum, spread = r.mass * r.sum + r.gap;
@@ -181,7 +210,7 @@ float loss_of(const T* x, int64_t row, const Partial& r, const Problem& p) {
 }
 
 template <typename T>
-void forward(const T* x, float* losses, float* stats, const Problem& p) {
+void forward(const T* x, float* losses, float* stats, uint8_t* correct, const Problem& p) {
   const int64_t M = p.M, segments = p.segments();
   const Owned<Partial> partials(M * segments);
   with_shares(p, [&](auto shares) {
@@ -194,9 +223,12 @@ void forward(const T* x, float* losses, float* stats, const Problem& p) {
   });
   for (int64_t row = 0; row < M; ++row) {
     losses[row] = stats[row] = stats[M + row] = stats[2 * M + row] = 0.f;
+    if (correct) correct[row] = 0;
     if (p.ignores(row)) continue;
-    const Partial r = merge(&partials[row * segments], segments);
+    const Partial* parts = &partials[row * segments];
+    const Partial r = merge(parts, segments);
     const bool is_valid = p.is_valid(row);
+    if (correct && is_valid) correct[row] = is_correct(x + row * p.V, parts, p.label(row), r, p);
     stats[row] = r.peak;
     stats[M + row] = is_valid ? r.sum : kNaN;
     stats[2 * M + row] = r.mass;
@@ -269,12 +301,13 @@ void backward(const float* dy, int64_t dy_stride, const float* dlse, const T* x,
 }  // namespace
 
 void cross_entropy_forward(const void* x, const void* target, const float* weight, float* losses,
-                           float* total, float* stats, float* divisor, int64_t M, int64_t V,
-                           int64_t ignore_index, float label_smoothing, float z_loss, float softcap,
-                           int is_mean, int dtype, int target_dtype) {
+                           float* total, float* stats, float* divisor, uint8_t* correct, int64_t M,
+                           int64_t V, int64_t ignore_index, float label_smoothing, float z_loss,
+                           float softcap, int is_mean, int dtype, int target_dtype) {
   const Problem p = {target,          weight, M,       V,           ignore_index,
                      label_smoothing, z_loss, softcap, target_dtype};
-  with_type(dtype, [&](auto zero) { forward((const decltype(zero)*)x, losses, stats, p); });
+  with_type(dtype,
+            [&](auto zero) { forward((const decltype(zero)*)x, losses, stats, correct, p); });
   double sum = 0.0, weights = 0.0;
   for (int64_t row = 0; row < M; ++row) {
     sum += losses[row];

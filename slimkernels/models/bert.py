@@ -171,6 +171,9 @@ class BertForPreTraining(nn.Module):
         hidden = self.bert.encode(hidden, Wanted(ascending, ends), cu_seqlens=cu_seqlens)
         hidden = hidden.index_select(0, order.argsort())  # in the order of `read`
         first, masked = hidden.tensor_split([len(read) - len(masked_positions)])
+        # Not linear_cross_entropy: on the CPU, forward and backward with C = 768 and V = 30522, it
+        # takes the same processor time (1.00 and 1.01 at K = 160 and 640 in float32, 1.01 and 0.98
+        # under bfloat16 autocast), and below its kernel's limit more; on a GPU nobody has measured.
         mlm_loss = cross_entropy(self.mlm_logits(masked, decoder_weight), masked_labels)
         if next_sentence_labels is None:
             nsp_loss = mlm_loss.new_zeros(())

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slimkernels.ops.cross_entropy import REDUCTIONS, cross_entropy
+from slimkernels.ops._loss_arguments import REDUCTIONS
+from slimkernels.ops.cross_entropy import cross_entropy
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slimkernels.ops.cross_entropy import REDUCTIONS
+from slimkernels.ops._loss_arguments import REDUCTIONS
 from slimkernels.ops.linear_cross_entropy import linear_cross_entropy
 
 
@@ -15,7 +15,8 @@ class LinearCrossEntropy(torch.nn.Linear):
     Parameters and state_dict are torch.nn.Linear's, so that weight can be tied to an embedding's
     and the layer's own forward, for the logits, is ``torch.nn.functional.linear``.
 
-    forward(input, target) as slimkernels.linear_cross_entropy, of which the options are
+    forward(input, target, *, positions=None, return_correct=False) as
+    slimkernels.linear_cross_entropy, of which the options are
     """
 
     def __init__(
@@ -45,8 +46,20 @@ class LinearCrossEntropy(torch.nn.Linear):
             reduction=reduction,
         )
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return linear_cross_entropy(input, self.weight, target, self.bias, **self.options)
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        *,
+        positions: Tensor | None = None,
+        return_correct: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        return linear_cross_entropy(
+            *(input, self.weight, target, self.bias),
+            **self.options,
+            positions=positions,
+            return_correct=return_correct,
+        )
 
     def extra_repr(self) -> str:
         options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())

@@ -12,15 +12,10 @@ from slimkernels.dispatch import Op, kernel_op, needs_gradient
 from slimkernels.ops._checks import (
     autocast_device,
     check_flag,
-    check_integer,
-    check_number,
     check_tensor,
-    is_readable,
-    value_range,
 )
 from slimkernels.ops._first_order import first_order
-
-REDUCTIONS = ("none", "mean", "sum")
+from slimkernels.ops._loss_arguments import check_label_range, check_labels, check_loss_options
 
 
 def cross_entropy_reference(
@@ -67,6 +62,11 @@ def cross_entropy_reference(
     return loss.to(x.dtype), lse.where(kept, 0)
 
 
+def is_correct(x: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """The definition of what return_correct adds: (M,) bool, of logits and labels."""
+    return (x.argmax(-1) == target) & (target != ignore_index)
+
+
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -78,8 +78,9 @@ def cross_entropy(
     z_loss: float = 0.0,
     softcap: float | None = None,
     return_lse: bool = False,
+    return_correct: bool = False,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """-log softmax(input)[target], averaged over the rows whose target is not ignore_index.
 
     input            logits (M, V), (V,) or (M, V, d1, ...): float32, float16, bfloat16, float64
@@ -93,13 +94,19 @@ def cross_entropy(
     z_loss           adds z_loss * lse^2 to a row's loss, times its label's weight
     softcap          the logits become softcap * tanh(input / softcap) first
     return_lse       also return lse, log(sum(exp(logits))), through which gradients flow
+    return_correct   also return which labels are their row's argmax, from the same pass; class
+                     labels only. Accuracy is correct.sum() / (target != ignore_index).sum().
     Returns          input's dtype; computed in float32 (float64 for float64) and rounded once.
-                     The mean of no rows is NaN, as in torch. With return_lse, (loss, lse): lse in
-                     float32 (float64), the shape of labels, 0 in ignored rows.
+                     The mean of no rows is NaN, as in torch. With return_lse or return_correct a
+                     tuple, (loss, lse), (loss, correct) or (loss, lse, correct): lse in float32
+                     (float64), the shape of labels, 0 in ignored rows; correct in bool, the shape
+                     of labels, False in ignored rows. As in torch.argmax, of equal logits the
+                     first counts, and NaN is the greatest; softcap and weight do not matter.
     Saves            input, target, weight and three float32 a row; the softmax is not stored
     Errors           ValueError naming the argument that is wrong. A label out of range is one too
-                     on the CPU; on a GPU and in compiled code, where looking would cost a
-                     synchronisation, its row's loss and gradient are NaN.
+                     on the CPU; on a GPU, where looking would cost a synchronisation, its row's
+                     loss and gradient are NaN. In compiled code the same where a kernel runs, and
+                     torch's own error where the backend is "torch".
     """
     args = _arguments(
         *(input, target, weight),
@@ -109,29 +116,46 @@ def cross_entropy(
         z_loss=z_loss,
         softcap=softcap,
         return_lse=return_lse,
+        return_correct=return_correct,
     )
     chosen = CROSS_ENTROPY.select(*args, backend=backend)
     if chosen == "torch":
-        loss, lse = _by_torch(*args, return_lse)
+        results = _by_torch(*args, return_lse)
     elif needs_gradient(input):
         results = _CrossEntropy.apply(*args, return_lse, chosen)
-        loss, lse = results if return_lse else (results, None)
     else:
-        loss, stats, _ = cross_entropy_forward(*args, chosen)
-        lse = _lse_of(stats) if return_lse else None
-    if input.dim() != 2:
-        rows = (*input.shape[:1], *input.shape[2:]) if input.dim() > 1 else ()
-        loss = loss.view(rows) if reduction == "none" else loss
-        lse = lse.view(rows) if return_lse else None
-    return (loss, lse) if return_lse else loss
+        loss, stats, _, correct = cross_entropy_forward(*args, chosen)
+        results = _asked_for(loss, stats, correct, return_lse, return_correct)
+    if input.dim() == 2:
+        return results
+    rows = (*input.shape[:1], *input.shape[2:]) if input.dim() > 1 else ()
+    if isinstance(results, Tensor):
+        return results.view(rows) if reduction == "none" else results
+    loss, *others = results
+    loss = loss.view(rows) if reduction == "none" else loss
+    return loss, *(t.view(rows) for t in others)
 
 
-def _by_torch(x, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap, lse):
+def _by_torch(
+    x,
+    target,
+    weight,
+    ignore_index,
+    reduction,
+    label_smoothing,
+    z_loss,
+    softcap,
+    return_correct,
+    return_lse,
+):
     """The definition in torch's fused kernels where they know it all, as eager code would."""
     how = ignore_index, reduction, label_smoothing
+    correct = (is_correct(x, target, ignore_index),) if return_correct else ()
     with torch.autocast(autocast_device(x), enabled=False):  # which would return float32
-        if z_loss > 0 or softcap > 0 or lse:
-            return cross_entropy_reference(x, target, weight, *how, z_loss, softcap)
+        if z_loss > 0 or softcap > 0 or return_lse:
+            loss, lse = cross_entropy_reference(x, target, weight, *how, z_loss, softcap)
+            others = *((lse,) if return_lse else ()), *correct
+            return (loss, *others) if others else loss
         if target.is_floating_point():
             target = target.to(x.dtype)
         else:  # torch makes NaN of 0 * NaN
@@ -143,7 +167,7 @@ def _by_torch(x, target, weight, ignore_index, reduction, label_smoothing, z_los
             reduction=reduction,
             label_smoothing=label_smoothing,
         )
-        return loss, None
+        return (loss, *correct) if correct else loss
 
 
 def _arguments(
@@ -157,6 +181,7 @@ def _arguments(
     z_loss=0.0,
     softcap=None,
     return_lse=False,
+    return_correct=False,
 ):
     check_tensor("cross_entropy", "input", input)
     if input.dim() == 0:
@@ -166,7 +191,13 @@ def _arguments(
     V = x.shape[-1]
     check_loss_options("cross_entropy", ignore_index, reduction, label_smoothing, z_loss, softcap)
     check_flag("cross_entropy", "return_lse", return_lse)
+    check_flag("cross_entropy", "return_correct", return_correct)
     if isinstance(target, Tensor) and target.is_floating_point():
+        if return_correct:
+            raise ValueError(
+                "cross_entropy: return_correct must be False where target holds probabilities; "
+                "got True"
+            )
         _check_probabilities(target, input, ignore_index)
         target = target.unsqueeze(0) if input.dim() == 1 else target.movedim(1, -1)
         target = target.reshape(-1, V)
@@ -183,55 +214,8 @@ def _arguments(
         target = target if target.dtype == torch.int64 else target.to(torch.int64)
     softcap = 0.0 if softcap is None else softcap
     x = x if rank == 2 else x.reshape(-1, V)
-    return x, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap
-
-
-def check_loss_options(op, ignore_index, reduction, label_smoothing, z_loss, softcap):
-    """What cross_entropy and linear_cross_entropy take besides tensors."""
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"{op}: reduction must be 'none', 'mean' or 'sum'; got {reduction!r}")
-    check_integer(op, "ignore_index", ignore_index)
-    check_number(op, "label_smoothing", label_smoothing)
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"{op}: label_smoothing must be in [0, 1]; got {label_smoothing}")
-    check_number(op, "z_loss", z_loss)
-    if z_loss < 0.0:
-        raise ValueError(f"{op}: z_loss must be at least 0; got {z_loss}")
-    if softcap is not None:
-        check_number(op, "softcap", softcap)
-        if softcap <= 0.0:
-            raise ValueError(f"{op}: softcap must be None or above 0; got {softcap}")
-
-
-def check_labels(op, target, shape, whose, device):
-    """`target` holds class labels, in a shape and on a device."""
-    if not isinstance(target, Tensor):
-        raise ValueError(f"{op}: target must be a tensor; got {type(target).__name__}")
-    if target.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"{op}: target must hold class labels, int64 or int32; got {target.dtype}")
-    if tuple(target.shape) != shape:
-        raise ValueError(
-            f"{op}: target must have shape {shape}, {whose}; got {tuple(target.shape)}"
-        )
-    if target.device != device:
-        raise ValueError(f"{op}: target must be on {device} like input; got {target.device}")
-
-
-def check_label_range(op, target, V, ignore_index):
-    """Where reading the labels costs nothing: not on a GPU, not while compiling."""
-    if not is_readable(target) or target.numel() == 0:
-        return
-    low, high = value_range(target)
-    if low >= 0 and high < V:  # the common case, in one pass over the labels
-        return
-    wrong = ((target < 0) | (target >= V)) & (target != ignore_index)
-    if not wrong.any():
-        return
-    position = tuple(wrong.nonzero()[0].tolist())
-    raise ValueError(
-        f"{op}: target must be in [0, {V}) or ignore_index {ignore_index}; "
-        f"got {int(target[position])} at position {position}"
-    )
+    options = ignore_index, reduction, label_smoothing, z_loss, softcap, return_correct
+    return x, target, weight, *options
 
 
 def _check_probabilities(target, input, ignore_index):
@@ -282,38 +266,54 @@ def _check_weight(weight, input, V):
 CROSS_ENTROPY = Op("cross_entropy", order=("triton", "cuda", "cpu"), arguments=_arguments)
 
 
-def _lse_of(stats):
-    return stats[0] + stats[1]
+def _asked_for(loss, stats, correct, return_lse, return_correct):
+    """What the public function returns of a kernel's results."""
+    if not (return_lse or return_correct):
+        return loss
+    lse = (stats[0] + stats[1],) if return_lse else ()
+    return loss, *lse, *((correct,) if return_correct else ())
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, target, weight, *options):
-        *how, return_lse, backend = options
-        loss, stats, divisor = cross_entropy_forward(x, target, weight, *how, backend)
+        *how, return_correct, return_lse, backend = options
+        loss, stats, divisor, correct = cross_entropy_forward(
+            x, target, weight, *how, return_correct, backend
+        )
         ctx.save_for_backward(x, target, weight, stats, divisor)
-        ctx.how = *how, backend
+        ctx.how, ctx.has_lse = (*how, backend), return_lse
         ctx.set_materialize_grads(False)
-        return (loss, _lse_of(stats)) if return_lse else loss
+        if return_correct:
+            ctx.mark_non_differentiable(correct)
+        return _asked_for(loss, stats, correct, return_lse, return_correct)
 
     @staticmethod
     @first_order("cross_entropy")
-    def backward(ctx, saved, dy, dlse=None):
+    def backward(ctx, saved, dy, *others):
+        dlse = others[0] if ctx.has_lse else None
         if dy is None:  # only lse was used
             per_row = ctx.how[1] == "none"
             dy = dlse.new_zeros(dlse.shape if per_row else ())
         dx = cross_entropy_backward(dy, dlse, *saved, *ctx.how)
-        return dx, *(None,) * 9
+        return dx, *(None,) * 10
 
 
-def _forward_fake(x, target, weight, ignore_index, reduction, *_):
+def _check_compiled(x, target, weight, ignore_index, *_):
+    if not target.is_floating_point():
+        check_label_range("cross_entropy", target, x.shape[1], ignore_index)
+
+
+def _forward_fake(x, target, weight, ignore_index, reduction, *how):
+    *_, return_correct, _ = how
     rows = x.shape[:1]
     loss = x.new_empty(rows if reduction == "none" else ())
     stats = x.new_empty((3, *rows), dtype=torch.float32)
-    return loss, stats, x.new_empty(1, dtype=torch.float32)
+    correct = x.new_empty(rows if return_correct else 0, dtype=torch.bool)
+    return loss, stats, x.new_empty(1, dtype=torch.float32), correct
 
 
-@kernel_op("cross_entropy_forward", _forward_fake)
+@kernel_op("cross_entropy_forward", _forward_fake, _check_compiled)
 def cross_entropy_forward(
     x: Tensor,
     target: Tensor,
@@ -323,18 +323,21 @@ def cross_entropy_forward(
     label_smoothing: float,
     z_loss: float,
     softcap: float,
+    return_correct: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss; stats (3, M): a row's maximum, the logarithm of its sum of exp(x - maximum), and
     the mass of what smoothing or probabilities spread over its classes, 0 without; divisor (1,):
-    what a mean divides by, on the device, so that no one waits for it; for "none" anything.
+    what a mean divides by, on the device, so that no one waits for it; for "none" anything; correct
+    (M,) bool, empty if it is not asked for.
 
     lse is the sum of the first two. Rounded to one float32 it would be wrong by 5e-4 at logits of
     1e4, and so would every probability made from it.
     """
     module = CROSS_ENTROPY.modules[backend]
     return module.forward(
-        x, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap
+        *(x, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap),
+        return_correct,
     )
 
 

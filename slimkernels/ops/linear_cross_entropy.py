@@ -14,15 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slimkernels.dispatch import Op, distinct, kernel_op, needs_gradient
-from slimkernels.ops._checks import autocast_device, check_tensor
+from slimkernels.ops._checks import autocast_device, check_flag, check_tensor
 from slimkernels.ops._first_order import first_order
-from slimkernels.ops.cross_entropy import (
+from slimkernels.ops._loss_arguments import (
     check_label_range,
     check_labels,
     check_loss_options,
-    cross_entropy,
-    cross_entropy_reference,
+    check_position_range,
+    check_positions,
 )
+from slimkernels.ops.cross_entropy import cross_entropy, cross_entropy_reference
 
 
 def linear_cross_entropy_reference(
@@ -55,25 +56,36 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     softcap: float | None = None,
     reduction: str = "mean",
+    positions: Tensor | None = None,
+    return_correct: bool = False,
     backend: str | None = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """cross_entropy(input @ weight^T + bias, target) without the (..., V) logits in memory.
 
     input       (..., C) hidden states: float32, float16, bfloat16 or float64
     weight      (V, C), the vocabulary's matrix, bias (V,): input's dtype or float32; they are
                 multiplied in input's dtype (autocast's under autocast) and get their gradients in
                 their own. weight may be an embedding's as well.
-    target      (...) class labels, int64 or int32
+    target      (...) class labels, int64 or int32; (K,) with positions
     ignore_index, label_smoothing, z_loss, softcap, reduction
                 as in cross_entropy. What is not kept is not computed: with all hidden states and a
                 target that is ignore_index outside the masked positions, this costs as much as
-                the masked positions alone.
-    Returns     input's dtype, float32 under autocast; a scalar, or target's shape for "none"
+                the masked positions alone. Which they are is found where the tensors are: on a GPU
+                the host does not wait for their number.
+    positions   (K,) int64 or int32: the hidden states that count, as rows of input flattened to
+                (N, C), in any order. One that stands there twice counts twice, and its gradients
+                are added up, always in the same order. The other rows' gradients are 0.
+    return_correct
+                also return which labels are the argmax of the logits, as in cross_entropy
+    Returns     input's dtype, float32 under autocast; a scalar, or target's shape for "none". With
+                return_correct a tuple, (loss, correct): correct in bool, target's shape.
     Saves       input, weight, target and three float32 a row, from which backward multiplies again;
                 on the CPU, for "mean" and "sum", besides these the gradients of input, weight and
                 bias, which forward makes while it has the logits: do not ask for them in evaluation
                 (use no_grad), and do not checkpoint the call, which would make them twice
-    Errors      ValueError naming the argument that is wrong; labels as in cross_entropy
+    Errors      ValueError naming the argument that is wrong; labels as in cross_entropy, and
+                positions likewise: on a GPU one out of range makes its loss NaN, and with it the
+                gradients of weight, bias and another row
     """
     args = _arguments(
         *(input, weight, target, bias),
@@ -82,25 +94,42 @@ def linear_cross_entropy(
         z_loss=z_loss,
         softcap=softcap,
         reduction=reduction,
+        positions=positions,
+        return_correct=return_correct,
     )
     chosen = LINEAR_CROSS_ENTROPY.select(*args, backend=backend)
     if chosen == "torch":
-        loss = _by_torch(*args)
+        results = _by_torch(*args)
     elif needs_gradient(*args[:4]):
-        loss = _LinearCrossEntropy.apply(*distinct(*args[:4]), *args[4:], chosen)
+        results = _LinearCrossEntropy.apply(*distinct(*args[:5]), *args[5:], chosen)
     else:
-        loss = linear_cross_entropy_forward(*args, chosen)[0]
+        loss, _, _, correct, *_ = linear_cross_entropy_forward(*args, chosen)
+        results = (loss, correct) if return_correct else loss
+    loss = results[0] if return_correct else results
     dtype = input.dtype
     if torch.is_autocast_enabled(autocast_device(input)) and dtype != torch.float64:
         dtype = torch.float32
     loss = loss.to(dtype)
-    return loss.view(target.shape) if reduction == "none" else loss
+    loss = loss.view(target.shape) if reduction == "none" else loss
+    return (loss, results[1].view(target.shape)) if return_correct else loss
 
 
 def _by_torch(
-    x, weight, target, bias, ignore_index, label_smoothing, z_loss, softcap, reduction, wanted
+    x,
+    weight,
+    target,
+    bias,
+    positions,
+    ignore_index,
+    label_smoothing,
+    z_loss,
+    softcap,
+    return_correct,
+    reduction,
+    wanted,
 ):
     """As eager code would, in its dtypes."""
+    x = x if positions is None else x[positions]
     autocast = torch.is_autocast_enabled(autocast_device(x))
     x = x.masked_fill((target == ignore_index).unsqueeze(1), 0.0)
     with torch.autocast(autocast_device(x), enabled=False):
@@ -114,6 +143,7 @@ def _by_torch(
             label_smoothing=label_smoothing,
             z_loss=z_loss,
             softcap=softcap or None,
+            return_correct=return_correct,
             backend="torch",
         )
 
@@ -129,6 +159,8 @@ def _arguments(
     z_loss=0.0,
     softcap=None,
     reduction="mean",
+    positions=None,
+    return_correct=False,
 ):
     op = "linear_cross_entropy"
     check_tensor(op, "input", input)
@@ -152,18 +184,25 @@ def _arguments(
         if parameter is not None:
             _check_alike(op, name, parameter, input)
     check_loss_options(op, ignore_index, reduction, label_smoothing, z_loss, softcap)
-    whose = f"that of input {tuple(input.shape)} without its last dimension"
-    check_labels(op, target, tuple(input.shape[:-1]), whose, input.device)
-    check_label_range(op, target, weight.shape[0], ignore_index)
+    check_flag(op, "return_correct", return_correct)
     x = input.reshape(-1, C)
+    if positions is None:
+        shape = tuple(input.shape[:-1])
+        whose = f"that of input {tuple(input.shape)} without its last dimension"
+    else:
+        check_positions(op, positions, x)
+        shape, whose = tuple(positions.shape), "that of positions"
+        positions = positions.to(torch.int64)
+    check_labels(op, target, shape, whose, input.device)
+    check_label_range(op, target, weight.shape[0], ignore_index)
     device = autocast_device(input)
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
     target = target.reshape(-1).to(torch.int64)
     softcap = 0.0 if softcap is None else softcap
     wanted = [_wants_gradient(t) for t in (x, weight, bias)]
-    options = ignore_index, label_smoothing, z_loss, softcap, reduction, wanted
-    return x, weight, target, bias, *options
+    options = ignore_index, label_smoothing, z_loss, softcap, return_correct, reduction, wanted
+    return x, weight, target, bias, positions, *options
 
 
 def _wants_gradient(t):
@@ -194,23 +233,28 @@ def in_forward(reduction: str, backend: str) -> bool:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, target, bias, *options):
-        loss, stats, divisor, *gradients = linear_cross_entropy_forward(
-            x, weight, target, bias, *options
+    def forward(ctx, x, weight, target, bias, positions, *options):
+        *how, return_correct, reduction, wanted, backend = options
+        loss, stats, divisor, correct, *gradients = linear_cross_entropy_forward(
+            x, weight, target, bias, positions, *options
         )
-        ctx.options, ctx.gradients = options, None
-        if in_forward(options[-3], options[-1]):
+        ctx.options, ctx.gradients = (*how, reduction, wanted, backend), None
+        saved = x, weight, target, bias, positions, stats, divisor
+        if in_forward(reduction, backend):
             if torch.compiler.is_compiling():
-                ctx.save_for_backward(*gradients)
-                return loss
-            # Not saved but owned: backward may then scale them where they are and give them away.
-            ctx.gradients = gradients
-        ctx.save_for_backward(x, weight, target, bias, stats, divisor)
-        return loss
+                saved = gradients
+            else:  # Not saved but owned: backward may scale them where they are and give them away.
+                ctx.gradients = gradients
+        ctx.save_for_backward(*saved)
+        ctx.set_materialize_grads(False)
+        if not return_correct:
+            return loss
+        ctx.mark_non_differentiable(correct)
+        return loss, correct
 
     @staticmethod
     @first_order("linear_cross_entropy")
-    def backward(ctx, saved, dy):
+    def backward(ctx, saved, dy, *_):
         *_, reduction, wanted, backend = ctx.options
         gradients, ctx.gradients = ctx.gradients, None
         gradients = None if gradients is None else _scaled(gradients, dy)
@@ -219,7 +263,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         elif gradients is None:  # also of a graph that was retained, and where dy is not finite
             gradients = linear_cross_entropy_backward(dy, *saved, *ctx.options)
         dx, dweight, dbias = (g if w else None for g, w in zip(gradients, wanted, strict=True))
-        return dx, dweight, None, dbias, *(None,) * len(ctx.options)
+        return dx, dweight, None, dbias, None, *(None,) * (len(ctx.options) + 1)
 
 
 def _scaled(gradients: list[Tensor], dy: Tensor) -> list[Tensor] | None:
@@ -242,40 +286,49 @@ def _gradients_fake(x, weight, bias, wanted):
     return tuple(like(t, w) for t, w in zip((x, weight, bias), wanted, strict=True))
 
 
-def _forward_fake(x, weight, target, bias, *options):
-    *_, reduction, wanted, backend = options
+def _check_compiled(x, weight, target, bias, positions, ignore_index, *_):
+    check_label_range("linear_cross_entropy", target, weight.shape[0], ignore_index)
+    if positions is not None:
+        check_position_range("linear_cross_entropy", positions, x.shape[0])
+
+
+def _forward_fake(x, weight, target, bias, positions, *options):
+    *_, return_correct, reduction, wanted, backend = options
     N = target.shape[0]
     wanted = wanted if in_forward(reduction, backend) else [False] * 3
     return (
         x.new_empty((N,) if reduction == "none" else (), dtype=torch.float32),
         x.new_empty((3, N), dtype=torch.float32),
         x.new_empty(1, dtype=torch.float32),
+        x.new_empty(N if return_correct else 0, dtype=torch.bool),
         *_gradients_fake(x, weight, bias, wanted),
     )
 
 
-@kernel_op("linear_cross_entropy_forward", _forward_fake)
+@kernel_op("linear_cross_entropy_forward", _forward_fake, _check_compiled)
 def linear_cross_entropy_forward(
     x: Tensor,
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None,
+    positions: Tensor | None,
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
     softcap: float,
+    return_correct: bool,
     reduction: str,
     wanted: list[bool],
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss, float32; stats (3, N) and divisor (1,) as in cross_entropy_forward, stats in an
-    order that is the backend's own; and where in_forward() says so the gradients of x, weight and
-    bias for a dy of 1, those that are wanted, else empty tensors.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss, float32; for N targets stats (3, N), divisor (1,) and correct as in
+    cross_entropy_forward, stats in an order that is the backend's own; and where in_forward() says
+    so the gradients of x, weight and bias for a dy of 1, those that are wanted, else empty tensors.
     """
     module = LINEAR_CROSS_ENTROPY.modules[backend]
     return module.forward(
-        *(x, weight, target, bias),
-        *(ignore_index, label_smoothing, z_loss, softcap, reduction, wanted),
+        *(x, weight, target, bias, positions),
+        *(ignore_index, label_smoothing, z_loss, softcap, return_correct, reduction, wanted),
     )
 
 
@@ -290,6 +343,7 @@ def linear_cross_entropy_backward(
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None,
+    positions: Tensor | None,
     stats: Tensor,
     divisor: Tensor,
     ignore_index: int,
@@ -303,6 +357,6 @@ def linear_cross_entropy_backward(
     """Gradients of x, weight and bias; an empty tensor for each that is not wanted."""
     module = LINEAR_CROSS_ENTROPY.modules[backend]
     return module.backward(
-        *(dy, x, weight, target, bias, stats, divisor),
+        *(dy, x, weight, target, bias, positions, stats, divisor),
         *(ignore_index, label_smoothing, z_loss, softcap, reduction, wanted),
     )

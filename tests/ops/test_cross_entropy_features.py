@@ -142,9 +142,9 @@ def test_registered_ops(backend, probabilities):
     skip_unsupported("cross_entropy", backend, x, target, **how)
     args = CROSS_ENTROPY.arguments(x, target, **how)
     torch.library.opcheck(cross_entropy_forward.op, (*args, backend))
-    loss, *saved = cross_entropy_forward(*args, backend)
+    loss, *saved, _ = cross_entropy_forward(*args, backend)
     dlse = torch.rand(5, device=x.device)
-    arguments = loss, dlse, *args[:3], *saved, *args[3:], backend
+    arguments = loss, dlse, *args[:3], *saved, *args[3:-1], backend
     torch.library.opcheck(cross_entropy_backward.op, arguments)
 
 
@@ -154,7 +154,7 @@ def test_many_rows(backend, reduction, monkeypatch):
     kernels = CROSS_ENTROPY.modules[backend]
     if hasattr(kernels, "SUMMED"):  # many for smaller blocks: the interpreter is slow
         monkeypatch.setattr(kernels, "ROWS", 32)
-        monkeypatch.setattr(kernels, "SUMMED", 16)
+        monkeypatch.setattr("slimkernels.backends.triton._cross_entropy.SUMMED", 16)
     inputs = inputs_of((75, 6), torch.float32, device_of(backend))
     check(backend, *inputs, FEATURES["all"], reduction)
 
@@ -255,6 +255,8 @@ X, T, W = torch.randn(4, 8), torch.tensor([0, 7, -100, 3]), torch.ones(8)
         (dict(softcap=float("nan")), "softcap must be finite"),
         (dict(softcap=0.0), "softcap must be None or above 0; got 0.0"),
         (dict(return_lse=1), "return_lse must be True or False; got 1"),
+        (dict(return_correct=1), "return_correct must be True or False; got 1"),
+        (dict(target=X, return_correct=True), "return_correct must be False where target holds"),
     ],
 )
 @pytest.mark.parametrize("backend", [None, *KERNEL_BACKENDS, "torch"])

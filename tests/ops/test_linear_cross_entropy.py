@@ -248,11 +248,14 @@ def test_compiled_whole(backend, reduction):
 def test_registered_ops(backend, reduction):
     inputs = inputs_of((9, 24, 37), torch.float32, backend)
     skip_unsupported("linear_cross_entropy", backend, *inputs)
-    *args, wanted = LINEAR_CROSS_ENTROPY.arguments(*inputs, reduction=reduction)
-    args = *args, [True, False, True], backend
+    how = dict(reduction=reduction, return_correct=True)
+    *tensors_and_numbers, _, _, _ = LINEAR_CROSS_ENTROPY.arguments(*inputs, **how)
+    tensors, numbers = tensors_and_numbers[:5], tensors_and_numbers[5:]
+    options = reduction, [True, False, True], backend
+    args = *tensors, *numbers, True, *options
     torch.library.opcheck(linear_cross_entropy_forward.op, args)
     loss, stats, divisor, *_ = linear_cross_entropy_forward(*args)
-    arguments = loss, *args[:4], stats, divisor, *args[4:]
+    arguments = loss, *tensors, stats, divisor, *numbers, *options
     torch.library.opcheck(linear_cross_entropy_backward.op, arguments)
 
 
@@ -357,6 +360,15 @@ X, W, T, B = torch.randn(4, 8), torch.randn(5, 8), torch.tensor([0, 4, -100, 3])
         (dict(reduction="max"), "reduction must be 'none', 'mean' or 'sum'; got 'max'"),
         (dict(label_smoothing=2.0), r"label_smoothing must be in \[0, 1\]; got 2.0"),
         (dict(softcap=-1.0), "softcap must be None or above 0; got -1.0"),
+        (dict(return_correct=None), "return_correct must be True or False; got None"),
+        (dict(positions=[0]), "positions must be a tensor; got list"),
+        (dict(positions=T.bool()), "positions must be int64 or int32; got torch.bool"),
+        (dict(positions=T.view(2, 2)), r"positions must have shape \(K,\); got \(2, 2\)"),
+        (dict(positions=T.to("meta")), "positions must be on cpu like input; got meta"),
+        (dict(positions=T[:2]), r"positions must be in \[0, 4\), rows of input; got 4"),
+        (dict(positions=T[2:]), r"positions must be in \[0, 4\), rows of input; got -100"),
+        (dict(positions=T[:1]), r"target must have shape \(1,\), that of positions; got \(4,\)"),
+        (dict(input=X[:0], positions=T[:1]), "positions must be empty, as input is; got 1"),
     ],
 )
 @pytest.mark.parametrize("backend", [None, *BACKENDS, "torch"])
@@ -386,3 +398,13 @@ def test_several_gradients_at_once(reduction):
     (together,) = torch.autograd.grad(loss, x, scales, is_grads_batched=True, retain_graph=True)
     (alone,) = torch.autograd.grad(loss, x)
     assert torch.equal(together, alone * scales.view(3, 1, 1))
+
+
+def test_small_products_are_left_to_eager(monkeypatch):
+    cpu = pytest.importorskip("slimkernels.backends.cpu.linear_cross_entropy")
+    monkeypatch.setattr(cpu, "MIN_MULTIPLICATIONS", 9 * 24 * 37 + 1)
+    inputs = inputs_of((9, 24, 37), torch.float32, "cpu")
+    with pytest.raises(sk.BackendError, match="faster below 7993 .*, and this call has 7992"):
+        sk.linear_cross_entropy(*inputs, backend="cpu")
+    inputs[3].requires_grad_()  # three times the work
+    assert "runs on cpu" in sk.explain(sk.linear_cross_entropy, *inputs)

@@ -8,7 +8,7 @@ from attention_cases import NAME, check, strided
 from op_cases import KERNEL_BACKENDS, device_of, skip_unsupported
 
 import slimkernels as sk
-from slimkernels.testing import assert_no_worse, run_with_gradients
+from slimkernels.testing import assert_no_worse, assert_op_matches, run_with_gradients
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -121,3 +121,23 @@ def test_a_score_function_that_is_not_finite_where_nothing_is():
     truth = run_with_gradients(on("torch"), tuple(t.double() for t in inputs))
     for name, expected in truth.items():
         assert_no_worse(actual[name], eager[name], expected, what=name)
+
+
+# Where tanh is almost 1, 1 - tanh^2 in float32 has no digit left, and all gradients are as small.
+@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
+def test_the_slope_of_a_saturated_softcap(backend):
+    torch.manual_seed(0)
+    device = device_of(backend)
+    signs = torch.randn(40, 1, device=device).sign()
+    q, k = (x + 0.05 * torch.randn(1, 2, 40, 16, device=device) for x in (1.0, signs))
+    inputs = q, k * 0.5, torch.randn(1, 2, 40, 16, device=device)
+    variant = sk.AttentionVariant(softcap=1.0)
+    skip_unsupported(NAME, backend, *inputs, scale=1.0, variant=variant)
+
+    def ours(q, k, v):
+        return sk.scaled_dot_product_attention(q, k, v, scale=1.0, variant=variant, backend=backend)
+
+    def exact(q, k, v):  # torch's own slope in float32 is 1 - tanh^2
+        return torch.softmax((q @ k.mT).double().tanh().to(q.dtype), -1) @ v
+
+    assert_op_matches(ours, exact, exact, inputs)

@@ -15,34 +15,43 @@ from slimkernels.backends.cpu._common import (
 LABELS = -1  # the number in a dtype's place for a target that holds none of floats
 
 
-def unsupported(x, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap):
+def unsupported(
+    x, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap, return_correct
+):
     if target.requires_grad:
         return "the gradient of target's probabilities is torch's"
     return unsupported_tensor(x)
 
 
-def forward(x, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap):
+def forward(
+    x, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap, return_correct
+):
     x, target, weight = x.contiguous(), target.contiguous(), float_of(weight)
     losses, total, *saved = losses_of(
-        *(x, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap)
+        *(x, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap),
+        return_correct,
     )
     return as_dtype(losses if reduction == "none" else total, x.dtype), *saved
 
 
-def losses_of(x, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap):
-    """float32, from tensors without gaps: losses (M,), the loss of them all, stats, divisor."""
+def losses_of(
+    x, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap, return_correct
+):
+    """From tensors without gaps, in float32: losses (M,), the loss of them all, stats, divisor; and
+    which rows' labels are the argmax (M,) bool, empty if nobody asks."""
     M = x.shape[0]
     losses = x.new_empty(M, dtype=torch.float32)
     total = x.new_empty((), dtype=torch.float32)
     stats = x.new_empty((3, M), dtype=torch.float32)
     divisor = x.new_empty(1, dtype=torch.float32)
+    correct = x.new_empty(M if return_correct else 0, dtype=torch.bool)
     run(
         _cpu.cross_entropy_forward,
-        *pointers(x, target, weight, losses, total, stats, divisor),
+        *pointers(x, target, weight, losses, total, stats, divisor, correct),
         *(*x.shape, ignore_index, label_smoothing, z_loss, softcap, int(reduction == "mean")),
         *(DTYPES[x.dtype], DTYPES.get(target.dtype, LABELS)),
     )
-    return losses, total, stats, divisor
+    return losses, total, stats, divisor, correct
 
 
 def backward(

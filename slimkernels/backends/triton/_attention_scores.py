@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from slimkernels.backends.triton._attention_terms import Known
-from slimkernels.backends.triton._common import keep_mask, tanh
+from slimkernels.backends.triton._common import keep_mask, slope_of_tanh, tanh
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # Where a query's maximum starts, and stays if all its scores are -inf: exp(-inf - LOWEST) is 0, and
@@ -119,9 +119,9 @@ def modified(products, extra, late, pairs, scoring, FEATURES: tl.constexpr):
     if FEATURES.MODIFIED:
         s = s * late
         if scoring.softcap is not None:
-            t = tanh(s / scoring.softcap)
-            s = scoring.softcap * t
-            inner = 1.0 - t * t
+            u = s / scoring.softcap
+            s = scoring.softcap * tanh(u)
+            inner = slope_of_tanh(u)
         s += extra
         # A mask of -3e38 hides from other keys, but of nothing else every one is seen, as in torch.
         s = tl.where((s < LEAST) & (s > -float("inf")), LEAST, s)

@@ -16,43 +16,66 @@ import torch
 import triton
 import triton.language as tl
 
-from slimkernels.backends.triton._common import dense, row_programs, tanh, unsupported_tensor
+from slimkernels.backends.triton._common import (
+    dense,
+    row_programs,
+    slope_of_tanh,
+    tanh,
+    unsupported_tensor,
+)
+from slimkernels.backends.triton._cross_entropy import (
+    ROWS,
+    SUMMED,
+    WIDTH,
+    add_up,
+    finish_kernel,
+    first_greatest,
+    greater_of,
+    row_weights,
+    slopes,
+    total_kernel,
+)
 
 MAX_BLOCK = 4096
-ROWS = 128  # that one program of the second kernel finishes
-SUMMED = 2048  # rows that the third adds at once
 
 
-def unsupported(x, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap):
+def unsupported(
+    x, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap, return_correct
+):
     if target.requires_grad:
         return "the gradient of target's probabilities is torch's"
     return unsupported_tensor(x)
 
 
-def forward(x, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap):
+def forward(
+    x, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap, return_correct
+):
     x, target, weight = x.contiguous(), target.contiguous(), dense(weight)
     M, V = x.shape
     has_labels = not target.is_floating_point()
     losses = x.new_empty(M, dtype=torch.float32 if reduction != "none" else x.dtype)
     stats = x.new_empty((3, M), dtype=torch.float32)
+    correct = x.new_empty(M if return_correct else 0, dtype=torch.bool)
     if M:
         BLOCK_V, num_warps = _block(V)
         blocks = triton.cdiv(V, BLOCK_V)
         parts = triton.cdiv(row_programs(x, 1 << 30), M)
         per_part = triton.cdiv(blocks, min(parts, blocks)) * BLOCK_V
         parts = triton.cdiv(V, per_part)
-        partials = x.new_empty((M, parts, 4), dtype=torch.float32)
+        partials = x.new_empty((M, parts, WIDTH.value), dtype=torch.float32)
         _parts_kernel[(M * parts,)](
             *(x, target, weight, partials, V, parts, per_part),
             *(ignore_index, label_smoothing, softcap),
             HAS_LABELS=has_labels,
             SPREADS=label_smoothing > 0 or not has_labels,
             CAPPED=softcap > 0,
+            CORRECT=return_correct,
             BLOCK_V=BLOCK_V,
             num_warps=num_warps,
         )
         finish_kernel[(triton.cdiv(M, ROWS),)](
-            *(x, V, 1, target, weight, partials, losses, stats, M, V, parts),
+            *(x, V, 1, target, weight, partials, losses, stats),
+            *(correct.view(torch.uint8) if return_correct else None, M, V, parts),
             *(ignore_index, label_smoothing, z_loss, softcap),
             HAS_LABELS=has_labels,
             CAPPED=softcap > 0,
@@ -60,22 +83,9 @@ def forward(x, target, weight, ignore_index, reduction, label_smoothing, z_loss,
             num_warps=ROWS // 32,
         )
     if reduction == "none":
-        return losses, stats, x.new_empty(1, dtype=torch.float32)
+        return losses, stats, x.new_empty(1, dtype=torch.float32), correct
     total, divisor = add_up(losses, target, weight, V, ignore_index, reduction, x.dtype)
-    return total, stats, divisor
-
-
-def add_up(losses, target, weight, V, ignore_index, reduction, dtype):
-    """The loss of all rows, and what their mean divides by."""
-    M = losses.shape[0]
-    total, divisor = losses.new_empty((), dtype=dtype), losses.new_empty(1)
-    total_kernel[(1,)](
-        *(losses, target, weight, total, divisor, M, V, ignore_index),
-        HAS_LABELS=not target.is_floating_point(),
-        IS_MEAN=reduction == "mean",
-        BLOCK_M=min(max(triton.next_power_of_2(M), 16), SUMMED),
-    )
-    return total, divisor
+    return total, stats, divisor, correct
 
 
 def backward(
@@ -132,35 +142,6 @@ def _shares(target_ptr, weight_ptr, row, cols, mask, V, label_smoothing, HAS_LAB
 
 
 @triton.jit
-def slope_of_tanh(u):
-    """1 - tanh(u)^2, which cancels where tanh is almost 1."""
-    e = tl.exp(-2.0 * tl.abs(u))
-    r = 1.0 / (1.0 + e)
-    return 4.0 * e * r * r
-
-
-@triton.jit
-def row_weights(target, weight_ptr, valid):
-    """What rows count in the sum and the mean: 1, or the weight of their label."""
-    if weight_ptr is not None:
-        return tl.load(weight_ptr + target, mask=valid, other=0.0).to(tl.float32)
-    else:
-        return tl.where(valid, 1.0, 0.0)
-
-
-@triton.jit
-def slopes(dy, dlse, rows, lse, V, label_smoothing, z_loss, HAS_LABELS: tl.constexpr):
-    """(own, even, extra) of dz = own (p - 1 at the label) + even (mass p - u) + extra p."""
-    if HAS_LABELS:
-        own = dy * rows * (1.0 - label_smoothing)
-        even = dy * label_smoothing / V
-    else:
-        own = 0.0
-        even = dy
-    return own, even, 2.0 * z_loss * dy * rows * lse + dlse
-
-
-@triton.jit
 def _parts_kernel(
     x_ptr,
     target_ptr,
@@ -175,6 +156,7 @@ def _parts_kernel(
     HAS_LABELS: tl.constexpr,
     SPREADS: tl.constexpr,
     CAPPED: tl.constexpr,
+    CORRECT: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -185,6 +167,8 @@ def _parts_kernel(
     total = 0.0
     gap = 0.0
     mass = 0.0
+    highest = -float("inf")
+    place = begin
     kept = True
     if HAS_LABELS:
         kept = tl.load(target_ptr + row) != ignore_index
@@ -193,6 +177,10 @@ def _parts_kernel(
             cols = start + tl.arange(0, BLOCK_V)
             mask = cols < end
             x = tl.load(x_ptr + row * V + cols, mask=mask, other=-float("inf")).to(tl.float32)
+            if CORRECT:
+                new = tl.max(x, axis=0)
+                place = greater_of(place, highest, first_greatest(x, new, cols, V, 0), new)
+                highest = tl.maximum(highest, new)
             if CAPPED:
                 x = tl.where(mask, softcap * tanh(x / softcap), -float("inf"))
             raised = tl.maximum(peak, tl.max(x, axis=0))
@@ -206,113 +194,14 @@ def _parts_kernel(
                 gap += tl.sum(tl.where(mask, u * (shift - x), 0.0), axis=0)
                 mass += tl.sum(u, axis=0)
             peak = raised
-    at = partials_ptr + program.to(tl.int64) * 4
+    at = partials_ptr + program.to(tl.int64) * WIDTH
     tl.store(at, peak)
     tl.store(at + 1, total)
     tl.store(at + 2, gap)
     tl.store(at + 3, mass)
-
-
-@triton.jit
-def finish_kernel(
-    x_ptr,
-    row_stride,
-    class_stride,
-    target_ptr,
-    weight_ptr,
-    partials_ptr,
-    losses_ptr,
-    stats_ptr,
-    M,
-    V,
-    parts,
-    ignore_index,
-    label_smoothing,
-    z_loss,
-    softcap,
-    HAS_LABELS: tl.constexpr,
-    CAPPED: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    mask = rows < M
-    at = partials_ptr + rows * parts * 4
-    peak = tl.full((ROWS,), -float("inf"), tl.float32)
-    for part in range(parts):
-        peak = tl.maximum(peak, tl.load(at + part * 4, mask=mask, other=0.0))
-    total = tl.zeros((ROWS,), tl.float32)
-    gap = tl.zeros((ROWS,), tl.float32)
-    mass = tl.zeros((ROWS,), tl.float32)
-    for part in range(parts):
-        top = tl.load(at + part * 4, mask=mask, other=0.0)
-        below = tl.where(top == peak, 0.0, peak - top)
-        total += tl.load(at + part * 4 + 1, mask=mask, other=1.0) * tl.exp(-below)
-        share = tl.load(at + part * 4 + 3, mask=mask, other=0.0)
-        gap += tl.load(at + part * 4 + 2, mask=mask, other=0.0)
-        gap += tl.where((below == 0.0) | (share == 0.0), 0.0, share * below)
-        mass += share
-
-    kept = mask
-    valid = mask
-    target = rows
-    if HAS_LABELS:
-        target = tl.load(target_ptr + rows, mask=mask, other=ignore_index)
-        kept = target != ignore_index
-        valid = kept & (target >= 0) & (target < V)
-    # NaN for a row whose logits are all -inf, as in torch, and for a label out of range.
-    log_total = tl.where(valid & (peak != -float("inf")), tl.log(total), float("nan"))
-    lse = peak + log_total
-    loss = mass * log_total + gap
-    if HAS_LABELS:
-        at_label = x_ptr + rows * row_stride + target * class_stride
-        label = tl.load(at_label, mask=valid, other=0.0).to(tl.float32)
-        if CAPPED:
-            label = softcap * tanh(label / softcap)
-        own = (1.0 - label_smoothing) * (log_total + (peak - label)) + z_loss * lse * lse
-        loss = row_weights(target, weight_ptr, valid) * own + tl.where(
-            label_smoothing > 0.0, label_smoothing / V * loss, 0.0
-        )
-    else:
-        loss += z_loss * lse * lse
-    tl.store(losses_ptr + rows, tl.where(kept, loss, 0.0), mask=mask)
-    tl.store(stats_ptr + rows, tl.where(kept, peak, 0.0), mask=mask)
-    tl.store(stats_ptr + M + rows, tl.where(kept, log_total, 0.0), mask=mask)
-    tl.store(stats_ptr + 2 * M + rows, tl.where(kept, mass, 0.0), mask=mask)
-
-
-@triton.jit
-def total_kernel(
-    losses_ptr,
-    target_ptr,
-    weight_ptr,
-    total_ptr,
-    divisor_ptr,
-    M,
-    V,
-    ignore_index,
-    HAS_LABELS: tl.constexpr,
-    IS_MEAN: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
-    sums = tl.zeros((BLOCK_M,), tl.float32)
-    weights = tl.zeros((BLOCK_M,), tl.float32)
-    for start in range(0, M, BLOCK_M):
-        rows = start + tl.arange(0, BLOCK_M)
-        kept = rows < M
-        sums += tl.load(losses_ptr + rows, mask=kept, other=0.0).to(tl.float32)
-        target = rows
-        if HAS_LABELS:
-            target = tl.load(target_ptr + rows, mask=kept, other=ignore_index)
-            kept = target != ignore_index
-            weights += row_weights(target, weight_ptr, kept & (target >= 0) & (target < V))
-        else:
-            weights += tl.where(kept, 1.0, 0.0)
-    total = tl.sum(sums, axis=0)
-    divisor = tl.sum(weights, axis=0)
-    if IS_MEAN:
-        total = total / divisor  # 0 / 0 = NaN where every row is ignored, as in torch
-    tl.store(total_ptr, total)
-    tl.store(divisor_ptr, divisor)
+    if CORRECT:
+        tl.store(at + 4, highest)
+        tl.store(at + 5, place.to(tl.float32, bitcast=True))
 
 
 @triton.jit
@@ -388,9 +277,10 @@ _TYPES = {
     **dict.fromkeys(_FLOATS, "*fp32"),
     **dict.fromkeys(_INTEGERS, "i32"),
     **dict.fromkeys(("label_smoothing", "z_loss", "softcap"), "fp32"),
+    "correct_ptr": "*u8",
 }
-_LABELS = {"HAS_LABELS": True, "SPREADS": True, "CAPPED": False}
-_PROBABILITIES = {"HAS_LABELS": False, "SPREADS": True, "CAPPED": True}
+_LABELS = {"HAS_LABELS": True, "SPREADS": True, "CAPPED": False, "CORRECT": True}
+_PROBABILITIES = {"HAS_LABELS": False, "SPREADS": True, "CAPPED": True, "CORRECT": False}
 _REDUCTION = {"PER_ROW": True, "IS_MEAN": False}
 COMPILES = [
     dict(
