@@ -1,18 +1,7 @@
-"""Softmax on the CPU: csrc/cpu/softmax.cpp."""
+"""Softmax on the CPU: csrc/cpu/softmax.cpp and softmax_columns.cpp."""
 
-from array import array
-
-import torch
-
-from slimkernels.backends._mask import mask_rows
-from slimkernels.backends.cpu._common import (
-    DTYPES,
-    _cpu,
-    address,
-    pointers,
-    run,
-    unsupported_tensor,
-)
+from slimkernels.backends.cpu._common import unsupported_tensor
+from slimkernels.backends.cpu._softmax import gradients_of, softmax_of
 
 # Elements below which ATen's softmax is the faster where nothing is scaled or masked, since a call
 # of it costs less. Its time over ours, forward and with backward, an Intel Xeon with AMX, one
@@ -22,9 +11,10 @@ from slimkernels.backends.cpu._common import (
 MIN_PLAIN = 1 << 18
 
 
-def unsupported(x, scale, mask, is_causal):
+def unsupported(x, dim, scale, mask, is_causal, sinks, dropout_p):
     reason = unsupported_tensor(x)
-    if reason is None and mask is None and not is_causal and scale == 1 and x.numel() < MIN_PLAIN:
+    is_plain = mask is None and sinks is None and scale == 1 and not is_causal and dropout_p == 0
+    if reason is None and is_plain and x.numel() < MIN_PLAIN:
         return (
             f"ATen's softmax is faster below {MIN_PLAIN} elements without scale or mask, "
             f"and input has {x.numel()}"
@@ -32,31 +22,9 @@ def unsupported(x, scale, mask, is_causal):
     return reason
 
 
-def forward(x, scale, mask, is_causal):
-    x = x.contiguous()
-    y = torch.empty_like(x)
-    if x.numel():
-        N = x.shape[-1]
-        places = None
-        if mask is not None:
-            mask, *places = mask_rows(mask)
-            places = array("q", places)  # lives as long as the call
-        run(
-            _cpu.softmax_forward,
-            *(*pointers(x, mask, y), address(places)),
-            *(x.numel() // N, N, x.shape[-2] if is_causal else 0, scale, DTYPES[x.dtype]),
-        )
-    return y
+def forward(x, dim, scale, mask, is_causal, sinks, dropout_p, seed):
+    return softmax_of(x, dim, scale, mask, is_causal, sinks, dropout_p, seed)
 
 
-def backward(dy, y, scale):
-    dy, y = dy.contiguous(), y.contiguous()
-    dx = torch.empty_like(y)
-    if y.numel():
-        N = y.shape[-1]
-        run(
-            _cpu.softmax_backward,
-            *pointers(dy, y, dx),
-            *(y.numel() // N, N, scale, DTYPES[y.dtype]),
-        )
-    return dx
+def backward(dy, y, shares, dim, scale, dropout_p, seed):
+    return gradients_of(dy, y, dim, scale, shares, dropout_p, seed)
