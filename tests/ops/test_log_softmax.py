@@ -17,13 +17,15 @@ from softmax_cases import (
 import slimkernels as sk
 from slimkernels.testing import assert_no_worse, run_with_gradients
 
-SHAPES = [(1, 1), (9, 1), (2, 3, 5, 33), (4, 70, 65), (0, 8)]
 INF = float("inf")
 
 
-@pytest.mark.parametrize("mean, spread", [(100.0, 1.0), (0.0, 3e3)])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    "shape, mean, spread",
+    [((9, 1), 0.0, 1.0), ((2, 3, 5, 33), 100.0, 1.0), ((40, 65), 0.0, 3e3), ((0, 8), 0.0, 1.0)],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @every_kind
 @every_backend
 def test_matches_reference(backend, kind, shape, dtype, mean, spread):
@@ -33,7 +35,7 @@ def test_matches_reference(backend, kind, shape, dtype, mean, spread):
 
 
 @pytest.mark.parametrize("shape", [(3, 4097), (2, 20011)], ids=str)
-@pytest.mark.parametrize("kind", ["mask", "causal"])
+@pytest.mark.parametrize("kind", ["mask"])
 @every_backend
 def test_long_rows(backend, kind, shape):
     device = device_of(backend)
@@ -41,7 +43,7 @@ def test_long_rows(backend, kind, shape):
     check(backend, inputs_of(shape, torch.float32, device, 0.0, 3.0), options, log=True)
 
 
-@pytest.mark.parametrize("shape", [(2, 5, 34), (1, 300, 70), (3, 40, 129)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 5, 34), (1, 300, 70)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @every_backend
 def test_columns(backend, dtype, shape):
@@ -62,8 +64,8 @@ def test_compiled(backend, options):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-@every_backend_and_cut
-def test_added_mask(backend, dtype, cut):
+@every_backend
+def test_added_mask(backend, dtype):
     x = inputs_of(FOUR, dtype, device_of(backend))
     tensors = {"input": x, "mask": added_mask((2, 1, 5, 34), dtype, x.device)}
     check_tensors(backend, tensors, {"scale": 0.5}, log=True)
@@ -95,8 +97,7 @@ def test_hidden_elements_have_no_part_in_the_gradient(backend, is_causal, cut):
     mask[:, 0] = True
     options = {"mask": None if is_causal else mask, "is_causal": is_causal}
     skip_unsupported("log_softmax", backend, x, **options)
-    seen = mask.tril() | ~mask.tril() if is_causal else mask
-    seen = seen.tril() if is_causal else seen
+    seen = torch.ones_like(mask).tril() if is_causal else mask
     dy = torch.randn_like(x)
 
     def results(x, dy):

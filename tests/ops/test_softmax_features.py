@@ -25,10 +25,10 @@ F32, BF16, F16 = DTYPES
 # Masks that are added
 
 
-@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16), (BF16, F32), (F16, F16)], ids=str)
+@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16), (BF16, F32)], ids=str)
 @pytest.mark.parametrize("sizes", [FOUR, (2, 1, 1, 34), (3, 1, 34)], ids=str)
-@every_backend_and_cut
-def test_added_mask(backend, sizes, dtypes, cut):
+@every_backend
+def test_added_mask(backend, sizes, dtypes):
     x = inputs_of(FOUR, dtypes[0], device_of(backend))
     tensors = {"input": x, "mask": added_mask(sizes, dtypes[1], x.device)}
     check_tensors(backend, tensors, {"scale": 0.3, "is_causal": len(sizes) == 3})
@@ -37,8 +37,8 @@ def test_added_mask(backend, sizes, dtypes, cut):
 # Its gradient is zero but for rounding.
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("sizes", [(2, 3, 5, 1), (1,)], ids=str)
-@every_backend_and_cut
-def test_added_mask_with_one_value_a_row(backend, sizes, dtype, cut):
+@every_backend
+def test_added_mask_with_one_value_a_row(backend, sizes, dtype):
     x = inputs_of(FOUR, dtype, device_of(backend))
     check(backend, x, {"mask": added_mask(sizes, F32, x.device), "scale": 0.3})
 
@@ -94,12 +94,13 @@ def test_what_an_added_mask_hides_is_never_looked_at(backend, cut):
 
 @pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16), (BF16, F32)], ids=str)
 @pytest.mark.parametrize("kind", ["plain", "causal", "mask", "added"])
-@every_backend_and_cut
-def test_sinks(backend, kind, dtypes, cut):
-    x = inputs_of(FOUR, dtypes[0], device_of(backend))
+@every_backend
+def test_sinks(backend, kind, dtypes):
+    shape = 2, 3, 17, 34
+    x = inputs_of(shape, dtypes[0], device_of(backend))
     tensors = {"input": x, "sinks": torch.tensor([0.5, 8.0, -INF], device=x.device).to(dtypes[1])}
     if kind == "mask":  # hides rows that have a sink
-        tensors["mask"] = torch.rand(FOUR, device=x.device) < 0.5
+        tensors["mask"] = torch.rand(shape, device=x.device) < 0.5
         tensors["mask"][:, :2, 1] = False
     if kind == "added":
         tensors["mask"] = added_mask((2, 1, 1, 34), dtypes[0], x.device)
@@ -107,7 +108,7 @@ def test_sinks(backend, kind, dtypes, cut):
 
 
 # The maximum is the sink's, and then rises above it; Tq and H are no powers of two.
-@pytest.mark.parametrize("shape", [(3, 2, 6001), (2, 3, 7, 20011), (5, 33, 129)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 2, 6001), (1, 3, 2, 20011), (5, 33, 129)], ids=str)
 @pytest.mark.parametrize("backend", ["triton", "cpu"])
 def test_sinks_of_long_rows(backend, shape):
     x = inputs_of(shape, F32, device_of(backend), 0.0, 4.0)
@@ -137,14 +138,14 @@ def test_rows_that_see_nothing_and_have_no_sink(backend, cut):
 # Dropout
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize(
     "shape, dim, rich",
     [(FOUR, -1, False), (FOUR, -1, True), ((2, 70, 5, 27), 1, False), ((3, 9, 1), 1, False)],
     ids=str,
 )
-@every_backend_and_cut
-def test_dropout(backend, shape, dim, rich, dtype, cut):
+@every_backend
+def test_dropout(backend, shape, dim, rich, dtype):
     check_dropout(backend, shape, dim, rich, dtype)
 
 
@@ -194,12 +195,14 @@ def test_dropout_is_of_the_result_and_only_in_training(backend):
 # Blocks of 64 columns and segments of 256 rows, whole and not; Triton's tiles end in between.
 @pytest.mark.parametrize(
     "shape, dim",
-    [((3, 7, 64), 1), ((2, 300, 2, 37), 1), ((513, 130), 0), ((2, 3, 5, 3), -2), ((0, 4, 5), 1)],
+    [((3, 7, 64), 1), ((1, 300, 2, 37), 1), ((513, 130), 0), ((2, 3, 5, 3), -2), ((0, 4, 5), 1)],
     ids=str,
 )
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @every_backend
 def test_columns(backend, dtype, shape, dim):
+    if backend == "triton":  # its tiles of 64 columns have 32 rows, and its interpreter no haste
+        shape = tuple(min(n, 100) for n in shape)
     x = inputs_of(shape, dtype, device_of(backend), 0.0, 5.0)
     check(backend, x, {"dim": dim, "scale": 0.7})
     sizes = [1 if n in (2, 130) else n for n in shape]
@@ -207,12 +210,11 @@ def test_columns(backend, dtype, shape, dim):
     check_tensors(backend, tensors, {"dim": dim})
 
 
-@pytest.mark.parametrize("N", [20, 600])
-@every_backend
+@pytest.mark.parametrize("backend, N", [("triton", 40), ("cpu", 20), ("cpu", 600)])
 def test_columns_that_are_not_finite_or_see_nothing(backend, N):
     x = inputs_of((2, N, 70), F32, device_of(backend))
     x[0, 0, 0], x[0, 0, 1], x[0, 1, 2] = float("nan"), INF, -INF
-    x[0, :, 3] = x[1, 300:, 5] = -INF
+    x[0, :, 3] = x[1, N // 2 :, 5] = -INF
     check_tensors(backend, {"input": x}, {"dim": 1, "scale": 0.9})
     mask = torch.rand((2, N, 70), device=x.device) < 0.5
     mask[0, :, :4], mask[1, : N // 2] = False, False

@@ -88,7 +88,8 @@ def gradients_of(dy, y, scale, shares=None, dropout_p=0.0, seed=None, log=False,
         products.zero_()
     if not has_sinks:
         return dx, y.new_empty(0, dtype=torch.float32)
-    return dx, products.flatten(0, -3).sum((0, 2))
+    heads = products.dim() - 2
+    return dx, products.sum([d for d in range(products.dim()) if d != heads])
 
 
 def dropout_of(x, dropout_p, seed):
