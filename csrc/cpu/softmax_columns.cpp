@@ -39,9 +39,7 @@ struct Block {
   int64_t mask_step;
   float scale;
 
-  Scores<T, Mask> row(int64_t n) const {
-    return {x + n * stride, mask.from(n * mask_step), scale};
-  }
+  Scores<T, Mask> row(int64_t n) const { return {x + n * stride, mask.from(n * mask_step), scale}; }
 };
 
 // Reads rows begin to begin + n into scores; returns the maxima, `peaks` among them.

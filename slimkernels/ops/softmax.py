@@ -89,7 +89,7 @@ def softmax(
     if chosen == "torch":
         y = _by_torch(*args, seed)
     elif needs_gradient(x, mask, sinks):
-        y = _Softmax.apply(*args, seed, chosen)
+        y, _ = _Softmax.apply(*args, seed, chosen)
     else:
         y = softmax_forward(*args, seed, chosen)[0]
     return y if x is input else y.view(input.shape)
@@ -144,11 +144,12 @@ class _Softmax(torch.autograd.Function):
         ctx.mask_dtype = None if mask is None else mask.dtype
         ctx.sinks_dtype = None if sinks is None else sinks.dtype
         ctx.backend = backend  # backward never selects
-        return y
+        ctx.set_materialize_grads(False)
+        return y, kept  # an output, so that a second derivative finds its way here
 
     @staticmethod
     @first_order("softmax")
-    def backward(ctx, saved, dy):
+    def backward(ctx, saved, dy, _):
         y, shares, seed = saved
         wants_mask = ctx.needs_input_grad[3]
         scale = 1.0 if wants_mask else ctx.scale

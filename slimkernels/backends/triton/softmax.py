@@ -58,22 +58,20 @@ def _declared(kernel, absent, log, tile, warps, registers):
 _ROWS = _softmax._forward_kernel, _softmax._backward_kernel
 _LONG_ROWS = _softmax._forward_long_kernel, _softmax._backward_long_kernel
 _COLUMNS = _softmax_columns._forward_kernel, _softmax_columns._backward_kernel
-_LONGEST = (_ROWS, {"BLOCK_M": 1, "BLOCK_N": MAX_TILE}, 16, 128)
+_LONGEST = (_ROWS, {"BLOCK_M": 1, "BLOCK_N": MAX_TILE}, 16, 104)
 _TILES = (
-    (_ROWS, {"BLOCK_M": 4, "BLOCK_N": TILE // 4}, warps_of(TILE), 128),
+    (_ROWS, {"BLOCK_M": 4, "BLOCK_N": TILE // 4}, warps_of(TILE), 104),
     _LONGEST,
-    (_LONG_ROWS, {"BLOCK_N": BLOCK}, warps_of(BLOCK), 128),
-    (_COLUMNS, {"BLOCK_N": 32, "BLOCK_I": 64}, 4, 128),
+    (_LONG_ROWS, {"BLOCK_N": BLOCK}, warps_of(BLOCK), 104),
+    (_COLUMNS, {"BLOCK_N": 32, "BLOCK_I": 64}, 4, 104),
 )
 COMPILES = [
-    _declared(kernel, absent, False, *tile)
-    for kernels, *tile in _TILES
-    for kernel in kernels
-    for absent in ((), _OPTIONAL)
+    *(_declared(kernel, (), False, *tile) for kernels, *tile in _TILES for kernel in kernels),
+    *(_declared(kernels[0], _OPTIONAL, False, *tile) for kernels, *tile in _TILES[:2]),
 ]
 # As log_softmax calls them.
 LOG_COMPILES = [
     _declared(kernel, ("sinks", "dropout", *_OPTIONAL[4:]), True, *tile)
-    for kernels, *tile in (_LONGEST, *_TILES[2:])
+    for kernels, *tile in (_LONGEST, _TILES[3])
     for kernel in kernels
 ]
