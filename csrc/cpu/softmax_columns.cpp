@@ -1,11 +1,13 @@
 // Softmax, or its logarithm, over the middle dimension of x (M, N, inner): of columns, whose
 // elements are `inner` apart. softmax.cpp has the formulas, and the kernels over rows.
 //
-// Tiling   Threads split the blocks of kWidth neighbouring columns. A block's scores stay in the
-//          caches, in float32, until its sums are known; one of more than kHeight rows is taken by
-//          segments, twice, as long rows are.
-// Traffic  Forward reads and writes each element once, backward reads two and writes one, kWidth
-//          neighbours at a time.
+// Tiling   Threads split the blocks of 64 to 256 neighbouring columns, the more the fewer rows
+// there
+//          are. A block's scores, at most kTile, stay in the caches, in float32, until its sums are
+//          known; one of more rows is taken by segments, twice, as long rows are.
+// Traffic  Forward reads and writes each element once, backward reads two and writes one;
+// neighbours
+//          are read together, since each row of a block is in a page of its own.
 // Numerics As of rows. Here a seen -inf counts as the lowest number in the search for the maximum:
 //          where that is -inf, nothing is seen.
 #include "kernels.h"
@@ -16,12 +18,21 @@
 namespace slimkernels::SLIM_ISA {
 namespace {
 
-constexpr int64_t kWidth = 64, kHeight = 256;
+constexpr int64_t kTile = 16384, kNarrow = 64, kWide = 256;
+
+// How many columns a block has, and how many rows a segment of it.
+struct Tile {
+  int64_t width = kWide;
+  explicit Tile(int64_t N) {
+    while (width > kNarrow && N * width > kTile) width /= 2;
+  }
+  int64_t height() const { return kTile / width; }
+};
 constexpr float kLowest = -std::numeric_limits<float>::max();
 
 // One number a column.
 struct alignas(64) Line {
-  float values[kWidth];
+  float values[kWide];
 
   explicit Line(float value) {
     for (float& v : values) v = value;
@@ -44,12 +55,13 @@ struct Block {
 
 // Reads rows begin to begin + n into scores; returns the maxima, `peaks` among them.
 template <typename In>
-Line gather(const In& in, int64_t begin, int64_t n, int64_t width, Line peaks, float* scores) {
+Line gather(const In& in, int64_t begin, int64_t n, int64_t width, Line peaks, float* scores,
+            int64_t pitch) {
   for (int64_t r = 0; r < n; ++r) {
     const auto row = in.row(begin + r);
     for_vectors(width, [&](int64_t i, auto lanes) {
       const Score s = row.at(i, lanes);
-      store(scores + r * kWidth + i, s.value, Full{});
+      store(scores + r * pitch + i, s.value, Full{});
       const vfloat top = s.seen ? vmax(s.value, broadcast(kLowest)) : s.value;
       peaks.set(i, vmax(top, peaks.at(i)));
     });
@@ -64,17 +76,19 @@ inline vfloat log_of(vfloat v) {
 
 template <bool kLog, typename In, typename T>
 void forward_block(const In& in, T* y, int64_t N, int64_t width) {
-  alignas(64) float scores[kHeight * kWidth];
+  alignas(64) float scores[kTile];
+  const Tile tile(N);
+  const int64_t pitch = tile.width, height = tile.height();
   Line peaks(-kInfinity), shifts(0.f), totals(0.f);
-  for (int64_t begin = 0; begin < N; begin += kHeight) {
-    const int64_t n = clamp(N - begin, 0, kHeight);
-    const Line raised = gather(in, begin, n, width, peaks, scores);
+  for (int64_t begin = 0; begin < N; begin += height) {
+    const int64_t n = clamp(N - begin, 0, height);
+    const Line raised = gather(in, begin, n, width, peaks, scores, pitch);
     for_vectors(width, [&](int64_t i, auto) {
       // While nothing is seen, it adds exp(-inf - 0) = 0, not exp(-inf + inf) = NaN.
       const vfloat shift = raised.at(i) == -kInfinity ? vfloat{} : raised.at(i);
       vfloat total = {};
       for (int64_t r = 0; r < n; ++r) {
-        float* score = scores + r * kWidth + i;
+        float* score = scores + r * pitch + i;
         const vfloat e = exp_of_nonpositive(load(score, Full{}) - shift);
         if constexpr (!kLog) store(score, e, Full{});
         total += e;
@@ -93,11 +107,11 @@ void forward_block(const In& in, T* y, int64_t N, int64_t width) {
   for (int64_t n = 0; n < N; ++n) {
     const auto row = in.row(n);
     for_vectors(width, [&](int64_t i, auto lanes) {
-      vfloat v = N <= kHeight ? load(scores + n * kWidth + i, Full{}) : row.at(i, lanes).value;
+      vfloat v = N <= height ? load(scores + n * pitch + i, Full{}) : row.at(i, lanes).value;
       if constexpr (kLog) {
         v = (v - shifts.at(i)) - ends.at(i);
       } else {
-        if (N > kHeight) v = exp_of_nonpositive(v - shifts.at(i));
+        if (N > height) v = exp_of_nonpositive(v - shifts.at(i));
         v *= ends.at(i);
       }
       store(y + n * in.stride + i, v, lanes);
@@ -108,11 +122,11 @@ void forward_block(const In& in, T* y, int64_t N, int64_t width) {
 // body(m, first column, width) for every block.
 template <typename Body>
 void for_blocks(const SoftmaxProblem& p, Body body) {
-  const int64_t blocks = (p.inner + kWidth - 1) / kWidth;
+  const int64_t most = Tile(p.N).width, blocks = (p.inner + most - 1) / most;
   for_rows(p.M * blocks, p.N * p.inner / blocks, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t first = task % blocks * kWidth;
-      body(task / blocks, first, clamp(p.inner - first, 0, kWidth));
+      const int64_t first = task % blocks * most;
+      body(task / blocks, first, clamp(p.inner - first, 0, most));
     }
   });
 }
@@ -155,9 +169,9 @@ void backward(const T* dy, const T* y, T* dx, const Dropout& dropout, const Soft
       });
     };
     Line totals(0.f);
-    for (int64_t begin = 0; begin < p.N; begin += kHeight) {
+    for (int64_t begin = 0; begin < p.N; begin += kTile / kNarrow) {
       Line sums(0.f);  // of a segment: one chain over all rows would round more
-      for (int64_t n = begin; n < p.N && n < begin + kHeight; ++n)
+      for (int64_t n = begin; n < p.N && n < begin + kTile / kNarrow; ++n)
         for_row(n, [&](int64_t i, int64_t, vfloat g, vfloat v, auto) {
           sums.set(i, sums.at(i) + gradient.term(g, v));
         });

@@ -332,16 +332,21 @@ def test_parameters_of_torchs_softmax_that_are_absent():
         sk.softmax(X, -1, dtype=torch.float64)
 
 
-def test_small_plain_calls_are_left_to_aten(monkeypatch):
-    cpu = pytest.importorskip("slimkernels.backends.cpu.softmax")
-    monkeypatch.setattr(cpu, "MIN_PLAIN", 100)
-    x = torch.randn(9, 11)
-    assert torch.equal(sk.softmax(x), torch.softmax(x, -1))
-    with pytest.raises(sk.BackendError, match="faster below 100 elements .*, and input has 99"):
-        sk.softmax(x, backend="cpu")
-    for options in ({"scale": 0.5}, {"is_causal": True}, {"mask": x > 0}):
-        assert sk.explain(sk.softmax, x, **options).startswith("softmax runs on cpu")
-    assert sk.explain(sk.softmax, torch.randn(10, 11)).startswith("softmax runs on cpu")
+@pytest.mark.parametrize("op", ["softmax", "log_softmax"])
+def test_small_plain_calls_are_left_to_aten(op, monkeypatch):
+    cpu = pytest.importorskip(f"slimkernels.backends.cpu.{op}")
+    for number, name in enumerate(("MIN_SCALED", "MIN_PLAIN", "MIN_COLUMNS")):
+        monkeypatch.setattr(cpu, name, 100 + number)
+    x, function = torch.randn(9, 11), getattr(sk, op)
+    assert torch.equal(function(x), getattr(torch, op)(x, -1))
+    for number, options in enumerate(({"scale": 0.5}, {}, {"dim": 0})):
+        match = f"ATen's {op} is faster below {100 + number} elements .*, and input has 99"
+        with pytest.raises(sk.BackendError, match=match):
+            function(x, **options, backend="cpu")
+        large = torch.randn(10, 11)
+        assert sk.explain(function, large, **options).startswith(f"{op} runs on cpu")
+    for options in ({"is_causal": True}, {"mask": x > 0}):
+        assert sk.explain(function, x, **options).startswith(f"{op} runs on cpu")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
