@@ -53,13 +53,14 @@ def softmax(
     """dropout(softmax(input * scale + mask)) over `dim`, of the elements that take part.
 
     input      (...) float32, float16, bfloat16 or float64
-    dim        dimension that sums to 1
+    dim        dimension that sums to 1; any of them without a copy
     scale      multiplies input before the softmax
     mask       broadcastable to input, as attn_mask in torch's attention: bool, True where an
                element takes part; or floating, in input's dtype or float32, added to the scaled
                input, where -inf hides as False does. It is read through its strides, never
                expanded in memory, unless its broadcast dimensions alternate with others more than
-               twice. A floating one gets its gradient.
+               twice, or stand before or after `dim` beside others. A floating one gets its
+               gradient, in which -inf has none.
     is_causal  for input (..., Tq, Tk) and dim -1: row i sees columns j <= i, counted from the
                top left as in torch
     sinks      (H,), in input's dtype or float32, for input (..., H, Tq, Tk) and dim -1: the logits
