@@ -167,12 +167,22 @@ struct Kernels {
                                  int64_t V, int64_t ignore_index, float label_smoothing,
                                  float z_loss, float softcap, int dtype, int target_dtype);
 
-  // softmax.cpp: x, y (M, N). If period > 0, row r sees the columns up to r % period. mask_rows are
-  // the integers of MaskRows in slimkernels/backends/_mask.py, null where mask is.
-  void (*softmax_forward)(const void* x, const uint8_t* mask, void* y, const int64_t* mask_rows,
-                          int64_t M, int64_t N, int64_t period, float scale, int dtype);
-  void (*softmax_backward)(const void* dy, const void* y, void* dx, int64_t M, int64_t N,
-                           float scale, int dtype);
+  // softmax.cpp: x, y, kept (M, N); sinks (heads,), shares (M,). problem is struct SoftmaxProblem
+  // in cpu/softmax.h, as integers. With a seed, kept is y before dropout; backward takes that for
+  // y.
+  void (*softmax_forward)(const void* x, const void* mask, const void* sinks, void* y, void* kept,
+                          float* shares, const int64_t* seed, const int64_t* problem, float scale,
+                          double dropout_p);
+  void (*softmax_backward)(const void* dy, const void* y, const float* shares, void* dx,
+                           float* dsinks, const int64_t* seed, const int64_t* problem, float scale,
+                           double dropout_p);
+
+  // softmax_columns.cpp: x, y, kept (M, N, inner), over N
+  void (*softmax_columns_forward)(const void* x, const void* mask, void* y, void* kept,
+                                  const int64_t* seed, const int64_t* problem, float scale,
+                                  double dropout_p);
+  void (*softmax_columns_backward)(const void* dy, const void* y, void* dx, const int64_t* seed,
+                                   const int64_t* problem, float scale, double dropout_p);
 
   // grad_norm.cpp: total (1,) of the tensors in a table of cpu/tensor_lists.h
   void (*sum_of_squares)(const int64_t* table, int64_t count, double* total, int dtype);

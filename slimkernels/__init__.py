@@ -20,6 +20,7 @@ from slimkernels.ops.group_norm import group_norm
 from slimkernels.ops.layer_norm import layer_norm
 from slimkernels.ops.linear import linear
 from slimkernels.ops.linear_cross_entropy import linear_cross_entropy
+from slimkernels.ops.log_softmax import log_softmax
 from slimkernels.ops.relu_squared import relu_squared
 from slimkernels.ops.rms_norm import rms_norm
 from slimkernels.ops.rotary import rotary, rotary_tables
@@ -48,6 +49,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "log_softmax",
     "nn",
     "optim",
     "relu_squared",

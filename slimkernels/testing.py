@@ -140,9 +140,16 @@ def _scaled_dot_product_attention_sample(
 
 
 def _softmax_sample(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:
+    (x,), options = _log_softmax_sample(device, dtype)
+    sinks = torch.randn(3, device=device).to(dtype)
+    return (x,), {**options, "is_causal": True, "sinks": sinks, "dropout_p": 0.1}
+
+
+def _log_softmax_sample(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:
     x = torch.randn(2, 3, 4, 33, device=device).to(dtype)
-    mask = torch.rand(2, 1, 1, 33, device=device) < 0.8
-    return (x,), {"scale": 0.25, "mask": mask, "is_causal": True}
+    mask = torch.randn(2, 1, 1, 33, device=device).to(dtype)
+    mask = torch.where(torch.rand(mask.shape, device=device) < 0.8, mask, -torch.inf)
+    return (x,), {"scale": 0.25, "mask": mask}
 
 
 def _activation_sample(device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:
@@ -213,6 +220,7 @@ sample_inputs: dict[str, Callable[[torch.device, torch.dtype], tuple[tuple, dict
     "layer_norm": _layer_norm_sample,
     "linear": _linear_sample,
     "linear_cross_entropy": _linear_cross_entropy_sample,
+    "log_softmax": _log_softmax_sample,
     "relu_squared": _activation_sample,
     "rms_norm": _rms_norm_sample,
     "rotary": _rotary_sample,

@@ -45,29 +45,60 @@ def options_of(kind, shape, device):
     return options
 
 
-def eager_softmax(x, dim=-1, *, scale=1.0, mask=None, is_causal=False):
+def eager_softmax(x, dim=-1, *, scale=1.0, mask=None, is_causal=False, sinks=None, log=False):
     """What a user of plain PyTorch writes."""
+    dtype = x.dtype
     x = x if scale == 1.0 else x * scale
+    if mask is not None and mask.is_floating_point():
+        x, mask = x + mask.to(dtype), mask != -float("inf")
     if is_causal:
         causal = torch.ones(x.shape[-2:], dtype=torch.bool, device=x.device).tril()
         mask = causal if mask is None else mask & causal
-    if mask is None:
-        return torch.softmax(x, dim)
-    mask = mask.expand(x.shape)
-    y = torch.softmax(x.masked_fill(~mask, -float("inf")), dim)
-    return y.masked_fill(~mask.any(dim, keepdim=True), 0.0)
+    function = torch.log_softmax if log else torch.softmax
+    if mask is None and sinks is None:
+        return function(x, dim).to(dtype)
+    seen = torch.ones_like(x, dtype=torch.bool) if mask is None else mask.expand(x.shape)
+    x = x.masked_fill(~seen, -float("inf"))
+    if sinks is not None:
+        x = torch.cat((x, sinks[:, None, None].to(x.dtype).expand(*x.shape[:-1], 1)), -1)
+    y = function(x, dim)[..., : seen.shape[-1]]
+    y = y.masked_fill(~seen, -float("inf")) if log else y
+    return y.masked_fill(~seen.any(dim, keepdim=True), -float("inf") if log else 0.0).to(dtype)
 
 
-def check(backend, x, options, compiled=False):
-    skip_unsupported("softmax", backend, x, **options)
+def check(backend, x, options, compiled=False, log=False):
+    """A call of either op, and x's gradient."""
+    check_tensors(backend, {"input": x}, options, compiled, log)
 
-    def ours(x):
-        return sk.softmax(x, **options, backend=backend)
 
-    def eager(x):
-        return eager_softmax(x, **options)
+def check_tensors(backend, tensors, options, compiled=False, log=False):
+    """A call, and the gradients of all tensors that are floating: input, mask, sinks."""
+    op = "log_softmax" if log else "softmax"
+    skip_unsupported(op, backend, **tensors, **options)
 
-    def reference(x):
-        return sk.softmax(x, **options, backend="torch")
+    def ours(*values):
+        return getattr(sk, op)(
+            **dict(zip(tensors, values, strict=True)), **options, backend=backend
+        )
 
-    assert_op_matches(maybe_compiled(ours, compiled), eager, reference, (x,))
+    def eager(*values):
+        named = dict(zip(tensors, values, strict=True))
+        return eager_softmax(named.pop("input"), **named, **options, log=log)
+
+    def reference(*values):
+        named = dict(zip(tensors, values, strict=True))
+        return getattr(sk, op)(**named, **options, backend="torch")
+
+    assert_op_matches(maybe_compiled(ours, compiled), eager, reference, tuple(tensors.values()))
+
+
+def added_mask(sizes, dtype, device):
+    """Numbers to be added, of which some are -inf: in the middle, at ends, and all of some rows."""
+    torch.manual_seed(2)
+    mask = torch.randn(sizes, device=device)
+    mask = mask.masked_fill(torch.rand(sizes, device=device) < 0.2, -float("inf"))
+    if mask.shape[-1] > 1:
+        mask[..., mask.shape[-1] * 3 // 4 :] = -float("inf")
+    if mask.dim() > 1 and mask.shape[-2] > 1:
+        mask[..., 1, :] = -float("inf")
+    return mask.to(dtype)

@@ -28,8 +28,8 @@ KERNEL_BACKENDS = [backend for backend in BACKENDS if backend != "torch"]
 PUBLIC_NAMES = {
     *("BackendError", "explain", "info", "nn", "optim", "use_backend"),
     *("add_layer_norm", "add_rms_norm", "bias_dropout_add", "cross_entropy", "geglu", "gelu"),
-    *("group_norm", "layer_norm", "linear", "linear_cross_entropy", "relu_squared"),
-    *("rms_norm", "rotary", "rotary_tables", "scaled_dot_product_attention"),
+    *("group_norm", "layer_norm", "linear", "linear_cross_entropy", "log_softmax"),
+    *("relu_squared", "rms_norm", "rotary", "rotary_tables", "scaled_dot_product_attention"),
     *("embedding", "silu", "softmax", "swiglu"),
     *("AttentionVariant", "RelativeBias", "ScoreFunction", "t5_relative_bias"),
 }
@@ -276,7 +276,8 @@ NUMBERS = {
     "embedding": {"padding_idx": 0.5, "eps": "a", "dropout_p": "x"},
     "rotary": {"offset": 0.5},
     "linear_cross_entropy": {"ignore_index": 1.5, "label_smoothing": "a", "z_loss": "a"},
-    "softmax": {"dim": 0.5, "scale": "a"},
+    "softmax": {"dim": 0.5, "scale": "a", "dropout_p": "a", "training": 1},
+    "log_softmax": {"dim": 0.5, "scale": "a"},
     "scaled_dot_product_attention": {"dropout_p": "a", "scale": float("nan")},
 }
 

@@ -64,15 +64,15 @@ def test_softmax(program, shape, dtype):
     x, dy = torch.randn(2, *shape).mul(4).to(dtype).unbind()
     scale = 0.5
     wide = x.double().requires_grad_()
-    truth = softmax_reference(wide, scale, None, False)
-    eager = softmax_reference(x, scale, None, False)
+    truth = softmax_reference(wide, -1, scale, None, False)
+    eager = softmax_reference(x, -1, scale, None, False)
     y = run(program, "forward", (0, scale), x)
     assert_no_worse(y, eager, truth, what="y")
     assert torch.equal(run(program, "forward", (0, scale), x, order="reverse"), y)
 
     (dtruth,) = torch.autograd.grad(truth, wide, dy.double())
     narrow = x.clone().requires_grad_()
-    (deager,) = torch.autograd.grad(softmax_reference(narrow, scale, None, False), narrow, dy)
+    (deager,) = torch.autograd.grad(softmax_reference(narrow, -1, scale, None, False), narrow, dy)
     dx = run(program, "backward", (scale,), dy, y)
     assert_no_worse(dx, deager, dtruth, what="dx")
     assert torch.equal(run(program, "backward", (scale,), dy, y, order="reverse"), dx)
@@ -84,17 +84,17 @@ def test_causal_rows_see_their_own_index(program, shape):
     period = shape[0] // 2
     x = torch.randn(period * 2, shape[1])
     y = run(program, "forward", (period, -1.5), x)
-    expected = softmax_reference(x.view(2, period, -1).double(), -1.5, None, True).view_as(x)
+    expected = softmax_reference(x.view(2, period, -1).double(), -1, -1.5, None, True).view_as(x)
     assert_no_worse(
-        y, softmax_reference(x.view(2, period, -1), -1.5, None, True).view_as(x), expected
+        y, softmax_reference(x.view(2, period, -1), -1, -1.5, None, True).view_as(x), expected
     )
 
 
 def test_unaligned_rows_take_the_narrow_path(program):
     x = torch.randn(3, 1032)
-    truth = softmax_reference(x.double(), 1.0, None, False)
+    truth = softmax_reference(x.double(), -1, 1.0, None, False)
     shifted = run(program, "forward", (0, 1.0), x, offset=True)
-    assert_no_worse(shifted, softmax_reference(x, 1.0, None, False), truth)
+    assert_no_worse(shifted, softmax_reference(x, -1, 1.0, None, False), truth)
 
 
 @pytest.mark.parametrize("N", [40, 1200])
@@ -104,6 +104,6 @@ def test_not_finite_rows(program, N):
     x[3] = -float("inf")
     x[4, : N // 2] = -float("inf")
     y = run(program, "forward", (0, 1.0), x)
-    expected = softmax_reference(x, 1.0, None, False)
+    expected = softmax_reference(x, -1, 1.0, None, False)
     assert torch.equal(y.isnan(), expected.isnan())
-    assert_no_worse(y, expected, softmax_reference(x.double(), 1.0, None, False))
+    assert_no_worse(y, expected, softmax_reference(x.double(), -1, 1.0, None, False))

@@ -166,6 +166,8 @@ PYBIND11_MODULE(_cpu, m) {
   bind(m, "cross_entropy_backward", &Kernels::cross_entropy_backward);
   bind(m, "softmax_forward", &Kernels::softmax_forward);
   bind(m, "softmax_backward", &Kernels::softmax_backward);
+  bind(m, "softmax_columns_forward", &Kernels::softmax_columns_forward);
+  bind(m, "softmax_columns_backward", &Kernels::softmax_columns_backward);
   bind(m, "sum_of_squares", &Kernels::sum_of_squares);
   bind(m, "adamw", &Kernels::adamw);
   bind(m, "lamb", &Kernels::lamb);

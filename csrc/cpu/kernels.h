@@ -40,6 +40,8 @@ SLIM_DECLARE(cross_entropy_forward);
 SLIM_DECLARE(cross_entropy_backward);
 SLIM_DECLARE(softmax_forward);
 SLIM_DECLARE(softmax_backward);
+SLIM_DECLARE(softmax_columns_forward);
+SLIM_DECLARE(softmax_columns_backward);
 SLIM_DECLARE(sum_of_squares);
 SLIM_DECLARE(adamw);
 SLIM_DECLARE(lamb);

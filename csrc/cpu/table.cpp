@@ -36,6 +36,8 @@ const Kernels SLIM_TABLE(SLIM_ISA) = {
     SLIM_ISA::cross_entropy_backward,
     SLIM_ISA::softmax_forward,
     SLIM_ISA::softmax_backward,
+    SLIM_ISA::softmax_columns_forward,
+    SLIM_ISA::softmax_columns_backward,
     SLIM_ISA::sum_of_squares,
     SLIM_ISA::adamw,
     SLIM_ISA::lamb,

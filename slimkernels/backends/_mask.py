@@ -1,4 +1,4 @@
-"""Where a row of a broadcast mask begins, in six integers that a kernel can take."""
+"""Where a row of a broadcast mask begins, in six integers that a kernel can take; and columns."""
 
 from __future__ import annotations
 
@@ -32,6 +32,20 @@ def mask_rows(mask: Tensor) -> MaskRows:
     and expanded in memory where broadcast dimensions alternate with others more than twice.
     """
     return _described(mask) or _described(_without_gaps(mask)) or _described(mask.contiguous())
+
+
+def mask_columns(mask: Tensor) -> MaskRows:
+    """The columns of `mask`, which is expanded to (..., N, inner) and not empty.
+
+    Element n of column i in block m begins at m * stride_outer + n * stride_middle +
+    i * stride_col. A mask whose strides fit no such description is expanded in memory.
+    """
+    *_, N, inner = mask.shape
+    mask = mask.reshape(-1, N, inner)
+    if mask.stride(-1) not in (0, 1):
+        mask = mask.contiguous()
+    stride_outer, stride_middle, stride_col = mask.stride()
+    return MaskRows(mask, 1, 1, stride_outer, stride_middle, 0, stride_col)
 
 
 def _described(mask: Tensor) -> MaskRows | None:

@@ -12,7 +12,7 @@ from slimkernels.nn.linear_cross_entropy import LinearCrossEntropy
 from slimkernels.nn.multihead_attention import MultiheadAttention
 from slimkernels.nn.rms_norm import RMSNorm
 from slimkernels.nn.silu import SiLU
-from slimkernels.nn.softmax import Softmax
+from slimkernels.nn.softmax import LogSoftmax, Softmax
 from slimkernels.nn.transformer import TransformerEncoder, TransformerEncoderLayer
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "GroupNorm",
     "LayerNorm",
     "LinearCrossEntropy",
+    "LogSoftmax",
     "MultiheadAttention",
     "RMSNorm",
     "SiLU",

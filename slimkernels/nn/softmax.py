@@ -1,10 +1,11 @@
-"""torch.nn.Softmax on the library's softmax."""
+"""torch.nn.Softmax and LogSoftmax on the library's ops."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from slimkernels.ops.log_softmax import log_softmax
 from slimkernels.ops.softmax import softmax
 
 
@@ -16,9 +17,27 @@ class Softmax(torch.nn.Softmax):
     """
 
     def __init__(self, dim: int | None = None) -> None:
-        if dim is None:
-            raise ValueError("Softmax: dim must be given; torch's implicit choice is deprecated")
-        super().__init__(dim)
+        super().__init__(_given("Softmax", dim))
 
     def forward(self, input: Tensor) -> Tensor:
         return softmax(input, self.dim)
+
+
+class LogSoftmax(torch.nn.LogSoftmax):
+    """torch.nn.LogSoftmax; inputs, errors and precision as in slimkernels.log_softmax.
+
+    dim     must be given, as for Softmax
+    Errors  ValueError without dim
+    """
+
+    def __init__(self, dim: int | None = None) -> None:
+        super().__init__(_given("LogSoftmax", dim))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return log_softmax(input, self.dim)
+
+
+def _given(name: str, dim: int | None) -> int:
+    if dim is None:
+        raise ValueError(f"{name}: dim must be given; torch's implicit choice is deprecated")
+    return dim

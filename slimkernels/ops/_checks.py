@@ -101,14 +101,17 @@ def check_alike(op: str, name: str, value: object, input: Tensor) -> None:
 
 
 def check_mask(op: str, mask: object, input: Tensor) -> None:
-    """`mask` is None or a bool tensor on input's device that broadcasts to its shape."""
+    """`mask` is None or a tensor on input's device that broadcasts to its shape: bool or, to be
+    added, in input's dtype or float32."""
     if mask is None:
         return
     if not isinstance(mask, Tensor):
         raise ValueError(f"{op}: mask must be a tensor; got {type(mask).__name__}")
-    if mask.dtype != torch.bool:
+    if mask.dtype not in (torch.bool, input.dtype, torch.float32):
+        float32 = "" if input.dtype == torch.float32 else " or float32"
         raise ValueError(
-            f"{op}: mask must be bool, True where an element takes part; got {mask.dtype}"
+            f"{op}: mask must be bool, True where an element takes part, or {input.dtype}"
+            f"{float32} to be added; got {mask.dtype}"
         )
     if mask.device != input.device:
         raise ValueError(f"{op}: mask must be on {input.device} like input; got {mask.device}")

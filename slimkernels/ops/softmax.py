@@ -1,4 +1,4 @@
-"""Softmax with what attention puts before it: softmax(input * scale) where a mask allows.
+"""Softmax with what attention puts around it: softmax(input * scale + mask), sinks and dropout.
 
 Subtracting the row's greatest score keeps exp from overflowing; rows longer than a tile are
 reduced in one pass as in Milakov and Gimelshein, Online normalizer calculation (2018).
@@ -6,26 +6,36 @@ reduced in one pass as in Milakov and Gimelshein, Online normalizer calculation 
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from slimkernels.dispatch import Op, kernel_op, needs_gradient
-from slimkernels.ops._checks import check_integer, check_mask, check_number, check_tensor
+from slimkernels.ops._checks import check_dropout, check_flag, check_parameter
+from slimkernels.ops._dropout import draw_seed, dropped
 from slimkernels.ops._first_order import first_order
+from slimkernels.ops._softmax import scores_of, softmax_arguments
 
 
-def softmax_reference(x: Tensor, scale: float, mask: Tensor | None, is_causal: bool) -> Tensor:
-    """The definition, over the last dimension. A row with nothing to take part is zero."""
-    scores = x.to(torch.promote_types(x.dtype, torch.float32)) * scale
-    if is_causal:
-        causal = torch.ones(x.shape[-2:], dtype=torch.bool, device=x.device).tril()
-        mask = causal if mask is None else mask & causal
-    if mask is None:
-        return torch.softmax(scores, -1).to(x.dtype)
-    y = torch.softmax(scores.masked_fill(~mask, -math.inf), -1)
-    return y.masked_fill(~mask.any(-1, keepdim=True), 0.0).to(x.dtype)
+def softmax_reference(
+    x: Tensor,
+    dim: int = -1,
+    scale: float = 1.0,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """The definition, over dim -1 or -2. A row with nothing to take part is zero."""
+    scores, nothing = scores_of(x, dim, scale, mask, is_causal)
+    if sinks is None:
+        y = torch.softmax(scores, dim)
+    else:  # a last score, of which nothing is returned
+        column = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
+        y = torch.softmax(torch.cat((scores, column), -1), -1)[..., :-1]
+    y = y if nothing is None else y.masked_fill(nothing, 0.0)
+    y = y if seed is None else dropped(y, seed, dropout_p)
+    return y.to(x.dtype)
 
 
 def softmax(
@@ -35,66 +45,89 @@ def softmax(
     scale: float = 1.0,
     mask: Tensor | None = None,
     is_causal: bool = False,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    training: bool = True,
     backend: str | None = None,
 ) -> Tensor:
-    """softmax(input * scale) over `dim`, of the elements that take part; the others are 0.
+    """dropout(softmax(input * scale + mask)) over `dim`, of the elements that take part.
 
     input      (...) float32, float16, bfloat16 or float64
-    dim        dimension that sums to 1; any but the last is moved last first, which costs a
-               copy of input, and leaves the result a view with that dimension moved back
+    dim        dimension that sums to 1; any of them without a copy
     scale      multiplies input before the softmax
-    mask       bool, broadcastable to input, True where an element takes part, as attn_mask in
-               torch's attention. It is read through its strides, never expanded in memory,
-               unless its broadcast dimensions alternate with others more than twice.
+    mask       broadcastable to input, as attn_mask in torch's attention: bool, True where an
+               element takes part; or floating, in input's dtype or float32, added to the scaled
+               input, where -inf hides as False does. It is read through its strides, never
+               expanded in memory, unless its broadcast dimensions alternate with others more than
+               twice, or stand before or after `dim` beside others. A floating one gets its
+               gradient, in which -inf has none.
     is_causal  for input (..., Tq, Tk) and dim -1: row i sees columns j <= i, counted from the
                top left as in torch
-    Returns    input's shape and dtype; computed in float32 (float64 for float64). A row where
-               nothing takes part is zero and has zero gradient; a row whose elements are all
-               -inf is NaN, as in torch.softmax.
-    Saves      the output
+    sinks      (H,), in input's dtype or float32, for input (..., H, Tq, Tk) and dim -1: the logits
+               of one more score in each row of a head, neither scaled nor hidden, which takes its
+               share of the sum and is not returned; they get their gradient
+    dropout_p  probability of dropping an element of the result, in [0, 1); survivors are
+               multiplied by 1 / (1 - dropout_p)
+    training   False for no dropout
+    Returns    input's shape and dtype, without gaps; computed in float32 (float64 for float64).
+               Hidden elements are 0. A row where nothing takes part is zero and has zero gradient;
+               a row without a sink whose elements are all -inf is NaN, as in torch.softmax.
+    Saves      the output; with dropout, in its place, the output before dropout, and the seed: the
+               gradient of what was dropped needs it. With sinks, one float32 a row.
     Errors     ValueError naming the argument whose shape, dtype or device is wrong
     """
-    args = _arguments(input, dim, scale=scale, mask=mask, is_causal=is_causal)
+    x, *_, dropout_p = args = _arguments(
+        *(input, dim),
+        scale=scale,
+        mask=mask,
+        is_causal=is_causal,
+        sinks=sinks,
+        dropout_p=dropout_p,
+        training=training,
+    )
     chosen = SOFTMAX.select(*args, backend=backend)
+    seed = draw_seed(x.device) if dropout_p > 0 else None
     if chosen == "torch":
-        y = _by_torch(*args)
-    elif needs_gradient(input):
-        y = _Softmax.apply(*args, chosen)
+        y = _by_torch(*args, seed)
+    elif needs_gradient(x, mask, sinks):
+        y, _ = _Softmax.apply(*args, seed, chosen)
     else:
-        y = softmax_forward(*args, chosen)
-    return y if dim == -1 else y.movedim(-1, dim)
+        y = softmax_forward(*args, seed, chosen)[0]
+    return y if x is input else y.view(input.shape)
 
 
-def _by_torch(x, scale, mask, is_causal):
+def _by_torch(x, dim, scale, mask, is_causal, sinks, dropout_p, seed):
     """The definition, in torch's one kernel where that is all of it."""
-    if scale != 1 or mask is not None or is_causal:
-        return softmax_reference(x, scale, mask, is_causal)
-    y = torch.softmax(x, -1)
+    if scale != 1 or is_causal or mask is not None or sinks is not None or seed is not None:
+        return softmax_reference(x, dim, scale, mask, is_causal, sinks, dropout_p, seed)
+    y = torch.softmax(x, dim)
     return y if y.dtype == x.dtype else y.to(x.dtype)  # autocast returns float32
 
 
-def _arguments(input, dim=-1, *, scale=1.0, mask=None, is_causal=False):
-    check_tensor("softmax", "input", input)
-    check_mask("softmax", mask, input)
-    rank = input.dim()
-    if rank == 0:
-        raise ValueError("softmax: input must have a dimension; got shape ()")
-    check_integer("softmax", "dim", dim)
-    check_number("softmax", "scale", scale)
-    if not -rank <= dim < rank:
-        raise ValueError(
-            f"softmax: dim must be in [{-rank}, {rank}) for input {tuple(input.shape)}; got {dim}"
-        )
-    last = dim in (-1, rank - 1)
-    if is_causal and not (last and rank >= 2):
-        raise ValueError(
-            f"softmax: is_causal needs input (..., Tq, Tk) and dim -1; got input "
-            f"{tuple(input.shape)} and dim {dim}"
-        )
-    if mask is not None:
-        mask = mask.expand(input.shape)  # strides of 0, no memory
-        mask = mask if last else mask.movedim(dim, -1)
-    return input if last else input.movedim(dim, -1), scale, mask, is_causal
+def _arguments(
+    input,
+    dim=-1,
+    *,
+    scale=1.0,
+    mask=None,
+    is_causal=False,
+    sinks=None,
+    dropout_p=0.0,
+    training=True,
+):
+    x, *others = softmax_arguments(
+        "softmax", input, dim, scale=scale, mask=mask, is_causal=is_causal
+    )
+    if sinks is not None:
+        if input.dim() < 3 or others[0] != -1:
+            raise ValueError(
+                f"softmax: sinks need input (..., H, Tq, Tk) and dim -1; got input "
+                f"{tuple(input.shape)} and dim {dim}"
+            )
+        check_parameter("softmax", "sinks", sinks, input, input.shape[-3], "the heads")
+    check_dropout("softmax", dropout_p)
+    check_flag("softmax", "training", training)
+    return x, *others, sinks, dropout_p if training else 0.0
 
 
 # Order: triton before cuda until a table of GPU measurements says otherwise.
@@ -103,36 +136,83 @@ SOFTMAX = Op("softmax", order=("triton", "cuda", "cpu"), arguments=_arguments)
 
 class _Softmax(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, scale, mask, is_causal, backend):
-        y = softmax_forward(x, scale, mask, is_causal, backend)
-        ctx.save_for_backward(y)
-        ctx.scale = scale
+    def forward(ctx, x, dim, scale, mask, is_causal, sinks, dropout_p, seed, backend):
+        y, kept, shares = softmax_forward(
+            x, dim, scale, mask, is_causal, sinks, dropout_p, seed, backend
+        )
+        ctx.save_for_backward(y if seed is None else kept, shares, seed)
+        ctx.dim, ctx.scale, ctx.dropout_p = dim, scale, dropout_p
+        ctx.mask_dtype = None if mask is None else mask.dtype
+        ctx.sinks_dtype = None if sinks is None else sinks.dtype
         ctx.backend = backend  # backward never selects
-        return y
+        ctx.set_materialize_grads(False)
+        return y, kept  # an output, so that a second derivative finds its way here
 
     @staticmethod
     @first_order("softmax")
-    def backward(ctx, saved, dy):
-        (y,) = saved
-        return softmax_backward(dy, y, ctx.scale, ctx.backend), None, None, None, None
+    def backward(ctx, saved, dy, _):
+        y, shares, seed = saved
+        wants_mask = ctx.needs_input_grad[3]
+        scale = 1.0 if wants_mask else ctx.scale
+        dx, dsinks = softmax_backward(
+            *(dy, y, shares, ctx.dim, scale, ctx.dropout_p, seed, ctx.backend)
+        )
+        dsinks = None if ctx.sinks_dtype is None else dsinks.to(ctx.sinks_dtype)
+        dx, dmask = gradients_of(dx, ctx.scale, ctx.mask_dtype if wants_mask else None)
+        return dx, None, None, dmask, None, dsinks, None, None, None
 
 
-def _forward_fake(x, scale, mask, is_causal, backend):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+def gradients_of(
+    dscores: Tensor, scale: float, mask_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor | None]:
+    """Those of x and of a mask that was added to x * scale, if its dtype is given; if not, the
+    kernel has multiplied by scale. Autograd adds up what the mask was expanded over."""
+    if mask_dtype is None:
+        return dscores, None
+    return dscores if scale == 1 else dscores * scale, dscores.to(mask_dtype)
+
+
+def _forward_fake(x, dim, scale, mask, is_causal, sinks, dropout_p, seed, backend):
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    kept = x.new_empty(0) if seed is None else torch.empty_like(y)
+    return y, kept, x.new_empty((0,) if sinks is None else x.shape[:-1], dtype=torch.float32)
 
 
 @kernel_op("softmax_forward", _forward_fake)
 def softmax_forward(
-    x: Tensor, scale: float, mask: Tensor | None, is_causal: bool, backend: str
-) -> Tensor:
-    return SOFTMAX.modules[backend].forward(x, scale, mask, is_causal)
+    x: Tensor,
+    dim: int,
+    scale: float,
+    mask: Tensor | None,
+    is_causal: bool,
+    sinks: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y; y before dropout, empty without; the sinks' shares of each row's sum, empty without."""
+    return SOFTMAX.modules[backend].forward(x, dim, scale, mask, is_causal, sinks, dropout_p, seed)
 
 
-def _backward_fake(dy, y, scale, backend):
-    return torch.empty_like(y)
+def _backward_fake(dy, y, shares, dim, scale, dropout_p, seed, backend):
+    heads = shares.shape[-2] if shares.dim() > 1 else 0
+    return torch.empty_like(y), y.new_empty(heads, dtype=torch.float32)
 
 
 @kernel_op("softmax_backward", _backward_fake)
-def softmax_backward(dy: Tensor, y: Tensor, scale: float, backend: str) -> Tensor:
-    """dx = scale * y * (dy - sum(dy * y)): the mask is in y, which is 0 where it hides."""
-    return SOFTMAX.modules[backend].backward(dy, y, scale)
+def softmax_backward(
+    dy: Tensor,
+    y: Tensor,
+    shares: Tensor,
+    dim: int,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """With g what dropout lets through of dy, dot = sum(g * y):
+    dx = scale * y * (g - dot), dsinks = -sum(share * dot) over a head's rows.
+
+    y  before dropout. The mask is in it, which is 0 where it hides.
+    """
+    return SOFTMAX.modules[backend].backward(dy, y, shares, dim, scale, dropout_p, seed)

@@ -26,6 +26,7 @@ CASES = {
     "silu": ("SiLU", (), {}),
     "softmax": ("Softmax", (-1,), {}),
     "softmax of another dimension": ("Softmax", (1,), {}),
+    "log softmax": ("LogSoftmax", (-1,), {}),
 }
 
 
@@ -118,7 +119,8 @@ def test_copies_and_pickles(case):
     "make, sentence",
     [
         (lambda: slim_nn.SiLU(inplace=True), "SiLU: inplace=True is not implemented"),
-        (lambda: slim_nn.Softmax(), "Softmax: dim must be given"),
+        (lambda: slim_nn.Softmax(), "^Softmax: dim must be given"),
+        (lambda: slim_nn.LogSoftmax(), "^LogSoftmax: dim must be given"),
         (lambda: slim_nn.CrossEntropyLoss(size_average=True), "use reduction"),
         (lambda: slim_nn.CrossEntropyLoss(reduce=False), "use reduction"),
         (lambda: slim_nn.CrossEntropyLoss(reduction="max"), "must be .* or 'sum'; got 'max'"),

@@ -285,7 +285,7 @@ def test_the_definition_is_torchs(dim):
 def test_the_definition_is_what_a_user_writes(masked, is_causal):
     x = inputs_of((3, 4, 5), torch.float64, "cpu")
     mask = torch.rand(3, 1, 5) < 0.5 if masked else None
-    ours = softmax_reference(x, 0.3, mask, is_causal)
+    ours = softmax_reference(x, -1, 0.3, mask, is_causal)
     theirs = eager_softmax(x, scale=0.3, mask=mask, is_causal=is_causal)
     assert torch.equal(ours, theirs)
 
@@ -304,12 +304,21 @@ X, MASK = torch.randn(4, 8), torch.ones(4, 8, dtype=torch.bool)
         (dict(scale=float("nan")), "scale must be finite in float32; got nan"),
         (dict(scale=-float("inf")), "scale must be finite in float32; got -inf"),
         (dict(mask=[True]), "mask must be a tensor; got list"),
-        (dict(mask=X), "mask must be bool, True where an element takes part; got torch.float32"),
+        (
+            dict(mask=X.half()),
+            "mask must be bool, True where an element takes part, or torch.float32 to be added; "
+            "got torch.float16",
+        ),
         (dict(mask=MASK.to("meta")), "mask must be on cpu like input; got meta"),
         (dict(mask=MASK[:3]), r"mask must broadcast to input \(4, 8\); got \(3, 8\)"),
         (dict(mask=MASK[None]), r"mask must broadcast to input \(4, 8\); got \(1, 4, 8\)"),
         (dict(is_causal=True, dim=0), r"is_causal needs input \(..., Tq, Tk\) and dim -1; got"),
         (dict(is_causal=True, input=X[0]), r"is_causal needs .* input \(8,\) and dim -1"),
+        (dict(sinks=X[0]), r"sinks need input \(..., H, Tq, Tk\) and dim -1; got input \(4, 8\)"),
+        (dict(sinks=X[0], input=X[None], dim=1), r"sinks need .* \(1, 4, 8\) and dim 1"),
+        (dict(sinks=X[0], input=X[None]), r"sinks must have shape \(1,\), the heads of input"),
+        (dict(dropout_p=1.0), r"dropout_p must be in \[0, 1\); got 1.0"),
+        (dict(training=0), "training must be True or False; got 0"),
     ],
 )
 @pytest.mark.parametrize("backend", [None, *KERNEL_BACKENDS, "torch"])
@@ -323,16 +332,21 @@ def test_parameters_of_torchs_softmax_that_are_absent():
         sk.softmax(X, -1, dtype=torch.float64)
 
 
-def test_small_plain_calls_are_left_to_aten(monkeypatch):
-    cpu = pytest.importorskip("slimkernels.backends.cpu.softmax")
-    monkeypatch.setattr(cpu, "MIN_PLAIN", 100)
-    x = torch.randn(9, 11)
-    assert torch.equal(sk.softmax(x), torch.softmax(x, -1))
-    with pytest.raises(sk.BackendError, match="faster below 100 elements .*, and input has 99"):
-        sk.softmax(x, backend="cpu")
-    for options in ({"scale": 0.5}, {"is_causal": True}, {"mask": x > 0}):
-        assert sk.explain(sk.softmax, x, **options).startswith("softmax runs on cpu")
-    assert sk.explain(sk.softmax, torch.randn(10, 11)).startswith("softmax runs on cpu")
+@pytest.mark.parametrize("op", ["softmax", "log_softmax"])
+def test_small_plain_calls_are_left_to_aten(op, monkeypatch):
+    cpu = pytest.importorskip(f"slimkernels.backends.cpu.{op}")
+    for number, name in enumerate(("MIN_SCALED", "MIN_PLAIN", "MIN_COLUMNS")):
+        monkeypatch.setattr(cpu, name, 100 + number)
+    x, function = torch.randn(9, 11), getattr(sk, op)
+    assert torch.equal(function(x), getattr(torch, op)(x, -1))
+    for number, options in enumerate(({"scale": 0.5}, {}, {"dim": 0})):
+        match = f"ATen's {op} is faster below {100 + number} elements .*, and input has 99"
+        with pytest.raises(sk.BackendError, match=match):
+            function(x, **options, backend="cpu")
+        large = torch.randn(10, 11)
+        assert sk.explain(function, large, **options).startswith(f"{op} runs on cpu")
+    for options in ({"is_causal": True}, {"mask": x > 0}):
+        assert sk.explain(function, x, **options).startswith(f"{op} runs on cpu")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -340,5 +354,5 @@ def test_the_torch_backend_keeps_the_dtype_under_autocast(dtype):
     x = torch.randn(9, 40).to(dtype)
     with torch.autocast("cpu", torch.bfloat16):
         actual = sk.softmax(x, backend="torch")
-    eager, truth = (softmax_reference(t, 1.0, None, False) for t in (x, x.double()))
+    eager, truth = (softmax_reference(t) for t in (x, x.double()))
     assert_no_worse(actual, eager, truth)
