@@ -39,7 +39,7 @@ void backward(const T* dy, const T* x, const float* bias, T* dx, float* dbias, i
     for_rows(M * N, Curve::kWork, [&](int64_t begin, int64_t end) {
       for_vectors(end - begin, [&](int64_t i, auto n) {
         const int64_t at = begin + i;
-        store(dx + at, load(dy + at, n) * Curve::template at<T>(load(x + at, n)).slope, n);
+        store(dx + at, load(dy + at, n) * Curve::template at<float>(load(x + at, n)).slope, n);
       });
     });
     return;

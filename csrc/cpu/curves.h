@@ -1,7 +1,8 @@
 // The activation functions of one number, with their slopes: what activation.cpp applies to x +
 // bias and gated.cpp to the gate.
 //
-// A curve's at<T>() is for numbers that will be written as T.
+// at<T>() is for values that will be written as T. Its slope may cancel where it is small, so
+// slopes are at<float>() always.
 //
 // Phi and its slope come from one exponential and keep their relative accuracy where Phi is small
 // (vec.h). (1 + tanh(u)) / 2 is the logistic function of 2 u.

@@ -34,7 +34,7 @@ void backward(const T* dy, const T* gate, const T* up, T* dgate, T* dup, int64_t
       T *dg = dgate + row * gradient_stride, *du = dup + row * gradient_stride;
       for_vectors(N, [&](int64_t i, auto n) {
         const vfloat v = load(dy + row * N + i, n);
-        const Point point = Curve::template at<T>(load(g + i, n));
+        const Point point = Curve::template at<float>(load(g + i, n));
         store(dg + i, v * load(u + i, n) * point.slope, n);
         store(du + i, v * point.value, n);
       });

@@ -8,6 +8,7 @@ addresses on the device) stays while sizes, layouts and addresses do.
 from __future__ import annotations
 
 from itertools import chain
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ class TensorLists:
                after release()
     layout     name -> all that `refusal` and `sizes` follow from
     addresses  name -> the tensors' addresses
+    identities name -> the tensors' ids
     sizes      elements of each row's tensors
     refusal    why no kernel may read these tensors, in a sentence; None if one may
     kept       what a backend derived from the addresses; emptied when one changes
@@ -33,8 +35,8 @@ class TensorLists:
         self, columns: dict[str, list[Tensor]], captured: list[Tensor] | None = None
     ) -> None:
         self.columns = columns
-        self.layout = _layout(columns)
-        self.addresses = _addresses(columns)
+        self.layout = {name: _layout(tensors) for name, tensors in columns.items()}
+        self.addresses, self.identities = _addresses(columns), _identities(columns)
         self.sizes = [tensor.numel() for tensor in columns["grad"]]
         self.refusal = next(filter(None, map(_refusal, self.rows())), None)
         self.kept: dict = {}
@@ -48,12 +50,23 @@ class TensorLists:
 
     def renewed(self, columns: dict[str, list[Tensor]]) -> TensorLists:
         """These lists with other tensors of the same layout; new ones for another layout."""
-        if _layout(columns) != self.layout:
+        if columns.keys() != self.layout.keys():
             return TensorLists(columns, self.captured)
-        addresses = _addresses(columns)
+        addresses, identities = _addresses(columns), _identities(columns)
+        for name, tensors in columns.items():
+            # A state is its optimizer's own: the same tensor at the same address is as it was. A
+            # gradient may be another tensor there, and anybody may give a parameter new data.
+            is_known = (addresses[name], identities[name]) == (
+                self.addresses[name],
+                self.identities[name],
+            )
+            if is_known and name not in ("param", "grad"):
+                continue
+            if _layout(tensors) != self.layout[name]:
+                return TensorLists(columns, self.captured)
         if addresses != self.addresses:
             self.addresses, self.kept = addresses, {}
-        self.columns = columns
+        self.columns, self.identities = columns, identities
         return self
 
     def release(self) -> None:
@@ -76,11 +89,16 @@ def _addresses(columns: dict[str, list[Tensor]]) -> dict[str, list[int]]:
     return {name: list(map(Tensor.data_ptr, tensors)) for name, tensors in columns.items()}
 
 
-def _layout(columns: dict[str, list[Tensor]]) -> dict[str, list[tuple]]:
-    return {
-        name: [(type(t), t.dtype, t.shape, t.stride(), t.is_neg()) for t in tensors]
-        for name, tensors in columns.items()
-    }
+def _identities(columns: dict[str, list[Tensor]]) -> dict[str, list[int]]:
+    return {name: list(map(id, tensors)) for name, tensors in columns.items()}
+
+
+def _layout(tensors: list[Tensor]) -> list[list]:
+    # Loops in C: this is host time of every step.
+    return [list(map(of, tensors)) for of in _FACTS]
+
+
+_FACTS = (type, attrgetter("dtype"), Tensor.get_device, Tensor.size, Tensor.stride, Tensor.is_neg)
 
 
 def same_layout(a: Tensor, b: Tensor) -> bool:

@@ -74,9 +74,8 @@ class _TiedEmbedding(torch.autograd.Function):
             dweight = drows.new_zeros(ctx.shape)
         # The decoder's product has just made dweight, and nobody else holds it. Out of place
         # where a graph is recorded, and on a GPU, where index_add_ has no fixed order of sums.
-        if drows.device.type == "cpu" and not (
-            torch.is_grad_enabled() or torch.compiler.is_compiling()
-        ):
+        is_recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if drows.device.type == "cpu" and dweight.is_contiguous() and not is_recorded:
             return dweight.index_add_(0, ids, drows), None
         rows = torch.ops.aten.embedding_dense_backward(drows, ids, ctx.shape[0], -1, False)
         return dweight + rows, None

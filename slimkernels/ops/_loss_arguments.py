@@ -15,6 +15,8 @@ def check_loss_options(op, ignore_index, reduction, label_smoothing, z_loss, sof
     if reduction not in REDUCTIONS:
         raise ValueError(f"{op}: reduction must be 'none', 'mean' or 'sum'; got {reduction!r}")
     check_integer(op, "ignore_index", ignore_index)
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"{op}: ignore_index must be an int64; got {ignore_index}")
     check_number(op, "label_smoothing", label_smoothing)
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"{op}: label_smoothing must be in [0, 1]; got {label_smoothing}")

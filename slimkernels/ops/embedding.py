@@ -93,7 +93,8 @@ def embedding(
     Errors           ValueError naming the argument whose value, shape, dtype or device is wrong.
                      An id out of range gives one on the CPU. On a GPU and in compiled code, where
                      looking would cost a synchronisation, its row of the output is NaN and its
-                     table gets nothing from it; the backend "torch" then does what F.embedding does
+                     table gets nothing from it, while through a norm the other tables and the
+                     norm's parameters get NaN; the backend "torch" then does what F.embedding does
 
     Gradients of the tables are dense, and the same bits on every run.
     """
@@ -164,6 +165,8 @@ def _arguments(
         check_parameter(NAME, name, parameter, weight, weight.shape[1], "the columns", "weight")
     if eps is not None:
         check_number(NAME, "eps", eps)
+        if eps < 0:
+            _refuse("eps", "0 or more", eps)
     elif norm_weight is not None or norm_bias is not None:
         eps = 1e-5
     check_dropout(NAME, dropout_p)
@@ -180,6 +183,8 @@ def _refuse(name, expected, got):
 def _check_ids(name, ids):
     if not isinstance(ids, Tensor):
         _refuse(name, "a tensor", type(ids).__name__)
+    if ids.is_nested or ids.layout != torch.strided:
+        _refuse(name, "a dense tensor", "a nested tensor" if ids.is_nested else ids.layout)
     if ids.dtype not in _INTEGERS:
         _refuse(name, "int64 or int32", ids.dtype)
 

@@ -259,7 +259,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         gradients = None if gradients is None else _scaled(gradients, dy)
         if gradients is None and in_forward(reduction, backend) and torch.compiler.is_compiling():
-            gradients = [g * dy for g in saved]
+            gradients = [_times(g, dy) for g in saved]
         elif gradients is None:  # also of a graph that was retained, and where dy is not finite
             gradients = linear_cross_entropy_backward(dy, *saved, *ctx.options)
         dx, dweight, dbias = (g if w else None for g, w in zip(gradients, wanted, strict=True))
@@ -271,10 +271,15 @@ def _scaled(gradients: list[Tensor], dy: Tensor) -> list[Tensor] | None:
     try:
         scale = dy.item()
     except RuntimeError:  # several gradients at once (vmap): forward's stay as they are
-        return [g * dy for g in gradients]
+        return [_times(g, dy) for g in gradients]
     if not math.isfinite(scale):
         return None
     return gradients if scale == 1.0 else [g.mul_(dy) for g in gradients]
+
+
+def _times(gradient: Tensor, dy: Tensor) -> Tensor:
+    """gradient * dy, and 0 where an ignored row has it, whatever dy is."""
+    return torch.where(gradient == 0, gradient, gradient * dy)
 
 
 def _gradients_fake(x, weight, bias, wanted):

@@ -103,14 +103,16 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
             for index, group in enumerate(self.param_groups)
             for lists in self._gather(index, group)
         ]
-        clip = self._clip([lists for _, lists in gathered])
-        for group, lists in gathered:
-            options = self._options(group)
-            if isinstance(options["lr"], Tensor):  # of one dimension, where a parameter has none
-                options["lr"] = options["lr"].reshape(())
-            self._update(lists, clip, options)
-        for _, lists in gathered:
-            lists.release()
+        try:
+            clip = self._clip([lists for _, lists in gathered])
+            for group, lists in gathered:
+                options = self._options(group)
+                if isinstance(options["lr"], Tensor):  # of one dimension; a parameter has none
+                    options["lr"] = options["lr"].reshape(())
+                self._update(lists, clip, options)
+        finally:
+            for _, lists in gathered:
+                lists.release()
         return loss
 
     def _state_of(self, group: dict, param: Tensor) -> dict[str, Tensor]:
@@ -226,8 +228,10 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
                 kind = f"{len(lists)} tensors, {lists.first.dtype} on {lists.first.device}"
                 lines.append(f"group {index}, {kind}:")
                 arguments = self.op.arguments(lists, None, **self._options(group))
-                lines.append(self.op.explain(*arguments, backend=self.backend))
-                lists.release()
+                try:
+                    lines.append(self.op.explain(*arguments, backend=self.backend))
+                finally:
+                    lists.release()
         return "\n".join(lines) or f"{_name(self)}: no parameter has a gradient"
 
     def load_state_dict(self, state_dict: dict) -> None:

@@ -1,3 +1,4 @@
+import functools
 import os
 import subprocess
 import sys
@@ -379,11 +380,13 @@ def test_bad_input_is_one_sentence(backend, arguments, sentence):
 
 
 @every_reduction
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("dy", [float("nan"), float("inf")])
-def test_what_is_not_finite_does_not_reach_ignored_rows(reduction, dy):
+def test_what_is_not_finite_does_not_reach_ignored_rows(reduction, dy, compiled):
     x, weight, target, bias = inputs_of((9, 24, 37), torch.float32, "cpu")
     x.requires_grad_()
-    loss = sk.linear_cross_entropy(x, weight, target, bias, reduction=reduction, backend="cpu")
+    ours = functools.partial(sk.linear_cross_entropy, reduction=reduction, backend="cpu")
+    loss = maybe_compiled(ours, compiled)(x, weight, target, bias)
     (dx,) = torch.autograd.grad(loss, x, torch.full_like(loss, dy))
     ignored = target == -100
     assert ignored.any() and (dx[ignored] == 0).all() and not dx[~ignored].isfinite().any()

@@ -61,6 +61,20 @@ def test_a_state_of_another_shape_is_no_kernels():
         optimizer.step()
 
 
+def test_a_state_that_moved_is_no_kernels():
+    """And what a step that failed was given is let go of all the same."""
+    param = torch.nn.Parameter(torch.randn(8))
+    optimizer = AdamW([param], backend="cpu")
+    param.grad = torch.randn_like(param)
+    optimizer.step()
+    optimizer.state[param]["exp_avg"] = optimizer.state[param]["exp_avg"].to("meta")
+    with pytest.raises(BackendError, match="exp_avg is on meta"):
+        optimizer.step()
+    grad = weakref.ref(param.grad)
+    optimizer.zero_grad()
+    assert grad() is None
+
+
 @pytest.mark.parametrize("backend", [None, "torch"])
 def test_a_lazy_negation_is_carried_out(backend):
     param = torch.nn.Parameter(torch.zeros(64))

@@ -93,7 +93,7 @@ def _part(N, BLOCK_N: tl.constexpr):
     return program // parts, part, part * BLOCK_N + tl.arange(0, BLOCK_N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["threshold"])
 def _moments_kernel(
     x_ptr,
     residual_ptr,
@@ -217,7 +217,7 @@ def _sums_kernel(
     tl.store(sums_ptr + (M + row) * parts + part, tl.sum(g * xhat, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["threshold"])
 def _gradients_kernel(
     dy_ptr,
     dsum_ptr,

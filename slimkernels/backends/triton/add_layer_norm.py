@@ -61,7 +61,7 @@ def forward(x, residual, weight, bias, eps, dropout_p, row_scale, zero_centered,
     return y, total, mean, rstd
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["threshold"])
 def _forward_kernel(
     x_ptr,
     residual_ptr,
@@ -137,7 +137,7 @@ def backward(
     return dx, dresidual, *parameter_gradients(partials, total, weight, bias)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["threshold"])
 def _backward_kernel(
     dy_ptr,
     dsum_ptr,

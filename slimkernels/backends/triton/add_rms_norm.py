@@ -54,7 +54,7 @@ def forward(x, residual, weight, eps, dropout_p, row_scale, zero_centered, seed)
     return y, total, rstd
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["threshold"])
 def _forward_kernel(
     x_ptr,
     residual_ptr,
@@ -125,7 +125,7 @@ def backward(
     return dx, dresidual, *parameter_gradients(partials, total, weight)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["threshold"])
 def _backward_kernel(
     dy_ptr,
     dsum_ptr,

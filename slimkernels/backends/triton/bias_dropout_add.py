@@ -58,7 +58,7 @@ def _tiles(x):
     return x.numel() // max(N, 1), N, dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=4)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["threshold"])
 def _forward_kernel(
     x_ptr,
     bias_ptr,
@@ -88,7 +88,7 @@ def _forward_kernel(
     tl.store(y_ptr + at, y, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["threshold"])
 def _backward_kernel(
     dy_ptr,
     dx_ptr,

@@ -127,7 +127,7 @@ def _sum(tokens, positions, segments, row, cols, mask, N):
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["threshold"])
 def _forward_kernel(
     tokens,
     positions,
@@ -189,7 +189,7 @@ def backward(
     return dsum, *parameter_gradients(partials, dy, norm_weight, norm_bias)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["threshold"])
 def _backward_kernel(
     dy_ptr,
     tokens,
