@@ -17,6 +17,19 @@ if not torch.cuda.is_available():
     import interpreter  # noqa: F401
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """For --dist loadgroup: a file, whose fixtures and caches are shared, stays in one process; of
+    the tests of all ops, a function does, or the longest file would be all that the end waits for.
+    """
+    for item in items:
+        if not any(item.iter_markers("xdist_group")):
+            file, _, test = item.nodeid.partition("::")
+            is_shared = "/ops/" not in file and not file.endswith("test_contract.py")
+            group = file if is_shared else f"{file}::{test.partition('[')[0]}"
+            item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(autouse=True)
 def poison_uninitialised_memory():
     """torch.empty returns NaN, so a kernel that leaves an element unwritten fails its test."""
