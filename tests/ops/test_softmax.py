@@ -261,7 +261,7 @@ def test_every_instruction_set_and_number_of_threads(each_isa, kind, dtype):
 
 
 # Their product with x rounds: a walk that did not would find a score above the maximum.
-SCALED_SEGMENTS = [((20, 8192), -1, 0.7), ((1024, 64), 0, 0.7), ((2, 5000, 16), 1, 0.3)]
+SCALED_SEGMENTS = [((20, 8192), -1, 0.7), ((1024, 64), 0, 0.7), ((2, 600, 64), 1, 0.7)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
@@ -275,7 +275,7 @@ def test_scaled_rows_and_columns_of_several_segments(each_isa, dtype):
 
 @pytest.mark.parametrize("dim", [-1, 0])
 def test_no_probability_is_above_1(each_isa, dim):
-    x = torch.zeros(3, 5000)
+    x = torch.zeros(64, 5000)
     x[0, 0] = 100000.333
     x = x if dim == -1 else x.T.contiguous()
     for isa in each_isa():
@@ -383,6 +383,26 @@ def test_small_plain_calls_are_left_to_aten(op, monkeypatch):
         assert sk.explain(function, large, **options).startswith(f"{op} runs on cpu")
     for options in ({"is_causal": True}, {"mask": x > 0}):
         assert sk.explain(function, x, **options).startswith(f"{op} runs on cpu")
+
+
+@pytest.mark.parametrize("op", ["softmax", "log_softmax"])
+def test_short_plain_rows_and_narrow_columns_are_left_to_aten(op, monkeypatch):
+    cpu = pytest.importorskip("slimkernels.backends.cpu.softmax")
+    function = getattr(sk, op)
+    bounds = {"MIN_ROW": 3, "MIN_VECTOR_ROW": 20, "MIN_SCALED_ROW": 18, "MIN_INNER": 3}
+    for name, value in {**bounds, "MIN_BLOCK": 32, "_ATEN_VECTOR": 64}.items():
+        monkeypatch.setattr(cpu, name, value)
+    cases = [
+        *(((9, N), {}, N in (2, 16, 19)) for N in (2, 3, 15, 16, 19, 20)),
+        *(((9, N), {"scale": 0.5}, N in (2, 17)) for N in (2, 17, 18)),
+        *((s, {"dim": 1}, s != (2, 8, 4)) for s in ((2, 50, 2), (2, 7, 4), (2, 8, 4))),
+        *((s, {"mask": torch.tensor(True)}, False) for s in ((9, 2), (9, 16))),
+    ]
+    for shape, options, refused in cases:
+        told = sk.explain(function, torch.randn(shape), **options)
+        assert told.startswith(f"{op} runs on {'torch' if refused else 'cpu'}"), (shape, options)
+        assert (f"ATen's {op} is faster" in told) == refused
+    assert sk.explain(function, torch.randn(9, 16).bfloat16()).startswith(f"{op} runs on cpu")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
