@@ -93,8 +93,8 @@ struct Masked {
   Masked from(int64_t offset) const { return {mask + offset, stride}; }
 };
 
-// A row of scores, x * scale under its mask. A score is the same number whenever it is asked for, or
-// one of a row taken by segments could pass the maximum that was found before.
+// A row of scores, x * scale under its mask. A score is the same number whenever it is asked for:
+// else one of a row taken by segments could pass the maximum that was found before.
 template <typename T, typename Mask>
 struct Scores {
   const T* x;
