@@ -99,7 +99,7 @@ float exponentials(float* scores, int64_t n, float shift) {
 template <bool kLog, typename Row, typename T>
 float forward_row(const Row& row, float sink, T* y, int64_t end, int64_t N) {
   alignas(64) float scores[kSegment];
-  float peak = sink, total = sink == -kInfinity ? 0.f : 1.f;
+  float peak = sink, total = sink == -kInfinity ? 0.f : 1.f + 0.f * sink;  // NaN of infinity
   for (int64_t begin = 0; begin < end; begin += kSegment) {
     const int64_t n = clamp(end - begin, 0, kSegment);
     const float before = peak, here = gather(row, begin, n, scores);
@@ -109,7 +109,7 @@ float forward_row(const Row& row, float sink, T* y, int64_t end, int64_t N) {
     if (total != 0.f && peak != before) total *= exp_of_nonpositive(broadcast(before - shift))[0];
     total += exponentials<!kLog>(scores, n, shift);
   }
-  if (peak == -kInfinity && !row.mask.shows_any(end)) {
+  if ((peak == -kInfinity || total != total) && !row.mask.shows_any(end)) {
     const vfloat nothing = broadcast(kLog ? -kInfinity : 0.f);
     for_vectors(N, [&](int64_t i, auto lanes) { store(y + i, nothing, lanes); });
     return 0.f;

@@ -7,7 +7,7 @@ namespace slimkernels::SLIM_ISA {
 inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
 inline constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
-// A call's integers, in the order of Problem in slimkernels/backends/cpu/_softmax.py.
+// A call's integers, in the order of _problem in slimkernels/backends/cpu/_softmax.py.
 struct SoftmaxProblem {
   int64_t log;          // the logarithm of softmax
   int64_t hides;        // in its backward: what is -inf was hidden
@@ -93,7 +93,8 @@ struct Masked {
   Masked from(int64_t offset) const { return {mask + offset, stride}; }
 };
 
-// A row of scores, x * scale under its mask.
+// A row of scores, x * scale under its mask. A score is the same number whenever it is asked for:
+// else one of a row taken by segments could pass the maximum that was found before.
 template <typename T, typename Mask>
 struct Scores {
   const T* x;
@@ -102,7 +103,7 @@ struct Scores {
 
   template <typename Lanes>
   Score at(int64_t i, Lanes lanes) const {
-    return mask.of(load(x + i, lanes) * scale, i, lanes);
+    return mask.of(rounded(load(x + i, lanes) * scale), i, lanes);
   }
 };
 

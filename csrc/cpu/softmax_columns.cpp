@@ -1,13 +1,12 @@
 // Softmax, or its logarithm, over the middle dimension of x (M, N, inner): of columns, whose
 // elements are `inner` apart. softmax.cpp has the formulas, and the kernels over rows.
 //
-// Tiling   Threads split the blocks of 64 to 256 neighbouring columns, the more the fewer rows
-// there
-//          are. A block's scores, at most kTile, stay in the caches, in float32, until its sums are
+// Tiling   Threads split the blocks of 64 to 256 neighbouring columns, the wider the fewer rows.
+//          A block's scores, at most kTile, stay in the caches, in float32, until its sums are
 //          known; one of more rows is taken by segments, twice, as long rows are.
-// Traffic  Forward reads and writes each element once, backward reads two and writes one;
-// neighbours
-//          are read together, since each row of a block is in a page of its own.
+// Traffic  Forward reads and writes each element once, but reads a block taken by segments twice.
+//          Backward reads two elements for each that it writes, twice. Neighbours are read
+//          together, since each row of a block is in a page of its own.
 // Numerics As of rows. Here a seen -inf counts as the lowest number in the search for the maximum:
 //          where that is -inf, nothing is seen.
 #include "kernels.h"

@@ -279,6 +279,21 @@ inline vfloat reciprocal(vfloat x) {
 #endif
 }
 
+// A product as float32, which the compiler may not fuse with what is added to it: two loops that
+// compute it must find the same number.
+inline vfloat rounded(vfloat product) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(product));
+#elif defined(__x86_64__)
+  asm("" : "+x"(product));
+#elif defined(__aarch64__)
+  asm("" : "+w"(product));
+#else
+  asm("" : "+m"(product));
+#endif
+  return product;
+}
+
 // a * b + c, rounded once.
 inline vfloat fused(vfloat a, vfloat b, vfloat c) {
 #if defined(__AVX512F__)

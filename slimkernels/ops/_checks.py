@@ -14,15 +14,20 @@ FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 def check_tensor(op: str, name: str, value: object) -> None:
     """`value` must be a Tensor of a dtype that the ops compute in."""
+    check_dense(op, name, value)
+    if value.dtype not in FLOATING:
+        raise ValueError(
+            f"{op}: {name} must be float32, float16, bfloat16 or float64; got {value.dtype}"
+        )
+
+
+def check_dense(op: str, name: str, value: object) -> None:
+    """`value` must be a Tensor, neither sparse nor nested."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{op}: {name} must be a tensor; got {type(value).__name__}")
     if value.is_nested or value.layout != torch.strided:
         got = "a nested tensor" if value.is_nested else value.layout
         raise ValueError(f"{op}: {name} must be a dense tensor; got {got}")
-    if value.dtype not in FLOATING:
-        raise ValueError(
-            f"{op}: {name} must be float32, float16, bfloat16 or float64; got {value.dtype}"
-        )
 
 
 def check_parameter(
@@ -105,8 +110,7 @@ def check_mask(op: str, mask: object, input: Tensor) -> None:
     added, in input's dtype or float32."""
     if mask is None:
         return
-    if not isinstance(mask, Tensor):
-        raise ValueError(f"{op}: mask must be a tensor; got {type(mask).__name__}")
+    check_dense(op, "mask", mask)
     if mask.dtype not in (torch.bool, input.dtype, torch.float32):
         float32 = "" if input.dtype == torch.float32 else " or float32"
         raise ValueError(

@@ -7,7 +7,13 @@ import math
 import torch
 from torch import Tensor
 
-from slimkernels.ops._checks import check_integer, check_mask, check_number, check_tensor
+from slimkernels.ops._checks import (
+    check_flag,
+    check_integer,
+    check_mask,
+    check_number,
+    check_tensor,
+)
 
 
 def scores_of(
@@ -45,6 +51,7 @@ def softmax_arguments(op, input, dim=-1, *, scale=1.0, mask=None, is_causal=Fals
         raise ValueError(f"{op}: input must have a dimension; got shape ()")
     check_integer(op, "dim", dim)
     check_number(op, "scale", scale)
+    check_flag(op, "is_causal", is_causal)
     if not -rank <= dim < rank:
         raise ValueError(
             f"{op}: dim must be in [{-rank}, {rank}) for input {tuple(input.shape)}; got {dim}"

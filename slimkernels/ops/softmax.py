@@ -32,7 +32,7 @@ def softmax_reference(
         y = torch.softmax(scores, dim)
     else:  # a last score, of which nothing is returned
         column = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
-        y = torch.softmax(torch.cat((scores, column), -1), -1)[..., :-1]
+        y = torch.softmax(torch.cat((scores, column), -1), -1)[..., :-1].contiguous()
     y = y if nothing is None else y.masked_fill(nothing, 0.0)
     y = y if seed is None else dropped(y, seed, dropout_p)
     return y.to(x.dtype)
@@ -70,8 +70,9 @@ def softmax(
                multiplied by 1 / (1 - dropout_p)
     training   False for no dropout
     Returns    input's shape and dtype, without gaps; computed in float32 (float64 for float64).
-               Hidden elements are 0. A row where nothing takes part is zero and has zero gradient;
-               a row without a sink whose elements are all -inf is NaN, as in torch.softmax.
+               Hidden elements are 0. A row where nothing takes part is zero and has zero gradient
+               if the gradient of its result is finite; a row without a sink whose elements are
+               all -inf is NaN, as in torch.softmax.
     Saves      the output; with dropout, in its place, the output before dropout, and the seed: the
                gradient of what was dropped needs it. With sinks, one float32 a row.
     Errors     ValueError naming the argument whose shape, dtype or device is wrong

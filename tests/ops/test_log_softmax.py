@@ -47,6 +47,8 @@ def test_long_rows(backend, kind, shape):
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @every_backend
 def test_columns(backend, dtype, shape):
+    if backend == "triton":  # its tiles have 32 rows, and its interpreter no haste
+        shape = tuple(min(n, 70) for n in shape)
     x = inputs_of(shape, dtype, device_of(backend), 0.0, 5.0)
     check(backend, x, {"dim": 1}, log=True)
     mask = torch.rand(shape, device=x.device) < 0.6

@@ -12,6 +12,7 @@ from softmax_cases import (
 )
 
 import slimkernels as sk
+from slimkernels.dispatch import OPS
 from slimkernels.ops.softmax import softmax_reference
 from slimkernels.testing import assert_no_worse, run_with_gradients
 
@@ -259,6 +260,30 @@ def test_every_instruction_set_and_number_of_threads(each_isa, kind, dtype):
                 assert all(torch.equal(other[name], expected) for other in results[1:]), (isa, name)
 
 
+# Their product with x rounds: a walk that did not would find a score above the maximum.
+SCALED_SEGMENTS = [((20, 8192), -1, 0.7), ((1024, 64), 0, 0.7), ((2, 600, 64), 1, 0.7)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_scaled_rows_and_columns_of_several_segments(each_isa, dtype):
+    for shape, dim, scale in SCALED_SEGMENTS:
+        x = inputs_of(shape, dtype, "cpu", 0.0, 30.0)
+        for _ in each_isa():
+            for log in (False, True):
+                check("cpu", x, {"dim": dim, "scale": scale}, log=log)
+
+
+@pytest.mark.parametrize("dim", [-1, 0])
+def test_no_probability_is_above_1(each_isa, dim):
+    x = torch.zeros(64, 5000)
+    x[0, 0] = 100000.333
+    x = x if dim == -1 else x.T.contiguous()
+    for isa in each_isa():
+        y = sk.softmax(x, dim, scale=0.3, backend="cpu")
+        log_y = sk.log_softmax(x, dim, scale=0.3, backend="cpu")
+        assert y[0, 0] == 1 and log_y[0, 0] == 0, isa
+
+
 def test_rows_that_see_nothing_on_every_instruction_set(each_isa):
     x = inputs_of((6, 70), torch.float32, "cpu")
     x[1] = -float("inf")
@@ -319,12 +344,23 @@ X, MASK = torch.randn(4, 8), torch.ones(4, 8, dtype=torch.bool)
         (dict(sinks=X[0], input=X[None]), r"sinks must have shape \(1,\), the heads of input"),
         (dict(dropout_p=1.0), r"dropout_p must be in \[0, 1\); got 1.0"),
         (dict(training=0), "training must be True or False; got 0"),
+        (dict(is_causal=1), "is_causal must be True or False; got 1"),
+        (dict(mask=MASK.to_sparse()), "mask must be a dense tensor; got torch.sparse_coo"),
     ],
 )
 @pytest.mark.parametrize("backend", [None, *KERNEL_BACKENDS, "torch"])
 def test_bad_input_is_one_sentence(backend, arguments, sentence):
     with pytest.raises(ValueError, match="^softmax: " + sentence):
         sk.softmax(**{"input": X, **arguments}, backend=backend)
+
+
+@pytest.mark.parametrize("op", ["softmax", "log_softmax"])
+def test_rows_whose_columns_triton_cannot_count(op):
+    pytest.importorskip("triton")
+    x = torch.empty(1, device=device_of("triton")).expand(1, 2**31 - 4096)
+    with pytest.raises(sk.BackendError, match="rows of up to 2147479551 elements"):
+        getattr(sk, op)(x, backend="triton")
+    assert OPS[op].unsupported("triton", *OPS[op].arguments(x[:, 1:])) is None
 
 
 def test_parameters_of_torchs_softmax_that_are_absent():
@@ -347,6 +383,26 @@ def test_small_plain_calls_are_left_to_aten(op, monkeypatch):
         assert sk.explain(function, large, **options).startswith(f"{op} runs on cpu")
     for options in ({"is_causal": True}, {"mask": x > 0}):
         assert sk.explain(function, x, **options).startswith(f"{op} runs on cpu")
+
+
+@pytest.mark.parametrize("op", ["softmax", "log_softmax"])
+def test_short_plain_rows_and_narrow_columns_are_left_to_aten(op, monkeypatch):
+    cpu = pytest.importorskip("slimkernels.backends.cpu.softmax")
+    function = getattr(sk, op)
+    bounds = {"MIN_ROW": 3, "MIN_VECTOR_ROW": 20, "MIN_SCALED_ROW": 18, "MIN_INNER": 3}
+    for name, value in {**bounds, "MIN_BLOCK": 32, "_ATEN_VECTOR": 64}.items():
+        monkeypatch.setattr(cpu, name, value)
+    cases = [
+        *(((9, N), {}, N in (2, 16, 19)) for N in (2, 3, 15, 16, 19, 20)),
+        *(((9, N), {"scale": 0.5}, N in (2, 17)) for N in (2, 17, 18)),
+        *((s, {"dim": 1}, s != (2, 8, 4)) for s in ((2, 50, 2), (2, 7, 4), (2, 8, 4))),
+        *((s, {"mask": torch.tensor(True)}, False) for s in ((9, 2), (9, 16))),
+    ]
+    for shape, options, refused in cases:
+        told = sk.explain(function, torch.randn(shape), **options)
+        assert told.startswith(f"{op} runs on {'torch' if refused else 'cpu'}"), (shape, options)
+        assert (f"ATen's {op} is faster" in told) == refused
+    assert sk.explain(function, torch.randn(9, 16).bfloat16()).startswith(f"{op} runs on cpu")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -117,6 +117,28 @@ def test_sinks_of_long_rows(backend, shape):
 
 
 @every_backend_and_cut
+def test_sinks_that_are_not_finite(backend, cut):
+    x = inputs_of((4, 3, 40), F32, device_of(backend))
+    sinks = torch.tensor([INF, float("nan"), -INF, 1.0], device=x.device)
+    check_tensors(backend, {"input": x, "sinks": sinks}, {})
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_rows_that_see_nothing_are_zero_beside_any_sink(backend):
+    x, sinks = torch.randn(3, 4, 40), torch.tensor([INF, float("nan"), 1.0])
+    mask = torch.rand(4, 40) < 0.5
+    mask[1], mask[2, 0] = False, True
+    skip_unsupported("softmax", backend, x, mask=mask, sinks=sinks)
+    y = sk.softmax(x, mask=mask, sinks=sinks, backend=backend)
+    assert not y[:, 1].any() and y[:2, [0, 2, 3]].isnan().all() and y[2].isfinite().all()
+
+
+def test_the_definitions_result_has_no_gaps_beside_sinks():
+    y = sk.softmax(torch.randn(2, 3, 5), sinks=torch.randn(2), backend="torch")
+    assert y.is_contiguous()
+
+
+@every_backend_and_cut
 def test_rows_that_see_nothing_and_have_no_sink(backend, cut):
     x = inputs_of((2, 3, 40), F32, device_of(backend))
     mask = torch.ones(2, 3, 1, dtype=torch.bool, device=x.device)

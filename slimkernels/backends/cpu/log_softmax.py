@@ -2,7 +2,7 @@
 
 from slimkernels.backends.cpu._common import unsupported_tensor
 from slimkernels.backends.cpu._softmax import gradients_of, softmax_of
-from slimkernels.backends.cpu.softmax import MIN_SCALED, unsupported_size
+from slimkernels.backends.cpu.softmax import MIN_SCALED, left_to_aten
 
 # As softmax's, measured as they were, on a busy machine: 0.71 and 0.59 at 512x128, 0.88 and 0.82 at
 # 2048x128, 1.01 and 0.93 at 4096x128, 1.11 and 1.00 at 512x1000 (in bfloat16 0.80 and 0.73, 0.97
@@ -16,7 +16,7 @@ MIN_COLUMNS = 1 << 20
 def unsupported(x, dim, scale, mask, is_causal):
     if mask is None and not is_causal:
         least = MIN_SCALED if scale != 1 else MIN_PLAIN if dim == -1 else MIN_COLUMNS
-        return unsupported_tensor(x) or unsupported_size("log_softmax", x, least)
+        return unsupported_tensor(x) or left_to_aten("log_softmax", x, dim, scale, least)
     return unsupported_tensor(x)
 
 

@@ -6,8 +6,9 @@ Tiling    Rows of up to MAX_TILE elements stay in registers, several short ones 
           row is walked in blocks by one program, twice: for its maximum and sum, and to be written.
 Traffic   forward reads N and writes N elements a row, backward reads 2 N and writes N: the roof is
           DRAM bandwidth. A long row is read again for the second walk, and may come from L2. What
-          causality or the mask hides is not read. The mask is read through its strides, so rows
-          that share one find it in the caches. Dropout writes another N; its bits are drawn again.
+          causality hides is not read, but for the last 16 elements or the last block that it cuts;
+          what the mask hides is. The mask is read through its strides, so rows that share one find
+          it in the caches. Dropout writes another N; its bits are drawn again.
 Numerics  float32. Subtracting the row's maximum bounds exp by 1; over blocks the sum so far is
           rescaled when the maximum rises. A row whose scores are all -inf is NaN, as in torch; one
           that sees nothing is zero, its logarithm -inf.
@@ -25,6 +26,7 @@ from slimkernels.backends.triton._residual import drop_and_scale, dropout_number
 TILE = 2048  # elements of several short rows: 16 a lane
 MAX_TILE = 16384  # the longest row held in registers: 32 elements a lane in each of two tensors
 BLOCK = 4096  # of a longer row
+MAX_ROW = 2**31 - 1 - BLOCK  # columns are counted in 32 bits, past the end of the last block
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
@@ -43,6 +45,13 @@ class Dropout(NamedTuple):
     seed: Any
     kept: Any
     factor: Any
+
+
+def unsupported_row(x, dim):
+    """The refusal of rows whose columns the kernels cannot count."""
+    if dim == -1 and x.shape[-1] > MAX_ROW:
+        return f"it takes rows of up to {MAX_ROW} elements, and input's have {x.shape[-1]}"
+    return None
 
 
 def softmax_of(x, scale, mask, is_causal, sinks=None, dropout_p=0.0, seed=None, log=False):

@@ -6,7 +6,7 @@ from slimkernels.backends.triton.softmax import LOG_COMPILES as COMPILES
 
 
 def unsupported(x, dim, scale, mask, is_causal):
-    return unsupported_tensor(x)
+    return unsupported_tensor(x) or _softmax.unsupported_row(x, dim)
 
 
 def forward(x, dim, scale, mask, is_causal):

@@ -9,7 +9,7 @@ from slimkernels.backends.triton._softmax import BLOCK, MAX_TILE, TILE, Dropout,
 
 
 def unsupported(x, dim, scale, mask, is_causal, sinks, dropout_p):
-    return unsupported_tensor(x)
+    return unsupported_tensor(x) or _softmax.unsupported_row(x, dim)
 
 
 def forward(x, dim, scale, mask, is_causal, sinks, dropout_p, seed):
