@@ -98,7 +98,14 @@ def _layout(tensors: list[Tensor]) -> list[list]:
     return [list(map(of, tensors)) for of in _FACTS]
 
 
-_FACTS = (type, attrgetter("dtype"), Tensor.get_device, Tensor.size, Tensor.stride, Tensor.is_neg)
+_FACTS = (
+    type,
+    attrgetter("dtype"),
+    attrgetter("device"),
+    Tensor.size,
+    Tensor.stride,
+    Tensor.is_neg,
+)
 
 
 def same_layout(a: Tensor, b: Tensor) -> bool:
