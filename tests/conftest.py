@@ -21,8 +21,16 @@ if not torch.cuda.is_available():
 def pytest_collection_modifyitems(items):
     """For --dist loadgroup: a file, whose fixtures and caches are shared, stays in one process; of
     the tests of all ops, a function does, or the longest file would be all that the end waits for.
+
+    float16 through Triton's interpreter is slow: numpy has to round it, and the kernels are those
+    of bfloat16. layer_norm and attention stand for all; -m slow runs the others, as a GPU does.
     """
+    is_interpreted = not torch.cuda.is_available()
+    kept = ("test_layer_norm", "test_scaled_dot_product_attention")
     for item in items:
+        is_float16 = "triton" in item.name and "torch.float16" in item.name
+        if is_interpreted and is_float16 and not any(name in item.nodeid for name in kept):
+            item.add_marker(pytest.mark.slow)
         if not any(item.iter_markers("xdist_group")):
             file, _, test = item.nodeid.partition("::")
             is_shared = "/ops/" not in file and not file.endswith("test_contract.py")
