@@ -1,6 +1,7 @@
 """What every test runs under: Triton's repaired interpreter without a GPU, and poisoned memory."""
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -17,19 +18,25 @@ if not torch.cuda.is_available():
     import interpreter  # noqa: F401
 
 
+def _words(item) -> set[str]:
+    """The parts of a test's identity: its function's name and its parameters."""
+    return set(re.split(r"[\[\]-]", item.name))
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """For --dist loadgroup: a file, whose fixtures and caches are shared, stays in one process; of
     the tests of all ops, a function does, or the longest file would be all that the end waits for.
 
-    float16 through Triton's interpreter is slow: numpy has to round it, and the kernels are those
-    of bfloat16. layer_norm and attention stand for all; -m slow runs the others, as a GPU does.
+    Triton's interpreter is slow, and float16's kernels are bfloat16's, those of compiled calls the
+    eager ones'. layer_norm and attention stand for all; -m slow runs the others, as a GPU does.
     """
     is_interpreted = not torch.cuda.is_available()
     kept = ("test_layer_norm", "test_scaled_dot_product_attention")
     for item in items:
-        is_float16 = "triton" in item.name and "torch.float16" in item.name
-        if is_interpreted and is_float16 and not any(name in item.nodeid for name in kept):
+        is_alike = "torch.float16" in item.name or {"torch.float32", "compiled"} <= _words(item)
+        is_alike = is_alike and "triton" in item.name
+        if is_interpreted and is_alike and not any(name in item.nodeid for name in kept):
             item.add_marker(pytest.mark.slow)
         if not any(item.iter_markers("xdist_group")):
             file, _, test = item.nodeid.partition("::")
