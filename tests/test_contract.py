@@ -69,7 +69,8 @@ LAYERS = {
     "__init__": {"dispatch", "info", "ops", "nn", "optim", "models"},
 }
 # dispatch.INTERPRETED is a constant, read once from the environment, which only dispatch reads.
-# backends/_dropout.py is one number, of which definition and kernels must not have two.
+# backends/_dropout.py is one number, of which definition and kernels must not have two, and
+# backends/_embedding.py one dtype.
 # backends/_tensor_lists.py is what updates are given, by the optimizers and in the backends alike,
 # and backends/_muon.py has one number that is Muon's definition, too.
 # What `slimkernels tune` measures is one backend's, and has no meaning above it.
@@ -77,6 +78,7 @@ IMPORT_EXCEPTIONS = {
     ("backends/triton/_common.py", "dispatch"),
     ("ops/_dropout.py", "backends"),
     ("ops/_update.py", "backends"),
+    ("ops/embedding.py", "backends"),
     ("ops/muon.py", "backends"),
     ("scripts/tune_attention.py", "backends"),
 }

@@ -18,7 +18,7 @@ void forward(const T* x, const float* bias, T* y, int64_t M, int64_t N) {
   if (!bias) {
     for_rows(M * N, Curve::kWork, [&](int64_t begin, int64_t end) {
       for_vectors(end - begin, [&](int64_t i, auto n) {
-        store(y + begin + i, Curve::template at<T>(load(x + begin + i, n)).value, n);
+        store(y + begin + i, value_of<Curve, T>(load(x + begin + i, n)), n);
       });
     });
     return;
@@ -27,7 +27,7 @@ void forward(const T* x, const float* bias, T* y, int64_t M, int64_t N) {
     for (int64_t row = begin; row < end; ++row)
       for_vectors(N, [&](int64_t i, auto n) {
         const vfloat z = load(x + row * N + i, n) + load(bias + i, n);
-        store(y + row * N + i, Curve::template at<T>(z).value, n);
+        store(y + row * N + i, value_of<Curve, T>(z), n);
       });
   });
 }
@@ -39,18 +39,17 @@ void backward(const T* dy, const T* x, const float* bias, T* dx, float* dbias, i
     for_rows(M * N, Curve::kWork, [&](int64_t begin, int64_t end) {
       for_vectors(end - begin, [&](int64_t i, auto n) {
         const int64_t at = begin + i;
-        store(dx + at, load(dy + at, n) * Curve::template at<float>(load(x + at, n)).slope, n);
+        store(dx + at, load(dy + at, n) * Curve::at(load(x + at, n)).slope, n);
       });
     });
     return;
   }
   for_chunks(M, Curve::kWork * N, [&](int64_t chunk, int64_t begin, int64_t end) {
-    float* sums = dbias + chunk * N;  // may be wanted in float32: at<float>
+    float* sums = dbias + chunk * N;
     for (int64_t row = begin; row < end; ++row)
       for_vectors(N, [&](int64_t i, auto n) {
         const int64_t at = row * N + i;
-        const vfloat dz =
-            load(dy + at, n) * Curve::template at<float>(load(x + at, n) + load(bias + i, n)).slope;
+        const vfloat dz = load(dy + at, n) * Curve::at(load(x + at, n) + load(bias + i, n)).slope;
         store(dx + at, dz, n);
         store(sums + i, load(sums + i, n) + dz, n);
       });

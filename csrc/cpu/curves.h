@@ -1,9 +1,6 @@
 // The activation functions of one number, with their slopes: what activation.cpp applies to x +
 // bias and gated.cpp to the gate.
 //
-// at<T>() is for values that will be written as T. Its slope may cancel where it is small, so
-// slopes are at<float>() always.
-//
 // Phi and its slope come from one exponential and keep their relative accuracy where Phi is small
 // (vec.h). (1 + tanh(u)) / 2 is the logistic function of 2 u.
 #pragma once
@@ -19,9 +16,8 @@ struct Point {
 
 struct Gelu {
   static constexpr int64_t kWork = 4;  // an element costs as much as this many of layer_norm's
-  template <typename T>
   static Point at(vfloat z) {
-    const Normal n = std::is_same_v<T, bf16> ? normal_for_bf16(z) : normal(z);
+    const Normal n = normal(z);
     return {z * n.below, n.below + z * n.density};
   }
 };
@@ -30,7 +26,6 @@ struct GeluTanh {
   static constexpr int64_t kWork = 4;
   static constexpr float kTwice = 1.595769122f;        // 2 sqrt(2 / pi)
   static constexpr float kCubic = 0.044715f * kTwice;  // u = kTwice z + kCubic z^3
-  template <typename>
   static Point at(vfloat z) {
     const vfloat square = z * z;
     const Logistic l = logistic(z * (kTwice + kCubic * square));
@@ -40,7 +35,6 @@ struct GeluTanh {
 
 struct Silu {
   static constexpr int64_t kWork = 3;
-  template <typename>
   static Point at(vfloat z) {
     const Logistic l = logistic(z);
     return {z * l.value, l.value + z * l.slope};
@@ -49,12 +43,21 @@ struct Silu {
 
 struct ReluSquared {
   static constexpr int64_t kWork = 1;
-  template <typename>
   static Point at(vfloat z) {
     const vfloat above = z < 0.f ? vfloat{} : z;  // a NaN stays one
     return {above * above, 2.f * above};
   }
 };
+
+// A curve's value where it will be written as T. Slopes have no such short form: they cancel where
+// they are small, which even bfloat16 would show.
+template <typename Curve, typename T>
+inline vfloat value_of(vfloat z) {
+  if constexpr (std::is_same_v<Curve, Gelu> && std::is_same_v<T, bf16>)
+    return z * phi_for_bf16(z);
+  else
+    return Curve::at(z).value;
+}
 
 // Calls body with a value of the C++ type that a Curve number stands for.
 template <typename Body>

@@ -19,7 +19,7 @@ void forward(const T* gate, const T* up, T* y, int64_t M, int64_t N, int64_t gat
     for (int64_t row = begin; row < end; ++row) {
       const T *g = gate + row * gate_stride, *u = up + row * up_stride;
       for_vectors(N, [&](int64_t i, auto n) {
-        store(y + row * N + i, Curve::template at<T>(load(g + i, n)).value * load(u + i, n), n);
+        store(y + row * N + i, value_of<Curve, T>(load(g + i, n)) * load(u + i, n), n);
       });
     }
   });
@@ -34,7 +34,7 @@ void backward(const T* dy, const T* gate, const T* up, T* dgate, T* dup, int64_t
       T *dg = dgate + row * gradient_stride, *du = dup + row * gradient_stride;
       for_vectors(N, [&](int64_t i, auto n) {
         const vfloat v = load(dy + row * N + i, n);
-        const Point point = Curve::template at<float>(load(g + i, n));
+        const Point point = Curve::at(load(g + i, n));
         store(dg + i, v * load(u + i, n) * point.slope, n);
         store(du + i, v * point.value, n);
       });

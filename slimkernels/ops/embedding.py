@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from slimkernels.backends._embedding import widest
 from slimkernels.dispatch import Op, distinct, kernel_op, needs_gradient
 from slimkernels.ops._checks import (
     check_dropout,
@@ -241,6 +242,7 @@ class _Embedding(torch.autograd.Function):
         y, mean, rstd = embedding_forward(*args)
         ids, tables = parts[::2], parts[1::2]
         ctx.tables = [None if t is None else (t.shape[0], t.dtype) for t in tables]
+        ctx.wide = widest(*tables)
         # The gradient of a plain sum does not depend on what was added.
         normed = (*tables, norm_weight, norm_bias, mean, rstd) if eps is not None else ()
         ctx.save_for_backward(seed, *ids, *normed)
@@ -262,7 +264,7 @@ class _Embedding(torch.autograd.Function):
             dnorm_weight = None if norm_weight is None else dnorm_weight
             dnorm_bias = None if norm_bias is None else dnorm_bias
         elif seed is not None:
-            dsum = dy.to(_widest(*(kind[1] for kind in ctx.tables if kind is not None)))
+            dsum = dy.to(ctx.wide)
             dsum, _ = bias_dropout_add_backward(dsum, None, ctx.dropout_p, seed, ctx.backend)
         else:
             dsum = dy
@@ -272,11 +274,6 @@ class _Embedding(torch.autograd.Function):
                 size = *ctx.tables[i], padding_idx
                 gradients[2 * i + 1] = embedding_table_backward(dsum, ids[i], *size, ctx.backend)
         return *gradients, dnorm_weight, dnorm_bias, None, None, None, None, None
-
-
-def _widest(*dtypes: torch.dtype) -> torch.dtype:
-    """The sum's dtype, and that of its gradient."""
-    return torch.float32 if torch.float32 in dtypes else dtypes[0]
 
 
 def _forward_fake(ids, weight, *rest):
@@ -311,8 +308,7 @@ def embedding_forward(
 
 def _backward_fake(dy, ids, weight, _, position_weight, __, segment_weight, *rest):
     norm_weight, norm_bias = rest[:2]
-    tables = [t for t in (weight, position_weight, segment_weight) if t is not None]
-    dsum = dy.new_empty(dy.shape, dtype=_widest(*(t.dtype for t in tables)))
+    dsum = dy.new_empty(dy.shape, dtype=widest(weight, position_weight, segment_weight))
     return dsum, gradient_of(norm_weight, dy), gradient_of(norm_bias, dy)
 
 

@@ -1,6 +1,5 @@
 import pytest
 
-from slimkernels.ops.log_softmax import LOG_SOFTMAX
 from slimkernels.ops.softmax import SOFTMAX
 
 
@@ -13,13 +12,3 @@ def cut(request, monkeypatch):
         monkeypatch.setattr(kernels, "MAX_TILE", 4)
         monkeypatch.setattr(kernels, "BLOCK", 32)
     return request.param
-
-
-@pytest.fixture(autouse=True)
-def softmax_of_any_size(monkeypatch):
-    """The cpu backend leaves small calls to ATen; its kernels are right at every size."""
-    for op in (SOFTMAX, LOG_SOFTMAX):
-        module = op.modules["cpu"]
-        for name in () if isinstance(module, str) else vars(module):
-            if name.startswith("MIN_"):
-                monkeypatch.setattr(module, name, 0)

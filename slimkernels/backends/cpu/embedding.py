@@ -5,6 +5,7 @@ from array import array
 import torch
 
 from slimkernels.backends._dropout import threshold
+from slimkernels.backends._embedding import widest
 from slimkernels.backends.cpu._common import (
     DTYPES,
     _cpu,
@@ -53,10 +54,8 @@ class _Lookups:
     """struct Lookups in csrc/cpu/embedding.cpp, and the tensors whose addresses it holds."""
 
     def __init__(self, ids, weight, position_ids, position_weight, segment_ids, segment_weight):
-        others = [t for t in (position_weight, segment_weight) if t is not None]
-        # Of two dtypes both tables become float32; the token table stays as it is.
-        wide = {t.dtype for t in others} or {weight.dtype}
-        self.wide = wide.pop() if len(wide) == 1 else torch.float32
+        # The dtype of both other tables; the token table stays as it is.
+        self.wide = widest(weight, position_weight, segment_weight)
         pairs = (ids, weight), (position_ids, position_weight), (segment_ids, segment_weight)
         numbers, self.kept = [], []
         for i, (each, table) in enumerate(pairs):

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from slimkernels.backends._embedding import widest
 from slimkernels.backends.triton import _table_gradient
 from slimkernels.backends.triton._common import dense, row_block, unsupported_tensor
 from slimkernels.backends.triton._residual import (
@@ -56,16 +57,10 @@ def unsupported(
     eps,
     dropout_p,
 ):
-    N, longest = weight.shape[1], longest_row(_dtype(weight, position_weight, segment_weight))
+    N, longest = weight.shape[1], longest_row(widest(weight, position_weight, segment_weight))
     if eps is not None and longest < N:
         return f"a row to be normalised may have {longest} elements, and weight has {N} columns"
     return unsupported_tensor(weight, "weight")
-
-
-def _dtype(*tables):
-    """The widest: that of the sum's gradient."""
-    dtypes = [t.dtype for t in tables if t is not None]
-    return torch.float32 if torch.float32 in dtypes else dtypes[0]
 
 
 def _lookups(ids, weight, position_ids, position_weight, segment_ids, segment_weight):
@@ -175,7 +170,7 @@ def backward(
     lookups = _lookups(ids, weight, position_ids, position_weight, segment_ids, segment_weight)
     dy = dy.contiguous()
     M, N = ids.numel(), weight.shape[1]
-    dtype = _dtype(weight, position_weight, segment_weight)
+    dtype = widest(weight, position_weight, segment_weight)
     dsum = torch.empty_like(dy, dtype=dtype)
     programs, partials = empty_partials(dy, M, norm_weight, norm_bias)
     if M:
