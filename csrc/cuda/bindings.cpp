@@ -45,6 +45,10 @@ std::string no_device() {
 PYBIND11_MODULE(_cuda, m) {
   using namespace slimkernels;
   m.def("no_device", &no_device);
+  bind(m, "activation_forward", &activation_forward);
+  bind(m, "activation_backward", &activation_backward);
+  bind(m, "cross_entropy_forward", &cross_entropy_forward);
+  bind(m, "cross_entropy_backward", &cross_entropy_backward);
   bind(m, "softmax_forward", &softmax_forward);
   bind(m, "softmax_backward", &softmax_backward);
 }

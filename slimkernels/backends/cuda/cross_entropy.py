@@ -1,0 +1,61 @@
+"""Cross-entropy in CUDA C++: csrc/cuda/cross_entropy.cuh."""
+
+import torch
+
+from slimkernels.backends.cuda._common import DTYPES, _cuda, launch_place, unsupported_tensor
+
+
+def unsupported(
+    x, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap, return_correct
+):
+    if target.is_floating_point():
+        return "it is written for class labels, and target holds probabilities"
+    if x.shape[1] >= 2**31:
+        return f"a row must have fewer than 2^31 elements and has {x.shape[1]}"
+    return unsupported_tensor(x)
+
+
+def forward(
+    x, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap, return_correct
+):
+    x, target, weight = x.contiguous(), target.contiguous(), _float_of(weight)
+    M, V = x.shape
+    is_whole = reduction != "none"
+    losses = x.new_empty(M, dtype=torch.float32 if is_whole else x.dtype)
+    total = x.new_empty(()) if is_whole else None
+    stats = x.new_empty((3, M), dtype=torch.float32)
+    divisor = x.new_empty(1, dtype=torch.float32)
+    correct = x.new_empty(M if return_correct else 0, dtype=torch.bool)
+    _cuda.cross_entropy_forward(
+        *addresses(x, target, weight, losses, total, stats, divisor),
+        *(correct.data_ptr() if return_correct else 0, M, V),
+        *(ignore_index, label_smoothing, z_loss, softcap, int(reduction == "mean")),
+        *(DTYPES[x.dtype], *launch_place(x)),
+    )
+    return losses if total is None else total, stats, divisor, correct
+
+
+def backward(
+    dy,
+    dlse,
+    x,
+    target,
+    weight,
+    stats,
+    divisor,
+    ignore_index,
+    reduction,
+    label_smoothing,
+    z_loss,
+    softcap,
+):
+    dy, dlse, x, target = (_dense(t) for t in (dy, dlse, x, target))
+    dx = torch.empty_like(x)
+    if x.numel():
+        divisor = divisor if reduction == "mean" else None
+        _cuda.cross_entropy_backward(
+            *addresses(dy, dlse, x, target, _float_of(weight), stats, divisor, dx),
+            *(*x.shape, ignore_index, label_smoothing, z_loss, softcap, int(reduction == "none")),
+            *(DTYPES[x.dtype], *launch_place(x)),
+        )
+    return dx
