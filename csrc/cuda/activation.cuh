@@ -29,9 +29,7 @@ struct Tile {
   __device__ int64_t column() const {
     return (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * kVec;
   }
-  __device__ int64_t first_row() const {
-    return int64_t(blockIdx.y) * blockDim.y + threadIdx.y;
-  }
+  __device__ int64_t first_row() const { return int64_t(blockIdx.y) * blockDim.y + threadIdx.y; }
   __device__ int64_t row_step() const { return int64_t(gridDim.y) * blockDim.y; }
   template <typename T, int kVec>
   __device__ void load_bias(float (&values)[kVec], int64_t col) const {
@@ -65,18 +63,19 @@ __global__ void __launch_bounds__(kTileThreads)
 // The sums of all threads of a column, in its first one; the order is fixed.
 template <int kVec>
 __device__ void sum_columns(float (&sums)[kVec]) {
-  __shared__ float all[kVec][kTileThreads];
+  SHARED_ARRAY(float, all, kVec* kTileThreads);
   const int thread = threadIdx.y * blockDim.x + threadIdx.x;
 #pragma unroll
-  for (int i = 0; i < kVec; ++i) all[i][thread] = sums[i];
+  for (int i = 0; i < kVec; ++i) all[i * kTileThreads + thread] = sums[i];
   for (int half = blockDim.y / 2; half > 0; half /= 2) {
     __syncthreads();
     if (int(threadIdx.y) >= half) continue;
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) all[i][thread] += all[i][thread + half * blockDim.x];
+    for (int i = 0; i < kVec; ++i)
+      all[i * kTileThreads + thread] += all[i * kTileThreads + thread + half * blockDim.x];
   }
 #pragma unroll
-  for (int i = 0; i < kVec; ++i) sums[i] = all[i][thread];
+  for (int i = 0; i < kVec; ++i) sums[i] = all[i * kTileThreads + thread];
 }
 
 template <typename T, int kVec>

@@ -35,7 +35,9 @@ struct Loss {
   __device__ bool is_valid(int64_t label) const { return label >= 0 && label < V; }
   // What a row counts whose label is valid.
   __device__ float weight_of(int64_t label) const { return weight ? weight[label] : 1.f; }
-  __device__ float capped(float x) const { return softcap > 0.f ? softcap * tanhf(x / softcap) : x; }
+  __device__ float capped(float x) const {
+    return softcap > 0.f ? softcap * tanhf(x / softcap) : x;
+  }
   // u of neighbouring classes: what smoothing spreads over them.
   template <int kVec>
   __device__ void load_shares(float (&u)[kVec], int64_t col) const {
@@ -258,8 +260,7 @@ __global__ void __launch_bounds__(kSegmentThreads)
       load(values, x + col);
       if (p.smoothing > 0.f) p.load_shares(u, col);
 #pragma unroll
-      for (int i = 0; i < kVec; ++i)
-        values[i] = s.at(values[i], u[i], col + i == label, p);
+      for (int i = 0; i < kVec; ++i) values[i] = s.at(values[i], u[i], col + i == label, p);
     }
     store(dx + col, values);
   }

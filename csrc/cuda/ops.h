@@ -22,8 +22,8 @@ void activation_backward(const void* dy, const void* x, const void* bias, void* 
                          int device, void* stream);
 
 // cross_entropy.cu: x (M, V), labels (M,), weight (V,) or null, stats (3, M), correct (M,) of bool
-// or null. losses (M,): of x's dtype if total is null, else float32, and total is their sum or mean,
-// divisor what a mean divides by.
+// or null. losses (M,): of x's dtype if total is null, else float32, and total is their sum or
+// mean, divisor what a mean divides by.
 void cross_entropy_forward(const void* x, const int64_t* target, const float* weight, void* losses,
                            void* total, float* stats, float* divisor, void* correct, int64_t M,
                            int64_t V, int64_t ignore_index, float smoothing, float z_loss,

@@ -1,10 +1,9 @@
 // Softmax's entry points: the element type, the device, and what a failed launch says.
-#include "softmax.cuh"
-
 #include <algorithm>
 #include <cstring>
 
 #include "ops.h"
+#include "softmax.cuh"
 
 namespace slimkernels {
 namespace {
@@ -27,8 +26,8 @@ Mask mask_of(const void* values, const SoftmaxProblem& p) {
   const bool is_aligned = p.stride_col == 1 && reinterpret_cast<uintptr_t>(values) % bytes == 0 &&
                           p.stride_outer % kVec == 0 && p.stride_middle % kVec == 0 &&
                           p.stride_inner % kVec == 0;
-  return {values,   is_bool,        is_wide,         is_aligned,     p.middle,
-          p.inner,  p.stride_outer, p.stride_middle, p.stride_inner, p.stride_col};
+  return {values,  is_bool,        is_wide,         is_aligned,     p.middle,
+          p.inner, p.stride_outer, p.stride_middle, p.stride_inner, p.stride_col};
 }
 
 }  // namespace

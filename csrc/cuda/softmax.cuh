@@ -1,5 +1,5 @@
-// Row softmax: y = exp(s - max(s)) / sum(exp(s - max(s))), s = x * scale + mask, with one more score
-// in the sum if there are sinks.
+// Row softmax: y = exp(s - max(s)) / sum(exp(s - max(s))), s = x * scale + mask, with one more
+// score in the sum if there are sinks.
 //
 // Tiling   rows.cuh: lanes, a block or a cluster hold a row in registers. Longer rows are walked in
 //          pieces, twice: for (max, sum) and to be written; the second time they may come from L2.
@@ -93,7 +93,8 @@ __device__ float sink_share(MaxSum total, const Sinks& sinks, int64_t row) {
   return total.max == -INFINITY ? 0.f : expf(sinks.of<T>(row) - total.max) / total.sum;
 }
 
-// What turns exp(score - max) into y: 0 for a row that sees nothing, and for one of -inf only 0 / 0.
+// What turns exp(score - max) into y: 0 for a row that sees nothing, and for one of -inf only 0 /
+// 0.
 __device__ inline float factor_of(float max, MaxSum total) {
   if (total.max == -INFINITY) return 0.f;
   return (max == -INFINITY ? 0.f : expf(max - total.max)) / total.sum;
@@ -109,7 +110,8 @@ __global__ void __launch_bounds__(kSoftmaxThreads)
   const ScoreRow<T, kVec> scores(p, x, row);
   float values[kHeld / kVec][kVec];
   float max = -INFINITY, sum = 0.f;
-  team.each_pack<kVec>(0, N, [&](int i, int col) { max = fmaxf(max, scores.load(values[i], col)); });
+  team.each_pack<kVec>(0, N,
+                       [&](int i, int col) { max = fmaxf(max, scores.load(values[i], col)); });
   const float shift = max == -INFINITY ? 0.f : max;
   team.each_pack<kVec>(0, N, [&](int i, int) {
 #pragma unroll

@@ -30,7 +30,7 @@ ROWS = {
     "nothing above -inf": (dict.fromkeys(range(V), -INF), 0, True),
     "nothing above -inf, but later": (dict.fromkeys(range(V), -INF), 1, False),
 }
-every_backend = pytest.mark.parametrize("backend", ["triton", "cpu", "torch"])
+every_backend = pytest.mark.parametrize("backend", ["triton", "cuda", "cpu", "torch"])
 
 
 def argmax_is(logits, target, ignore_index=-100):

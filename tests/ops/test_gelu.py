@@ -23,7 +23,7 @@ class TestGELU(ActivationTests):
 
 
 @pytest.mark.parametrize("approximate, curve", APPROXIMATIONS.items())
-@pytest.mark.parametrize("backend", ["triton", "cpu"])
+@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
 def test_negative_tail_keeps_its_relative_accuracy(backend, approximate, curve):
     device = device_of(backend)
     for low in range(-9, 0):

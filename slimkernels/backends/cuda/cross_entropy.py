@@ -2,7 +2,13 @@
 
 import torch
 
-from slimkernels.backends.cuda._common import DTYPES, _cuda, launch_place, unsupported_tensor
+from slimkernels.backends.cuda._common import (
+    DTYPES,
+    _cuda,
+    launch_place,
+    pointers,
+    unsupported_tensor,
+)
 
 
 def unsupported(
@@ -27,7 +33,7 @@ def forward(
     divisor = x.new_empty(1, dtype=torch.float32)
     correct = x.new_empty(M if return_correct else 0, dtype=torch.bool)
     _cuda.cross_entropy_forward(
-        *addresses(x, target, weight, losses, total, stats, divisor),
+        *pointers(x, target, weight, losses, total, stats, divisor),
         *(correct.data_ptr() if return_correct else 0, M, V),
         *(ignore_index, label_smoothing, z_loss, softcap, int(reduction == "mean")),
         *(DTYPES[x.dtype], *launch_place(x)),
@@ -54,8 +60,18 @@ def backward(
     if x.numel():
         divisor = divisor if reduction == "mean" else None
         _cuda.cross_entropy_backward(
-            *addresses(dy, dlse, x, target, _float_of(weight), stats, divisor, dx),
+            *pointers(dy, dlse, x, target, _float_of(weight), stats, divisor, dx),
             *(*x.shape, ignore_index, label_smoothing, z_loss, softcap, int(reduction == "none")),
             *(DTYPES[x.dtype], *launch_place(x)),
         )
     return dx
+
+
+def _dense(x):
+    """An optional tensor without gaps."""
+    return None if x is None else x.contiguous()
+
+
+def _float_of(weight):
+    """Class weights in float32: a block reads them once a row, from the caches."""
+    return None if weight is None else weight.to(torch.float32).contiguous()

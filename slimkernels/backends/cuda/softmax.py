@@ -1,17 +1,25 @@
 """Softmax in CUDA C++: csrc/cuda/softmax.cuh."""
 
+from array import array
+
 import torch
 
-from slimkernels.backends.cuda._common import DTYPES, _cuda, launch_place, unsupported_tensor
+from slimkernels.backends._mask import mask_rows
+from slimkernels.backends.cuda._common import (
+    DTYPES,
+    _cuda,
+    address,
+    launch_place,
+    pointers,
+    unsupported_tensor,
+)
+
+_MASK_DTYPES = {torch.bool: -1, **DTYPES}
 
 
 def unsupported(x, dim, scale, mask, is_causal, sinks, dropout_p):
-    if mask is not None:
-        return "it is written for no mask, or a causal one, and mask is a tensor"
     if dim != -1:
         return "it is written for rows, dim -1"
-    if sinks is not None:
-        return "it has no sinks"
     if dropout_p > 0:
         return "it has no dropout"
     if x.shape[-1] >= 2**31:
@@ -22,23 +30,44 @@ def unsupported(x, dim, scale, mask, is_causal, sinks, dropout_p):
 def forward(x, dim, scale, mask, is_causal, sinks, dropout_p, seed):
     x = x.contiguous()
     y = torch.empty_like(x)
+    shares = None if sinks is None else x.new_empty(x.shape[:-1], dtype=torch.float32)
     if x.numel():
-        N = x.shape[-1]
-        period = x.shape[-2] if is_causal else 0
+        mask = None if mask is None else mask_rows(mask)
+        sinks = None if sinks is None else sinks.contiguous()
+        problem = _problem(x, mask, is_causal, sinks)
         _cuda.softmax_forward(
-            *(x.data_ptr(), y.data_ptr(), x.numel() // N, N, period, scale),
-            *(DTYPES[x.dtype], *launch_place(x)),
+            *pointers(x, None if mask is None else mask.mask, sinks, y, shares),
+            *(address(problem), scale, DTYPES[x.dtype], *launch_place(x)),
         )
-    return y, x.new_empty(0), x.new_empty(0, dtype=torch.float32)
+    return y, x.new_empty(0), x.new_empty(0, dtype=torch.float32) if shares is None else shares
 
 
 def backward(dy, y, shares, dim, scale, dropout_p, seed):
     dy, y = dy.contiguous(), y.contiguous()
     dx = torch.empty_like(y)
+    has_sinks = shares.dim() > 1
+    products = torch.empty_like(shares) if has_sinks else None
     if y.numel():
         N = y.shape[-1]
         _cuda.softmax_backward(
-            *(dy.data_ptr(), y.data_ptr(), dx.data_ptr(), y.numel() // N, N, scale),
-            *(DTYPES[y.dtype], *launch_place(y)),
+            *pointers(dy, y, shares if has_sinks else None, dx, products),
+            *(y.numel() // N, N, scale, DTYPES[y.dtype], *launch_place(y)),
         )
-    return dx, y.new_empty(0, dtype=torch.float32)
+    elif has_sinks:
+        products.zero_()
+    if not has_sinks:
+        return dx, y.new_empty(0, dtype=torch.float32)
+    heads = products.dim() - 2
+    return dx, products.sum([d for d in range(products.dim()) if d != heads])
+
+
+def _problem(x, mask, is_causal, sinks):
+    """struct SoftmaxProblem of csrc/cuda/softmax.cu, which lives as long as the call."""
+    N = x.shape[-1]
+    queries = x.shape[-2] if x.dim() > 1 else 1
+    heads = 1 if sinks is None else sinks.shape[0]
+    mask_dtype = DTYPES[x.dtype] if mask is None else _MASK_DTYPES[mask.mask.dtype]
+    sinks_dtype = DTYPES[x.dtype if sinks is None else sinks.dtype]
+    places = (1, 1, 0, 0, 0, 0) if mask is None else mask[1:]
+    sizes = x.numel() // N, N, queries if is_causal else 0, queries, heads
+    return array("q", (*sizes, mask_dtype, sinks_dtype, *places))
