@@ -30,6 +30,7 @@ void bind(py::module_& m, const char* name, void (*entry)(Args...)) {
 PYBIND11_MODULE(_cuda, m) {
   using namespace slimkernels;
   m.def("no_device", &no_device);
+  m.def("multiprocessors", &multiprocessors);
   bind(m, "activation_forward", &activation_forward);
   bind(m, "activation_backward", &activation_backward);
   bind(m, "cross_entropy_forward", &cross_entropy_forward);

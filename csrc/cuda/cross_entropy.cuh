@@ -60,7 +60,7 @@ struct Seen {
             spread.second};
   }
 
-  template <int kVec>
+  template <typename T, int kVec>
   __device__ void add(const float (&z)[kVec], const Loss& p, int64_t col) {
     float max = total.max;
 #pragma unroll
@@ -76,7 +76,7 @@ struct Seen {
         spread.second += u[i];
       }
     }
-    total = add_exponentials(total, max, z);
+    total = add_exponentials<T>(total, max, z);
   }
 };
 
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kLossThreads)
 #pragma unroll
       for (int i = 0; i < kVec; ++i) z[i] = p.capped(z[i]);
     }
-    seen.add(z, p, col);
+    seen.add<T>(z, p, col);
   }
   Seen all;
   all.total = team.reduce(seen.total, combine_max_sum);

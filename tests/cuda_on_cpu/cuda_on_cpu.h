@@ -280,6 +280,7 @@ T __shfl_sync(unsigned, T value, int source) {
 }
 
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
+inline float __fdividef(float x, float y) { return x / y; }
 
 namespace slimkernels {
 

@@ -8,8 +8,8 @@ from slimkernels.ops.softmax import softmax_reference
 from slimkernels.testing import assert_no_worse, assert_op_matches, run_with_gradients
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-# One warp a row (8 and 32 values a lane) and one block a row, aligned and not.
-SHAPES = [(1, 1), (5, 37), (9, 64), (6, 256), (3, 515), (5, 1024), (9, 1500), (7, 4104)]
+# Eight lanes a row, a warp, and blocks of two to sixteen warps, aligned and not.
+SHAPES = [(1, 1), (5, 37), (18, 64), (6, 512), (3, 515), (5, 1024), (3, 1500), (3, 4104)]
 
 
 def definition(x, scale=1.0, is_causal=False):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from softmax_cases import eager_softmax
 
 import slimkernels as sk
 from slimkernels.ops.softmax import softmax_reference
@@ -17,16 +18,20 @@ def check(x, mask=None, sinks=None, scale=0.5, is_causal=False):
         how = dict(scale=scale, is_causal=is_causal, backend="cuda")
         return sk.softmax(x, mask=mask, sinks=sinks, **how)
 
+    def eager(x, mask, sinks):
+        return eager_softmax(x, scale=scale, mask=mask, is_causal=is_causal, sinks=sinks)
+
     def definition(x, mask, sinks):
         mask = None if mask is None else mask.expand(x.shape)
         return softmax_reference(x, -1, scale, mask, is_causal, sinks)
 
-    return assert_op_matches(ours, definition, definition, (x, mask, sinks))
+    return assert_op_matches(ours, eager, definition, (x, mask, sinks))
 
 
 def mask_of(shape, dtype):
     shows = torch.rand(shape) < 0.7
-    shows[..., -1:, :] = False  # these rows see nothing
+    if len(shape) > 1:
+        shows[..., -1:, :] = False  # these rows see nothing
     if dtype == torch.bool:
         return shows
     return torch.randn(shape).to(dtype).where(shows, -INF)
@@ -69,19 +74,17 @@ def test_what_is_hidden_is_not_looked_at_and_what_is_not_finite_is_seen(N):
     x[0, 3], x[1, 3] = NAN, INF  # hidden
     x[2], x[3, 5], x[4, 5] = -INF, NAN, INF
     mask[5], x[5] = -INF, NAN
-    actual = check(x, mask)
-    y = actual["output 0"]
+    y = sk.softmax(x, mask=mask, backend="cuda")
     assert y[:2].isfinite().all() and y[2:5].isnan().all() and not y[5].any()
-    return actual
+    return y
 
 
 # Two blocks that share a row, and one that walks it twice where there are no clusters.
-@pytest.mark.parametrize("capability", ["90", "80"])
-@pytest.mark.parametrize("N", [17000, 16387])
+@pytest.mark.parametrize("N, capability", [(8200, "90"), (8203, "90"), (8200, "80")])
 def test_long_rows(N, capability):
     x, sinks = torch.randn(1, 2, 1, N), torch.tensor([1.0, 9.0])
     mask = torch.randn(2, 1, N).where(torch.rand(2, 1, N) < 0.7, -INF)
-    mask[0, 0, :9000] = -INF  # all that some threads have
+    mask[0, 0, :5000] = -INF  # all that some threads have
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUDA_ON_CPU_CAPABILITY", capability)
         return check(x, mask, sinks)

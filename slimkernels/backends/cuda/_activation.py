@@ -2,13 +2,7 @@
 
 import torch
 
-from slimkernels.backends.cuda._common import (
-    DTYPES,
-    _cuda,
-    launch_place,
-    multiprocessors,
-    pointers,
-)
+from slimkernels.backends.cuda._common import DTYPES, _cuda, dense, launch_place, pointers
 
 # Mirrors enum Curve in csrc/cuda/ops.h.
 CURVES = {"gelu": 0, "gelu_tanh": 1, "silu": 2, "relu_squared": 3}
@@ -39,8 +33,7 @@ def backward(dy, x, bias, curve):
 
 def _prepared(x, bias, curve):
     """Tensors without gaps, and what both kernels take after them; without a bias, of one row."""
-    x = x.contiguous()
-    bias = None if bias is None else bias.contiguous()
+    x, bias = x.contiguous(), dense(bias)
     N = x.numel() if bias is None else bias.numel()
     bias_dtype = DTYPES[x.dtype if bias is None else bias.dtype]
     how = CURVES[curve], DTYPES[x.dtype], bias_dtype, *launch_place(x)
@@ -50,5 +43,5 @@ def _prepared(x, bias, curve):
 def _shares(x, M, N):
     """Into how many shares the rows go: enough for eight blocks, of 256 columns and 8 rows at a
     time, on each multiprocessor."""
-    blocks = 8 * multiprocessors(x)
+    blocks = 8 * _cuda.multiprocessors(launch_place(x)[0])
     return max(1, min(-(-M // 8), blocks * 256 // max(N, 1)))

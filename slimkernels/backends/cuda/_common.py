@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+
 import torch
 from torch import Tensor
 
@@ -31,4 +33,27 @@ def launch_place(x: Tensor) -> tuple[int, int]:
     return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
 
 
-__all__ = ["DTYPES", "_cuda", "launch_place", "unsupported_tensor"]
+def pointers(*tensors: Tensor | None) -> list[int]:
+    """Where tensors lie; 0, that of an empty one too, stands for None."""
+    return [0 if x is None else x.data_ptr() for x in tensors]
+
+
+def address(numbers: array) -> int:
+    """Where a struct of 64-bit integers lies, which its array must outlive."""
+    return numbers.buffer_info()[0]
+
+
+def dense(x: Tensor | None) -> Tensor | None:
+    """An optional tensor without gaps."""
+    return None if x is None else x.contiguous()
+
+
+__all__ = [
+    "DTYPES",
+    "_cuda",
+    "address",
+    "dense",
+    "launch_place",
+    "pointers",
+    "unsupported_tensor",
+]

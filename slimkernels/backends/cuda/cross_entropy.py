@@ -5,6 +5,7 @@ import torch
 from slimkernels.backends.cuda._common import (
     DTYPES,
     _cuda,
+    dense,
     launch_place,
     pointers,
     unsupported_tensor,
@@ -55,7 +56,7 @@ def backward(
     z_loss,
     softcap,
 ):
-    dy, dlse, x, target = (_dense(t) for t in (dy, dlse, x, target))
+    dy, dlse, x, target = (dense(t) for t in (dy, dlse, x, target))
     dx = torch.empty_like(x)
     if x.numel():
         divisor = divisor if reduction == "mean" else None
@@ -65,11 +66,6 @@ def backward(
             *(DTYPES[x.dtype], *launch_place(x)),
         )
     return dx
-
-
-def _dense(x):
-    """An optional tensor without gaps."""
-    return None if x is None else x.contiguous()
 
 
 def _float_of(weight):

@@ -9,6 +9,7 @@ from slimkernels.backends.cuda._common import (
     DTYPES,
     _cuda,
     address,
+    dense,
     launch_place,
     pointers,
     unsupported_tensor,
@@ -33,10 +34,9 @@ def forward(x, dim, scale, mask, is_causal, sinks, dropout_p, seed):
     shares = None if sinks is None else x.new_empty(x.shape[:-1], dtype=torch.float32)
     if x.numel():
         mask = None if mask is None else mask_rows(mask)
-        sinks = None if sinks is None else sinks.contiguous()
         problem = _problem(x, mask, is_causal, sinks)
         _cuda.softmax_forward(
-            *pointers(x, None if mask is None else mask.mask, sinks, y, shares),
+            *pointers(x, None if mask is None else mask.mask, dense(sinks), y, shares),
             *(address(problem), scale, DTYPES[x.dtype], *launch_place(x)),
         )
     return y, x.new_empty(0), x.new_empty(0, dtype=torch.float32) if shares is None else shares
