@@ -35,6 +35,11 @@ struct Loss {
   __device__ bool is_valid(int64_t label) const { return label >= 0 && label < V; }
   // What a row counts whose label is valid.
   __device__ float weight_of(int64_t label) const { return weight ? weight[label] : 1.f; }
+  template <int kVec>
+  __device__ void cap(float (&x)[kVec]) const {
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) x[i] = capped(x[i]);
+  }
   __device__ float capped(float x) const {
     return softcap > 0.f ? softcap * tanhf(x / softcap) : x;
   }
@@ -93,6 +98,13 @@ __device__ inline bool beats(float x, int64_t col, float own, int64_t label) {
   if (own != own) return x != x && col < label;
   return !(x <= own) || (x == own && col < label);
 }
+template <int kVec>
+__device__ bool any_beats(const float (&x)[kVec], int64_t col, float own, int64_t label) {
+  bool any = false;
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) any |= beats(x[i], col + i, own, label);
+  return any;
+}
 
 // Where the results of forward go.
 template <typename T>
@@ -147,18 +159,16 @@ __global__ void __launch_bounds__(kLossThreads)
   const float own = end && p.is_valid(label) ? widen(x[label]) : NAN;
   Seen seen;
   bool is_beaten = false;
-  for (int64_t col = team.rank() * kVec; col < end; col += team.size() * kVec) {
-    float z[kVec];
-    load(z, x + col);
-    if (out.correct) {
-#pragma unroll
-      for (int i = 0; i < kVec; ++i) is_beaten |= beats(z[i], col + i, own, label);
-    }
-    if (p.softcap > 0.f) {
-#pragma unroll
-      for (int i = 0; i < kVec; ++i) z[i] = p.capped(z[i]);
-    }
-    seen.add<T>(z, p, col);
+  float z[kHeld / kVec][kVec];
+  const int piece = kHeld * team.size();
+  for (int start = 0; start < end; start += piece) {
+    // Apart, so that all loads of a piece are on their way before the first is needed.
+    team.each_pack<kVec>(start, end, [&](int i, int col) { load(z[i], x + col); });
+    team.each_pack<kVec>(start, end, [&](int i, int col) {
+      if (out.correct) is_beaten |= any_beats(z[i], col, own, label);
+      if (p.softcap > 0.f) p.cap(z[i]);
+      seen.add<T>(z[i], p, col);
+    });
   }
   Seen all;
   all.total = team.reduce(seen.total, combine_max_sum);
@@ -207,17 +217,25 @@ struct LossGradients {
 struct Slopes {
   float own, even, extra, mass, max, log_sum;
 
-  __device__ float at(float x, float u, bool is_label, const Loss& p) const {
-    float outer = 1.f;
+  // Of kVec neighbouring logits, in their place.
+  template <int kVec>
+  __device__ void apply(float (&x)[kVec], int64_t col, int64_t label, const Loss& p) const {
+    float outer[kVec], u[kVec] = {};
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) outer[i] = 1.f;
     if (p.softcap > 0.f) {
-      outer = slope_of_tanh(x / p.softcap);
-      x = p.capped(x);
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) outer[i] = slope_of_tanh(x[i] / p.softcap);
+      p.cap(x);
     }
-    // The maximum first: z - max is nearly exact, where lse in one float32 is not.
-    const float probability = expf(x - max - log_sum);
-    float dz = own * (probability - is_label) + extra * probability;
-    if (p.smoothing > 0.f) dz += even * (mass * probability - u);
-    return dz * outer;
+    if (p.smoothing > 0.f) p.load_shares(u, col);
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) {
+      // The maximum first: z - max is nearly exact, where lse in one float32 is not.
+      const float probability = expf(x[i] - max - log_sum);
+      const float dz = own * (probability - (label - col == i)) + extra * probability;
+      x[i] = (dz + even * (mass * probability - u[i])) * outer[i];
+    }
   }
 };
 
@@ -236,10 +254,10 @@ __device__ Slopes slopes_of(const Loss& p, const LossGradients<T>& g, int64_t ro
 }
 
 constexpr int kSegmentThreads = 256;
-constexpr int kSegmentPacks = 4;  // a thread's, which share what it reads of the row
+constexpr int kSegmentPacks = 2;  // a thread's, which share what it reads of the row
 
 template <typename T, int kVec>
-__global__ void __launch_bounds__(kSegmentThreads)
+__global__ void __launch_bounds__(kSegmentThreads, 4)
     cross_entropy_backward_kernel(const T* __restrict__ x, T* __restrict__ dx, LossGradients<T> g,
                                   unsigned segments, Loss p) {
   const int64_t row = int64_t(blockIdx.x / segments) * blockDim.y + threadIdx.y;
@@ -247,23 +265,21 @@ __global__ void __launch_bounds__(kSegmentThreads)
   const int64_t label = p.target[row];
   const bool is_kept = label != p.ignore_index;
   const Slopes s = is_kept ? slopes_of(p, g, row, label) : Slopes{};
-  x += row * p.V;
-  dx += row * p.V;
   const int64_t step = blockDim.x * kVec;
   const int64_t begin = (blockIdx.x % segments) * step * kSegmentPacks + threadIdx.x * kVec;
+  x += row * p.V + begin;
+  dx += row * p.V + begin;
+  const auto each_pack = [&](auto visit) {
 #pragma unroll
-  for (int pack = 0; pack < kSegmentPacks; ++pack) {
-    const int64_t col = begin + pack * step;
-    if (col >= p.V) return;
-    float values[kVec] = {}, u[kVec] = {};
-    if (is_kept) {
-      load(values, x + col);
-      if (p.smoothing > 0.f) p.load_shares(u, col);
-#pragma unroll
-      for (int i = 0; i < kVec; ++i) values[i] = s.at(values[i], u[i], col + i == label, p);
-    }
-    store(dx + col, values);
+    for (int i = 0; i < kSegmentPacks; ++i)
+      if (begin + i * step < p.V) visit(i, i * step);
+  };
+  float values[kSegmentPacks][kVec] = {};  // 0 stands in ignored rows, which are not read
+  if (is_kept) {
+    each_pack([&](int i, int64_t at) { load(values[i], x + at); });
+    each_pack([&](int i, int64_t at) { s.apply(values[i], begin + at, label, p); });
   }
+  each_pack([&](int i, int64_t at) { store(dx + at, values[i]); });
 }
 
 // A block walks its part of a row, so that a cluster is for long rows only: its blocks have 16384

@@ -35,7 +35,7 @@ def test_matches_reference(shape, dtype):
     return run_with_gradients(on_cuda, (x, 0.5))
 
 
-@pytest.mark.parametrize("shape", [(7, 7), (2, 3, 130), (2, 20, 1100)], ids=str)
+@pytest.mark.parametrize("shape", [(7, 7), (2, 3, 130), (2, 5, 1100)], ids=str)
 def test_causal_rows_see_their_own_index(shape):
     assert_op_matches(on_cuda, eager, definition, (torch.randn(shape), -1.5, True))
 
