@@ -7,7 +7,7 @@ namespace slimkernels {
 void activation_forward(const void* x, const void* bias, void* y, int64_t M, int64_t N, int curve,
                         int dtype, int bias_dtype, int device, void* stream) {
   const DeviceGuard guard(device);
-  const Tile tile = {M, N, Curve(curve), bias, Dtype(bias_dtype) == Dtype::kFloat32};
+  const Tile tile = {M * N, N, Curve(curve), bias, Dtype(bias_dtype) == Dtype::kFloat32};
   with_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     activation_forward_rows((const T*)x, (T*)y, tile, (cudaStream_t)stream);
@@ -19,7 +19,7 @@ void activation_backward(const void* dy, const void* x, const void* bias, void* 
                          int64_t shares, int64_t M, int64_t N, int curve, int dtype, int bias_dtype,
                          int device, void* stream) {
   const DeviceGuard guard(device);
-  const Tile tile = {M, N, Curve(curve), bias, Dtype(bias_dtype) == Dtype::kFloat32};
+  const Tile tile = {M * N, N, Curve(curve), bias, Dtype(bias_dtype) == Dtype::kFloat32};
   with_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     activation_backward_rows((const T*)dy, (const T*)x, (T*)dx, partials, tile, shares,

@@ -1,13 +1,14 @@
 // y = f(x + bias) with an optional bias: gelu, silu, relu_squared.
 //
-// Tiling   Without a bias the tensor is one long row, a pack of 16 bytes a thread. With one, a
-//          block covers a tile of rows and columns, as wide as a row up to 32 packs, and walks down
-//          the rows with the same columns: their bias is loaded once, and backward keeps their
-//          dbias in registers. No atomics: each share of the rows leaves a row of partials.
+// Tiling   A block covers some columns, up to 32 packs of 16 bytes of a row, and walks down the
+// rows:
+//          the columns' bias is loaded once, and backward keeps their dbias in registers. Without a
+//          bias the tensor is cut anywhere, into rows as long as all threads side by side.
 // Traffic  Forward reads and writes each element once, backward reads two and writes one; the
-//          slope is computed anew. Partials of dbias add 2 * shares * N float32.
+//          slope is computed anew. Partials of dbias add 2 * shares * N float32: no atomics, the
+//          same sum on every run.
 // Numerics x + bias is float32; curves.cuh has the functions.
-// Launch   grid = (columns of tiles, shares of the rows), block = (1 to 256, 256 / that).
+// Launch   grid = (columns of blocks, shares of the rows), block = (1 to 256, 256 / that).
 #pragma once
 #include <algorithm>
 
@@ -18,9 +19,9 @@ namespace slimkernels {
 
 constexpr int kTileThreads = 256;
 
-// The rows, and where among them a thread begins.
+// A tensor seen as rows. A thread has the same columns in rows that are a step apart.
 struct Tile {
-  int64_t M, N;
+  int64_t size, N;  // of all rows, the last of which may be short, and of one
   Curve curve;
   const void* bias;  // (N,) or null
   bool is_wide;      // bias is float32 whatever x is
@@ -30,7 +31,8 @@ struct Tile {
     return (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * kVec;
   }
   __device__ int64_t first_row() const { return int64_t(blockIdx.y) * blockDim.y + threadIdx.y; }
-  __device__ int64_t row_step() const { return int64_t(gridDim.y) * blockDim.y; }
+  // From an element to the thread's next one below.
+  __device__ int64_t step() const { return int64_t(gridDim.y) * blockDim.y * N; }
   template <typename T, int kVec>
   __device__ void load_bias(float (&values)[kVec], int64_t col) const {
 #pragma unroll
@@ -46,17 +48,25 @@ struct Tile {
 template <typename T, int kVec>
 __global__ void __launch_bounds__(kTileThreads)
     activation_forward_kernel(const T* __restrict__ x, T* __restrict__ y, Tile tile) {
-  const int64_t col = tile.column<kVec>();
+  const int64_t col = tile.column<kVec>(), step = tile.step();
   if (col >= tile.N) return;
-  float biases[kVec], values[kVec];
+  float biases[kVec];
   tile.load_bias<T>(biases, col);
-  for (int64_t row = tile.first_row(); row < tile.M; row += tile.row_step()) {
-    load(values, x + row * tile.N + col);
+  for (int64_t at = tile.first_row() * tile.N + col; at < tile.size; at += 2 * step) {
+    // Two at once: enough loads on their way.
+    float values[2][kVec] = {};
+    const bool are_two = at + step < tile.size;
+    load(values[0], x + at);
+    if (are_two) load(values[1], x + at + step);
     with_curve(tile.curve, [&](auto curve) {
 #pragma unroll
-      for (int i = 0; i < kVec; ++i) values[i] = curve.at(values[i] + biases[i]).value;
+      for (int i = 0; i < 2 * kVec; ++i) {
+        float& value = values[i / kVec][i % kVec];
+        value = curve.at(value + biases[i % kVec]).value;
+      }
     });
-    store(y + row * tile.N + col, values);
+    store(y + at, values[0]);
+    if (are_two) store(y + at + step, values[1]);
   }
 }
 
@@ -84,64 +94,74 @@ __global__ void __launch_bounds__(kTileThreads)
                                T* __restrict__ dx, float* __restrict__ partials, Tile tile) {
   const int64_t col = tile.column<kVec>();
   const bool inside = col < tile.N;  // threads outside meet the others at the barriers below
+  const int64_t size = inside ? tile.size : 0;
   float biases[kVec], values[kVec], dys[kVec], sums[kVec] = {};
   if (inside) tile.load_bias<T>(biases, col);
-  for (int64_t row = tile.first_row(); inside && row < tile.M; row += tile.row_step()) {
-    load(values, x + row * tile.N + col);
-    load(dys, dy + row * tile.N + col);
+  for (int64_t at = tile.first_row() * tile.N + col; at < size; at += tile.step()) {
+    load(values, x + at);
+    load(dys, dy + at);
     with_curve(tile.curve, [&](auto curve) {
 #pragma unroll
       for (int i = 0; i < kVec; ++i) values[i] = dys[i] * curve.at(values[i] + biases[i]).slope;
     });
 #pragma unroll
     for (int i = 0; i < kVec; ++i) sums[i] += values[i];
-    store(dx + row * tile.N + col, values);
+    store(dx + at, values);
   }
   if (!partials) return;
   sum_columns(sums);
   if (inside && threadIdx.y == 0) store(partials + int64_t(blockIdx.y) * tile.N + col, sums);
 }
 
+// With a bias a block is as wide as a row, up to 32 packs. Without, it is one row of threads, each
+// of which has `rows` packs, and the rows' length is set so.
 struct TileLaunch {
+  Tile tile;
   dim3 grid, block;
-};
 
-// As many threads in a row as it has packs, up to 32, or all 256 if it is the only one.
-inline TileLaunch tile_launch(const Tile& tile, int vec, int64_t shares) {
-  const int64_t packs = (tile.N + vec - 1) / vec, most = tile.M == 1 ? kTileThreads : 32;
-  unsigned wide = 1;
-  while (wide < most && wide < packs) wide *= 2;
-  return {dim3(unsigned((packs + wide - 1) / wide), unsigned(shares)),
-          dim3(wide, kTileThreads / wide)};
-}
+  TileLaunch(const Tile& given, int vec, int64_t rows) : tile(given) {
+    unsigned wide = kTileThreads;
+    if (tile.bias) {
+      for (wide = 1; wide < 32 && wide * vec < tile.N;) wide *= 2;
+    } else {
+      const int64_t packs = (tile.size + vec - 1) / vec, per_block = wide * rows;
+      tile.N = (packs + per_block - 1) / per_block * wide * vec;
+    }
+    block = dim3(wide, kTileThreads / wide);
+    grid = dim3(unsigned((tile.N + wide * vec - 1) / (wide * vec)));
+  }
+};
 
 template <typename T, int kVec, typename Stream>
 void launch_activation_forward(const T* x, T* y, const Tile& tile, Stream stream) {
-  // Four rows a thread share a load of the bias.
-  const int64_t rows = 4 * tile_launch(tile, kVec, 1).block.y;
-  const int64_t shares = std::min<int64_t>((tile.M + rows - 1) / rows, 65535);
-  const TileLaunch launch = tile_launch(tile, kVec, shares);
-  LAUNCH((activation_forward_kernel<T, kVec>), launch.grid, launch.block, stream, x, y, tile);
+  TileLaunch launch(tile, kVec, 2);
+  if (tile.bias) {  // four rows a thread share a load of it
+    const int64_t rows = 4 * tile.N * launch.block.y;
+    launch.grid.y = unsigned(std::min<int64_t>((tile.size + rows - 1) / rows, 65535));
+  }
+  LAUNCH((activation_forward_kernel<T, kVec>), launch.grid, launch.block, stream, x, y,
+         launch.tile);
 }
 
 template <typename T, int kVec, typename Stream>
 void launch_activation_backward(const T* dy, const T* x, T* dx, float* partials, const Tile& tile,
                                 int64_t shares, Stream stream) {
-  const TileLaunch launch = tile_launch(tile, kVec, shares);
+  TileLaunch launch(tile, kVec, 1);
+  launch.grid.y = unsigned(shares);
   LAUNCH((activation_backward_kernel<T, kVec>), launch.grid, launch.block, stream, dy, x, dx,
-         partials, tile);
+         partials, launch.tile);
 }
 
-// Calls wide(tile) where packs of 16 bytes are aligned, narrow(start, tile) where they are not and
-// for what a long row has left over.
+// Calls wide(tile) where packs of 16 bytes are aligned; narrow(start, tile) where they are not, and
+// for what is left over of a tensor that may be cut anywhere.
 template <typename T, typename Wide, typename Narrow, typename... Pointers>
 void by_alignment(Tile tile, Wide wide, Narrow narrow, Pointers... pointers) {
-  const int64_t rest = tile.M == 1 && !tile.bias ? tile.N % kFullVec<T> : 0;
-  if (!rows_aligned<T>(tile.N - rest, tile.bias, pointers...)) return narrow(0, tile);
-  tile.N -= rest;
-  if (tile.N) wide(tile);
-  const int64_t start = tile.N;
-  tile.N = rest;
+  const int64_t rest = tile.bias ? 0 : tile.size % kFullVec<T>;
+  if (!rows_aligned<T>(tile.bias ? tile.N : 0, tile.bias, pointers...)) return narrow(0, tile);
+  tile.size -= rest;
+  if (tile.size) wide(tile);
+  const int64_t start = tile.size;
+  tile.size = rest;
   if (rest) narrow(start, tile);
 }
 
