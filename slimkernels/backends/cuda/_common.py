@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from slimkernels.backends._tensors import pointers
+
 try:
     from slimkernels import _cuda
 except ImportError as error:
@@ -31,4 +33,22 @@ def launch_place(x: Tensor) -> tuple[int, int]:
     return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
 
 
-__all__ = ["DTYPES", "_cuda", "launch_place", "unsupported_tensor"]
+def dense(x: Tensor | None) -> Tensor | None:
+    """An optional tensor without gaps."""
+    return None if x is None else x.contiguous()
+
+
+def dtype_number(x: Tensor | None) -> int:
+    """The number of an optional tensor's dtype; any, if there is none."""
+    return 0 if x is None else DTYPES[x.dtype]
+
+
+__all__ = [
+    "DTYPES",
+    "_cuda",
+    "dense",
+    "dtype_number",
+    "launch_place",
+    "pointers",
+    "unsupported_tensor",
+]
