@@ -159,10 +159,9 @@ __global__ void __launch_bounds__(kLossThreads)
   const float own = end && p.is_valid(label) ? widen(x[label]) : NAN;
   Seen seen;
   bool is_beaten = false;
-  float z[kHeld / kVec][kVec];
-  const int piece = kHeld * team.size();
-  for (int start = 0; start < end; start += piece) {
-    // Apart, so that all loads of a piece are on their way before the first is needed.
+  Piece<kVec> z;
+  for (int start = 0; start < end; start += kHeld * team.size()) {
+    // Apart, so that all loads are on their way before the first is waited for.
     team.each_pack<kVec>(start, end, [&](int i, int col) { load(z[i], x + col); });
     team.each_pack<kVec>(start, end, [&](int i, int col) {
       if (out.correct) is_beaten |= any_beats(z[i], col, own, label);

@@ -16,10 +16,12 @@ enum class Curve : int { kGelu = 0, kGeluTanh = 1, kSilu = 2, kReluSquared = 3 }
 // activation.cu: y = curve(x + bias), bias (N,) or null; without one M is 1.
 void activation_forward(const void* x, const void* bias, void* y, int64_t M, int64_t N, int curve,
                         int dtype, int bias_dtype, int device, void* stream);
-// partials (shares, N): their sum is dbias; null without a bias.
-void activation_backward(const void* dy, const void* x, const void* bias, void* dx, float* partials,
-                         int64_t shares, int64_t M, int64_t N, int curve, int dtype, int bias_dtype,
-                         int device, void* stream);
+// With a bias, partials (shares, N) and dbias (N,) in bias_dtype.
+void activation_backward(const void* dy, const void* x, const void* bias, void* dx, void* dbias,
+                         float* partials, int64_t shares, int64_t M, int64_t N, int curve,
+                         int dtype, int bias_dtype, int device, void* stream);
+// Into how many shares activation_backward's rows go.
+int64_t activation_shares(int64_t M, int64_t N, int device);
 
 // cross_entropy.cu: x (M, V), labels (M,), weight (V,) or null, stats (3, M), correct (M,) of bool
 // or null. losses (M,): of x's dtype if total is null, else float32, and total is their sum or
@@ -34,6 +36,29 @@ void cross_entropy_backward(const void* dy, const float* dlse, const void* x, co
                             int64_t M, int64_t V, int64_t ignore_index, float smoothing,
                             float z_loss, float softcap, int per_row, int dtype, int device,
                             void* stream);
+
+// layer_norm.cu, rms_norm.cu (kRms: no mean, no bias). y = norm(total), total = residual +
+// row_scale * dropout(x); a null residual means that total is x, and is not written. x, y are in
+// dtype, residual, total, dsum and dresidual in residual_dtype, weight, bias (N,) in their own:
+// dtype or float32. mean, rstd, row_scale (M,). weight_offset is added to the weight. A null seed
+// means no dropout, of which bits below threshold drop, and dropout_scale multiplies the rest.
+template <bool kRms>
+void norm_forward(const void* x, const void* residual, const void* weight, const void* bias,
+                  void* y, void* total, float* mean, float* rstd, const int64_t* seed,
+                  const float* row_scale, int64_t M, int64_t N, float eps, float weight_offset,
+                  int64_t threshold, float dropout_scale, int dtype, int residual_dtype,
+                  int weight_dtype, int bias_dtype, int device, void* stream);
+// dsum is null where nothing else flows into total, dx where it is dresidual, dweight and dbias
+// where not wanted. partials: for each of these two that is, (programs, N).
+template <bool kRms>
+void norm_backward(const void* dy, const void* dsum, const void* total, const void* weight,
+                   const float* mean, const float* rstd, void* dx, void* dresidual, void* dweight,
+                   void* dbias, float* partials, int64_t programs, const int64_t* seed,
+                   const float* row_scale, int64_t M, int64_t N, float weight_offset,
+                   int64_t threshold, float dropout_scale, int dtype, int residual_dtype,
+                   int weight_dtype, int bias_dtype, int device, void* stream);
+// The teams of threads that norm_backward's rows are shared among.
+int64_t norm_programs(int64_t M, int64_t N, int device);
 
 // softmax.cu: x, y (M, N); mask and sinks or null; shares (M,), what the sinks are of their rows.
 // problem: struct SoftmaxProblem.

@@ -19,7 +19,7 @@ constexpr int64_t kBool = -1;  // of mask_dtype
 
 template <typename T>
 Mask mask_of(const void* values, const SoftmaxProblem& p) {
-  const bool is_bool = p.mask_dtype == kBool, is_wide = p.mask_dtype == int64_t(Dtype::kFloat32);
+  const bool is_bool = p.mask_dtype == kBool, is_wide = !is_bool && is_float32(int(p.mask_dtype));
   // A pack of the mask is as many elements as one of x.
   constexpr int64_t kVec = kFullVec<T>;
   const int64_t bytes = std::min<int64_t>(kVec * (is_bool ? 1 : is_wide ? 4 : sizeof(T)), 16);
@@ -39,7 +39,7 @@ void softmax_forward(const void* x, const void* mask, const void* sinks, void* y
   std::memcpy(&given, problem, sizeof given);
   with_type(dtype, [&](auto zero) {
     using T = decltype(zero);
-    const bool is_wide = given.sinks_dtype == int64_t(Dtype::kFloat32);
+    const bool is_wide = is_float32(int(given.sinks_dtype));
     const Scores p = {given.M,
                       int(given.N),
                       given.period,

@@ -18,9 +18,11 @@
 
 namespace slimkernels {
 
-// The most of a block: two fit a multiprocessor, so that one loads while the other stores. The 1 in
-// __launch_bounds__ keeps ptxas from spilling to make it three.
-constexpr int kSoftmaxThreads = 512;
+// Two blocks fit a multiprocessor: one loads while the other stores. Single elements need more
+// registers than packs of them: more addresses. The 1 in __launch_bounds__ keeps ptxas from
+// spilling to make room for more blocks.
+template <int kVec>
+constexpr int kSoftmaxThreads = kVec == 1 ? 256 : 512;
 constexpr float kLowest = -3.402823466e38f;
 
 // One more score in every row of a head.
@@ -52,22 +54,17 @@ struct Scores {
   }
 };
 
-// A row's scores, as one thread loads some of them.
+// A row, as a thread makes scores of some of its elements.
 template <typename T, int kVec>
 struct ScoreRow {
   const Scores& p;
   const T* x;
-  int visible;
+  int visible;  // columns
   int64_t mask_start;
 
   __device__ ScoreRow(const Scores& p, const T* x, int64_t row)
-      : p(p), x(x + row * p.N), visible(p.visible(row)), mask_start(0) {
+      : p(p), x(x + row * p.N), visible(row < p.M ? p.visible(row) : 0), mask_start(0) {
     if (p.mask.values) mask_start = p.mask.start(row);
-  }
-
-  // Apart from score(), so that all loads of a thread are on their way before the first is needed.
-  __device__ void load(float (&values)[kVec], int col) const {
-    if (col < visible) slimkernels::load(values, x + col);
   }
 
   // Makes scores of kVec neighbours, -inf where hidden, and returns their maximum. There a seen
@@ -86,21 +83,23 @@ struct ScoreRow {
 };
 
 template <typename T, int kVec>
-__global__ void __launch_bounds__(kSoftmaxThreads, 1)
+__global__ void __launch_bounds__(kSoftmaxThreads<kVec>, 1)
     softmax_forward_kernel(const T* __restrict__ x, T* __restrict__ y, float* __restrict__ shares,
                            Scores p, RowTiling tiling) {
   Team team(tiling);
   const int64_t row = team.first_row();
   const int N = row < p.M ? p.N : 0;  // a team beyond the last row has only to meet the others
-  const int piece = kHeld * team.size();
+  const int step = kHeld * team.size();
   const ScoreRow<T, kVec> scores(p, x, row);
-  float values[kHeld / kVec][kVec];
+  Piece<kVec> piece;
   MaxSum total = {-INFINITY, 0.f};
-  for (int start = 0; start < N; start += piece) {
-    team.each_pack<kVec>(start, N, [&](int i, int col) { scores.load(values[i], col); });
+  for (int start = 0; start < N; start += step) {
+    // Apart from scoring, so that all loads are on their way before the first is waited for.
+    team.each_pack<kVec>(start, scores.visible,
+                         [&](int i, int col) { load(piece[i], scores.x + col); });
     team.each_pack<kVec>(start, N, [&](int i, int col) {
-      const float max = fmaxf(total.max, scores.score(values[i], col));
-      total = add_exponentials<T>(total, max, values[i]);
+      const float max = fmaxf(total.max, scores.score(piece[i], col));
+      total = add_exponentials<T>(total, max, piece[i]);
     });
   }
   total = team.reduce(total, combine_max_sum);
@@ -113,18 +112,18 @@ __global__ void __launch_bounds__(kSoftmaxThreads, 1)
   const float shift = total.max == -INFINITY ? 0.f : total.max;
   const float factor = total.max == -INFINITY ? 0.f : 1.f / total.sum;
   if (p.sinks.values && N > 0 && team.rank() == 0) shares[row] = expf(sink - shift) * factor;
-  y += row * p.N;
-  for (int start = 0; start < N; start += piece)
+  for (int start = 0; start < N; start += step) {
     team.each_pack<kVec>(start, N, [&](int i, int col) {
       if (!tiling.is_held) {
-        scores.load(values[i], col);
-        scores.score(values[i], col);
+        if (col < scores.visible) load(piece[i], scores.x + col);
+        scores.score(piece[i], col);
       }
 #pragma unroll
       for (int j = 0; j < kVec; ++j)
-        values[i][j] = exp_of_nonpositive<T>(values[i][j] - shift) * factor;
-      store(y + col, values[i]);
+        piece[i][j] = exp_of_nonpositive<T>(piece[i][j] - shift) * factor;
     });
+    store_piece(y + row * p.N, piece, team, start, N);
+  }
 }
 
 // What backward is told: dx = scale * y * (dy - dot), dot = sum(dy * y); a row's sink has the
@@ -138,41 +137,38 @@ struct SoftmaxGradient {
 };
 
 template <typename T, int kVec>
-__global__ void __launch_bounds__(kSoftmaxThreads, 1)
+__global__ void __launch_bounds__(kSoftmaxThreads<kVec>, 1)
     softmax_backward_kernel(const T* __restrict__ dy, const T* __restrict__ y, T* __restrict__ dx,
                             SoftmaxGradient p, RowTiling tiling) {
   Team team(tiling);
-  const int64_t row = team.first_row(), begin = row * p.N;
+  const int64_t row = team.first_row();
   const int N = row < p.M ? p.N : 0;
-  const int piece = kHeld * team.size();
-  float dys[kHeld / kVec][kVec], ys[kHeld / kVec][kVec];
-  const auto load_pack = [&](int i, int col) {
-    load(dys[i], dy + begin + col);
-    load(ys[i], y + begin + col);
-  };
+  const int step = kHeld * team.size();
+  dy += row * p.N;
+  y += row * p.N;
+  Piece<kVec> dys, ys;
   float dot = 0.f;
-  for (int start = 0; start < N; start += piece) {
-    team.each_pack<kVec>(start, N, load_pack);
-    team.each_pack<kVec>(start, N, [&](int i, int) {
-#pragma unroll
-      for (int j = 0; j < kVec; ++j) dot += dys[i][j] * ys[i][j];
-    });
+  for (int start = 0; start < N; start += step) {
+    load_piece(dys, team, dy, start, N);
+    load_piece(ys, team, y, start, N);
+    each_element<kVec>([&](int i, int j) { dot += dys[i][j] * ys[i][j]; });
   }
   dot = team.reduce(dot, combine_sum);
-  for (int start = 0; start < N; start += piece)
-    team.each_pack<kVec>(start, N, [&](int i, int col) {
-      if (!tiling.is_held) load_pack(i, col);
-#pragma unroll
-      for (int j = 0; j < kVec; ++j) dys[i][j] = p.scale * ys[i][j] * (dys[i][j] - dot);
-      store(dx + begin + col, dys[i]);
-    });
+  for (int start = 0; start < N; start += step) {
+    if (!tiling.is_held) {
+      load_piece(dys, team, dy, start, N);
+      load_piece(ys, team, y, start, N);
+    }
+    each_element<kVec>([&](int i, int j) { dys[i][j] = p.scale * ys[i][j] * (dys[i][j] - dot); });
+    store_piece(dx + row * p.N, dys, team, start, N);
+  }
   if (p.shares && N > 0 && team.rank() == 0) p.products[row] = -p.shares[row] * dot;
 }
 
 template <typename T, int kVec, typename Stream>
 void launch_softmax_forward(const T* x, T* y, float* shares, const Scores& p, int max_cluster,
                             Stream stream) {
-  const RowTiling tiling = row_tiling(p.N, kSoftmaxThreads, max_cluster);
+  const RowTiling tiling = row_tiling(p.N, kSoftmaxThreads<kVec>, max_cluster);
   LAUNCH_CLUSTER((softmax_forward_kernel<T, kVec>), tiling.grid(p.M), tiling.block(), tiling.blocks,
                  0, stream, x, y, shares, p, tiling);
 }
@@ -180,7 +176,7 @@ void launch_softmax_forward(const T* x, T* y, float* shares, const Scores& p, in
 template <typename T, int kVec, typename Stream>
 void launch_softmax_backward(const T* dy, const T* y, T* dx, const SoftmaxGradient& p,
                              int max_cluster, Stream stream) {
-  const RowTiling tiling = row_tiling(p.N, kSoftmaxThreads, max_cluster);
+  const RowTiling tiling = row_tiling(p.N, kSoftmaxThreads<kVec>, max_cluster);
   LAUNCH_CLUSTER((softmax_backward_kernel<T, kVec>), tiling.grid(p.M), tiling.block(),
                  tiling.blocks, 0, stream, dy, y, dx, p, tiling);
 }

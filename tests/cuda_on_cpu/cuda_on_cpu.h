@@ -10,7 +10,6 @@
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <ucontext.h>
 #include <vector_functions.h>
 #include <vector_types.h>
 
@@ -25,6 +24,7 @@
 #include <string>
 #include <vector>
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -36,12 +36,37 @@
 #define __launch_bounds__(...)
 #define __restrict__ __restrict
 
+// Keeps this stack's registers on it and its pointer in *from, and goes on where `to` was kept. Not
+// swapcontext, which asks the kernel for signal masks and AddressSanitizer for a clean stack.
+extern "C" void slim_switch_stack(void** from, void* to);
+asm(R"(
+  .text
+  .hidden slim_switch_stack
+  .globl slim_switch_stack
+slim_switch_stack:
+  push %rbp
+  push %rbx
+  push %r12
+  push %r13
+  push %r14
+  push %r15
+  mov %rsp, (%rdi)
+  mov %rsi, %rsp
+  pop %r15
+  pop %r14
+  pop %r13
+  pop %r12
+  pop %rbx
+  pop %rbp
+  ret
+)");
+
 namespace cuda_on_cpu {
 
 constexpr size_t kStackBytes = 64 << 10;
 
 struct Fiber {
-  ucontext_t context;
+  void* stack_pointer;
   std::unique_ptr<char[]> stack;
   bool done = true;
   uint3 thread;
@@ -92,7 +117,7 @@ struct Block : Barrier {
 inline std::vector<Fiber> fibers;
 inline std::vector<Block> blocks;  // of the cluster that runs
 inline Barrier cluster;
-inline ucontext_t scheduler;
+inline void* scheduler;  // its stack pointer
 inline int current = 0;
 inline std::function<void()> body;
 inline dim3 block_size, grid_size;
@@ -114,10 +139,10 @@ inline void yield() {
   void* fake_stack;
   __sanitizer_start_switch_fiber(fiber.done ? nullptr : &fake_stack, scheduler_stack,
                                  scheduler_stack_size);
-  swapcontext(&fiber.context, &scheduler);
+  slim_switch_stack(&fiber.stack_pointer, scheduler);
   __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
 #else
-  swapcontext(&fiber.context, &scheduler);
+  slim_switch_stack(&fiber.stack_pointer, scheduler);
 #endif
 }
 
@@ -125,10 +150,10 @@ inline void resume(int index) {
   current = index;
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&scheduler_fake_stack, fibers[index].stack.get(), kStackBytes);
-  swapcontext(&scheduler, &fibers[index].context);
+  slim_switch_stack(&scheduler, fibers[index].stack_pointer);
   __sanitizer_finish_switch_fiber(scheduler_fake_stack, nullptr, nullptr);
 #else
-  swapcontext(&scheduler, &fibers[index].context);
+  slim_switch_stack(&scheduler, fibers[index].stack_pointer);
 #endif
 }
 
@@ -160,11 +185,15 @@ inline void start_thread(Fiber& fiber, int block, int index) {
   const int row = index / block_size.x;
   fiber.thread = make_uint3(index % block_size.x, row % block_size.y, row / block_size.y);
   fiber.done = false;
-  getcontext(&fiber.context);
-  fiber.context.uc_stack.ss_sp = fiber.stack.get();
-  fiber.context.uc_stack.ss_size = kStackBytes;
-  fiber.context.uc_link = nullptr;
-  makecontext(&fiber.context, run_thread, 0);
+#if defined(__SANITIZE_ADDRESS__)
+  ASAN_UNPOISON_MEMORY_REGION(fiber.stack.get(), kStackBytes);  // of frames that never returned
+#endif
+  // As slim_switch_stack leaves one: six registers and where to go on, which nobody returns from.
+  void** top = reinterpret_cast<void**>(fiber.stack.get() + kStackBytes) - 1;
+  *top = nullptr;
+  *--top = reinterpret_cast<void*>(&run_thread);
+  for (int i = 0; i < 6; ++i) *--top = nullptr;
+  fiber.stack_pointer = top;
 }
 
 // The blocks from `first` on, neighbours along x, all alive at once.
@@ -279,6 +308,7 @@ T __shfl_sync(unsigned, T value, int source) {
   return cuda_on_cpu::exchange(value, source);
 }
 
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline float __fdividef(float x, float y) { return x / y; }
 

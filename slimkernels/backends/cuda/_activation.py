@@ -2,7 +2,14 @@
 
 import torch
 
-from slimkernels.backends.cuda._common import DTYPES, _cuda, dense, launch_place, pointers
+from slimkernels.backends.cuda._common import (
+    DTYPES,
+    _cuda,
+    dense,
+    dtype_number,
+    launch_place,
+    pointers,
+)
 
 # Mirrors enum Curve in csrc/cuda/ops.h.
 CURVES = {"gelu": 0, "gelu_tanh": 1, "silu": 2, "relu_squared": 3}
@@ -20,28 +27,20 @@ def backward(dy, x, bias, curve):
     dy = dy.contiguous()
     x, bias, how = _prepared(x, bias, curve)
     dx = torch.empty_like(x)
-    shares, partials = 1, None
+    if not x.numel():
+        return dx, x.new_empty(0) if bias is None else torch.zeros_like(bias)
+    shares, partials, dbias = 1, None, None
     if bias is not None:
-        shares = _shares(x, *how[:2])
+        dbias = torch.empty_like(bias)
+        shares = _cuda.activation_shares(*how[:2], launch_place(x)[0])
         partials = x.new_empty((shares, bias.numel()), dtype=torch.float32)
-    if x.numel():
-        _cuda.activation_backward(*pointers(dy, x, bias, dx, partials), shares, *how)
-    elif bias is not None:
-        partials.zero_()
-    return dx, x.new_empty(0) if bias is None else partials.sum(0).to(bias.dtype)
+    _cuda.activation_backward(*pointers(dy, x, bias, dx, dbias, partials), shares, *how)
+    return dx, x.new_empty(0) if bias is None else dbias
 
 
 def _prepared(x, bias, curve):
     """Tensors without gaps, and what both kernels take after them; without a bias, of one row."""
     x, bias = x.contiguous(), dense(bias)
     N = x.numel() if bias is None else bias.numel()
-    bias_dtype = DTYPES[x.dtype if bias is None else bias.dtype]
-    how = CURVES[curve], DTYPES[x.dtype], bias_dtype, *launch_place(x)
+    how = CURVES[curve], DTYPES[x.dtype], dtype_number(bias), *launch_place(x)
     return x, bias, (x.numel() // max(N, 1), N, *how)
-
-
-def _shares(x, M, N):
-    """Into how many shares the rows go: enough for eight blocks, of 256 columns and 8 rows at a
-    time, on each multiprocessor."""
-    blocks = 8 * _cuda.multiprocessors(launch_place(x)[0])
-    return max(1, min(-(-M // 8), blocks * 256 // max(N, 1)))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from array import array
-
 import torch
 from torch import Tensor
+
+from slimkernels.backends._tensors import address, pointers
 
 try:
     from slimkernels import _cuda
@@ -17,6 +17,7 @@ except ImportError as error:
 
 # Mirrors enum Dtype in csrc/cuda/ops.h.
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+MAX_ROW = 1 << 30
 
 
 def unsupported_tensor(x: Tensor) -> str | None:
@@ -28,19 +29,16 @@ def unsupported_tensor(x: Tensor) -> str | None:
     return None
 
 
+def unsupported_row(x: Tensor) -> str | None:
+    """The refusal of rows whose columns the kernels cannot count: in 32 bits, past a row's end."""
+    if x.shape[-1] > MAX_ROW:
+        return f"a row must have at most {MAX_ROW} elements and has {x.shape[-1]}"
+    return None
+
+
 def launch_place(x: Tensor) -> tuple[int, int]:
     """Where a kernel goes: x's device, and torch's current stream there."""
     return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
-
-
-def pointers(*tensors: Tensor | None) -> list[int]:
-    """Where tensors lie; 0, that of an empty one too, stands for None."""
-    return [0 if x is None else x.data_ptr() for x in tensors]
-
-
-def address(numbers: array) -> int:
-    """Where a struct of 64-bit integers lies, which its array must outlive."""
-    return numbers.buffer_info()[0]
 
 
 def dense(x: Tensor | None) -> Tensor | None:
@@ -48,12 +46,19 @@ def dense(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
+def dtype_number(x: Tensor | None) -> int:
+    """The number of an optional tensor's dtype; any, if there is none."""
+    return 0 if x is None else DTYPES[x.dtype]
+
+
 __all__ = [
     "DTYPES",
     "_cuda",
     "address",
     "dense",
+    "dtype_number",
     "launch_place",
     "pointers",
+    "unsupported_row",
     "unsupported_tensor",
 ]

@@ -8,6 +8,7 @@ from slimkernels.backends.cuda._common import (
     dense,
     launch_place,
     pointers,
+    unsupported_row,
     unsupported_tensor,
 )
 
@@ -17,9 +18,7 @@ def unsupported(
 ):
     if target.is_floating_point():
         return "it is written for class labels, and target holds probabilities"
-    if x.shape[1] >= 2**31:
-        return f"a row must have fewer than 2^31 elements and has {x.shape[1]}"
-    return unsupported_tensor(x)
+    return unsupported_row(x) or unsupported_tensor(x)
 
 
 def forward(
@@ -56,7 +55,7 @@ def backward(
     z_loss,
     softcap,
 ):
-    dy, dlse, x, target = (dense(t) for t in (dy, dlse, x, target))
+    dy, dlse, x, target = map(dense, (dy.to(x.dtype), dlse, x, target))
     dx = torch.empty_like(x)
     if x.numel():
         divisor = divisor if reduction == "mean" else None

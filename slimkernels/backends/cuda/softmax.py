@@ -10,8 +10,10 @@ from slimkernels.backends.cuda._common import (
     _cuda,
     address,
     dense,
+    dtype_number,
     launch_place,
     pointers,
+    unsupported_row,
     unsupported_tensor,
 )
 
@@ -23,9 +25,7 @@ def unsupported(x, dim, scale, mask, is_causal, sinks, dropout_p):
         return "it is written for rows, dim -1"
     if dropout_p > 0:
         return "it has no dropout"
-    if x.shape[-1] >= 2**31:
-        return f"a row must have fewer than 2^31 elements and has {x.shape[-1]}"
-    return unsupported_tensor(x)
+    return unsupported_row(x) or unsupported_tensor(x)
 
 
 def forward(x, dim, scale, mask, is_causal, sinks, dropout_p, seed):
@@ -66,8 +66,7 @@ def _problem(x, mask, is_causal, sinks):
     N = x.shape[-1]
     queries = x.shape[-2] if x.dim() > 1 else 1
     heads = 1 if sinks is None else sinks.shape[0]
-    mask_dtype = DTYPES[x.dtype] if mask is None else _MASK_DTYPES[mask.mask.dtype]
-    sinks_dtype = DTYPES[x.dtype if sinks is None else sinks.dtype]
-    places = (1, 1, 0, 0, 0, 0) if mask is None else mask[1:]
     sizes = x.numel() // N, N, queries if is_causal else 0, queries, heads
-    return array("q", (*sizes, mask_dtype, sinks_dtype, *places))
+    mask_dtype = 0 if mask is None else _MASK_DTYPES[mask.mask.dtype]
+    places = (1, 1, 0, 0, 0, 0) if mask is None else mask[1:]
+    return array("q", (*sizes, mask_dtype, dtype_number(sinks), *places))
