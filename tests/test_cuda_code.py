@@ -18,8 +18,14 @@ ALIGNED = r"({})_kernelI(fLi4|6__halfLi8|13__nv_bfloat16Li8)E"
 EXPECTED = {
     ALIGNED.format("norm_forward"): ("LDG.E.128", "STG.E.128"),
     ALIGNED.format("norm_backward"): ("LDG.E.128", "STG.E.128"),
-    r"norm_(forward|backward)_kernelI\w+Li1E": (),
-    r"column_sums_kernel": (),
+    ALIGNED.format("softmax_forward"): ("LDG.E.128", "STG.E.128"),
+    ALIGNED.format("softmax_backward"): ("LDG.E.128", "STG.E.128"),
+    ALIGNED.format("cross_entropy_forward"): ("LDG.E.128",),
+    ALIGNED.format("cross_entropy_backward"): ("LDG.E.128", "STG.E.128"),
+    ALIGNED.format("activation_forward"): ("LDG.E.128", "STG.E.128"),
+    ALIGNED.format("activation_backward"): ("LDG.E.128", "STG.E.128"),
+    r"_(forward|backward)_kernelI\w+Li1E": (),
+    r"(column_sums|cross_entropy_total)_kernel": (),
 }
 
 

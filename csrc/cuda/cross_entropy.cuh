@@ -1,16 +1,16 @@
 // Cross-entropy of logits (M, V) with class labels; csrc/cpu/cross_entropy.cpp has the formulas.
 //
-// Tiling   Forward: a warp walks a short row, a block a longer one, a cluster of up to 8 blocks a
-//          long one; then one block adds the rows up. Backward: a warp or a block a segment of a
-//          row. No atomics: the same bits on every run.
+// Tiling   Forward: rows.cuh, but that a team walks its row rather than hold it, so that a cluster
+//          of up to 8 blocks is for long rows only; then one block adds the rows up. Backward: a
+//          warp or more a segment of a row. No atomics: the same bits on every run.
 // Traffic  Forward reads the logits once, backward reads them once and writes dx once; ignored rows
 //          are not read. The roof is DRAM bandwidth, 3 * M * V * sizeof(T) bytes in all.
 // Numerics Online: a thread's sum of exp(z - max) is rescaled when its maximum rises, the threads
 //          exchange (max, sum) pairs. lse stays in two float32, the maximum and the logarithm of
 //          the sum: in one it would be wrong by 5e-4 at logits of 1e4. A sum of u (lse - z) is kept
 //          as the sums of u (max - z), whose terms have one sign, and of u.
-// Launch   forward: grid = ceil(M / 4), block = (32, 4), or grid = M * cluster, block = 256;
-//          backward: grid = M * segments of a row / rows of a block.
+// Launch   forward: a team a row; backward: grid = segments of rows, block = (32 to 256, 256 /
+// that).
 #pragma once
 #include <algorithm>
 
@@ -188,18 +188,17 @@ template <typename T>
 __global__ void __launch_bounds__(kTotalThreads)
     cross_entropy_total_kernel(const float* __restrict__ losses, T* __restrict__ total,
                                float* __restrict__ divisor, bool is_mean, Loss p) {
-  float sum = 0.f, weights = 0.f;
+  SumPair sums = {0.f, 0.f};  // of losses and of weights
   for (int64_t row = threadIdx.x; row < p.M; row += kTotalThreads) {
-    sum += losses[row];
+    sums.first += losses[row];
     const int64_t label = p.target[row];
-    if (label != p.ignore_index && p.is_valid(label)) weights += p.weight_of(label);
+    if (label != p.ignore_index && p.is_valid(label)) sums.second += p.weight_of(label);
   }
-  sum = block_reduce<kTotalThreads / 32>(sum, combine_sum);
-  weights = block_reduce<kTotalThreads / 32>(weights, combine_sum);
+  sums = block_reduce<kTotalThreads / 32>(sums, combine_sum_pair);
   if (threadIdx.x > 0) return;
   // 0 / 0 = NaN where every row is ignored, as in torch
-  *total = narrow<T>(is_mean ? sum / weights : sum);
-  *divisor = weights;
+  *total = narrow<T>(is_mean ? sums.first / sums.second : sums.first);
+  *divisor = sums.second;
 }
 
 // What backward is told besides.
@@ -252,7 +251,8 @@ __device__ Slopes slopes_of(const Loss& p, const LossGradients<T>& g, int64_t ro
           log_sum};
 }
 
-constexpr int kSegmentThreads = 256;
+constexpr int kSegmentThreads = 256;  // four such blocks fit a multiprocessor, or there would be
+                                      // few loads on their way
 constexpr int kSegmentPacks = 2;  // a thread's, which share what it reads of the row
 
 template <typename T, int kVec>
@@ -281,8 +281,7 @@ __global__ void __launch_bounds__(kSegmentThreads, 4)
   each_pack([&](int i, int64_t at) { store(dx + at, values[i]); });
 }
 
-// A block walks its part of a row, so that a cluster is for long rows only: its blocks have 16384
-// elements each, or more where there are no more blocks to be had.
+// Blocks of a cluster have 16384 elements each, or more where there are no more blocks to be had.
 inline RowTiling loss_tiling(int64_t V, int max_cluster) {
   RowTiling tiling = row_tiling(V, kLossThreads, 1);
   while (tiling.blocks < std::min(max_cluster, 8) && V > 16384 * int64_t(tiling.blocks))

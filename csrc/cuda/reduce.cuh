@@ -38,14 +38,15 @@ __device__ inline MaxSum combine_max_sum(MaxSum a, MaxSum b) {
 // error grows with -x, but slower than the term shrinks.
 template <typename T>
 __device__ float exp_of_nonpositive(float x) {
+  if constexpr (sizeof(T) == 4) return expf(x);
+  x *= 1.442695041f;
 #ifdef __CUDACC__
-  if constexpr (sizeof(T) == 2) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.442695041f));
-    return y;
-  }
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return exp2f(x);
 #endif
-  return expf(x);
 }
 
 // With more scores, `max` being the greatest of all so far.
