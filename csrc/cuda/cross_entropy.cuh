@@ -251,9 +251,9 @@ __device__ Slopes slopes_of(const Loss& p, const LossGradients<T>& g, int64_t ro
           log_sum};
 }
 
-constexpr int kSegmentThreads = 256;  // four such blocks fit a multiprocessor, or there would be
-                                      // few loads on their way
-constexpr int kSegmentPacks = 2;  // a thread's, which share what it reads of the row
+// Four blocks must fit a multiprocessor, or there would be few loads on their way. A thread's packs
+// share what it reads of the row.
+constexpr int kSegmentThreads = 256, kSegmentPacks = 2;
 
 template <typename T, int kVec>
 __global__ void __launch_bounds__(kSegmentThreads, 4)
