@@ -146,8 +146,9 @@ __device__ void ignore_row(const Loss& p, int64_t row, const LossOutputs<T>& out
   out.store(row, 0.f, false);
 }
 
+// Single elements need more registers than packs of them: more addresses.
 template <typename T, int kVec>
-__global__ void __launch_bounds__(kLossThreads)
+__global__ void __launch_bounds__(kLossThreads, kVec == 1 ? 2 : 4)
     cross_entropy_forward_kernel(const T* __restrict__ x, LossOutputs<T> out, Loss p,
                                  RowTiling tiling) {
   Team team(tiling);
