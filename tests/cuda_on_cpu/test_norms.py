@@ -15,8 +15,8 @@ from slimkernels.testing import assert_op_matches, run_with_gradients
 
 EPS = 1e-5
 F32, BF16 = torch.float32, torch.bfloat16
-# 8, 16 and 32 lanes a row, a block, clusters of two and four; aligned to 16 bytes and not; rows more
-# than device.cpp's one multiprocessor takes at a time.
+# 8, 16 and 32 lanes a row, a block, clusters of two and four; aligned to 16 bytes and not; more
+# rows than a multiprocessor, which device.cpp has one of, takes at a time.
 ROWS = [
     *(((1, 1), F32), ((70, 33), BF16), ((35, 136), F32), ((19, 384), BF16), ((9, 515), F32)),
     *(((5, 2048), BF16), ((3, 4101), F32), ((2, 16392), BF16), ((9, 136), torch.float16)),
