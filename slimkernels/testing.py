@@ -87,7 +87,7 @@ def assert_op_matches(
     """Outputs and every gradient of `function` are no worse than eager's, by the float64 truth.
 
     inputs   what all three functions take; floating tensors get gradients
-    Returns  what `function` gave, as run_with_gradients has it
+    Returns  what run_with_gradients says of `function`
     """
     with forbid_synchronisation():
         actual = run_with_gradients(function, inputs)

@@ -2,10 +2,10 @@
 //
 // Tiling   A team of threads has a row, each thread kHeld elements of it in registers. The team is
 //          8, 16 or 32 lanes of a warp, then a block, then a cluster of up to 16 blocks, whose
-//          reductions go through each other's shared memory; so rows of up to kHeld * 1024 * 16 =
-//          262144 elements are read once. Which it is are numbers that the kernel is given: one
-//          instance of a kernel serves all. Longer rows, and before sm_90 those that do not fit one
-//          block, are walked in pieces of kHeld * threads, twice.
+//          reductions go through each other's shared memory; so rows of up to kHeld * 16 blocks,
+//          262144 elements if those have 1024 threads, are read once. Which it is are numbers that
+//          the kernel is given: one instance of a kernel serves all. Longer rows, and before sm_90
+//          those that do not fit one block, are walked in pieces, twice.
 // Traffic  Neighbouring threads have neighbouring packs of kVec elements, 16 bytes where rows are
 //          aligned; a thread's packs are a team apart.
 #pragma once

@@ -36,17 +36,18 @@ def forward(
     eps: float,
     zero_centered: bool,
     *,
+    has_mean: bool = True,
     residual: Tensor | None = None,
     dropout_p: float = 0.0,
     row_scale: Tensor | None = None,
     seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """y, total (None without a residual), mean (which an RMSNorm leaves unwritten) and rstd."""
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """y, total (None without a residual), mean (None if it has none) and rstd."""
     x, residual, weight, bias, row_scale = map(dense, (x, residual, weight, bias, row_scale))
     N = x.shape[-1]
     y, total = torch.empty_like(x), None if residual is None else torch.empty_like(residual)
-    mean = x.new_empty(x.shape[:-1], dtype=torch.float32)
-    rstd = torch.empty_like(mean)
+    rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    mean = torch.empty_like(rstd) if has_mean else None
     if x.numel():
         kernel(
             *pointers(x, residual, weight, bias, y, total, mean, rstd, seed, row_scale),

@@ -10,8 +10,9 @@ def unsupported(x, residual, weight, eps, dropout_p, row_scale, zero_centered):
 
 def forward(x, residual, weight, eps, dropout_p, row_scale, zero_centered, seed):
     options = dict(residual=residual, dropout_p=dropout_p, row_scale=row_scale, seed=seed)
-    kernel = _cuda.rms_norm_forward
-    y, total, _, rstd = _norm.forward(kernel, x, weight, None, eps, zero_centered, **options)
+    y, total, _, rstd = _norm.forward(
+        *(_cuda.rms_norm_forward, x, weight, None, eps, zero_centered), has_mean=False, **options
+    )
     return y, total, rstd
 
 

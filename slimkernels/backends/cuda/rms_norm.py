@@ -10,7 +10,7 @@ def unsupported(x, weight, eps, zero_centered):
 
 def forward(x, weight, eps, zero_centered):
     kernel = _cuda.rms_norm_forward
-    y, _, _, rstd = _norm.forward(kernel, x, weight, None, eps, zero_centered)
+    y, _, _, rstd = _norm.forward(kernel, x, weight, None, eps, zero_centered, has_mean=False)
     return y, rstd
 
 
