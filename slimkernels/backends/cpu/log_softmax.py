@@ -13,7 +13,8 @@ MIN_PLAIN = 1 << 19
 MIN_COLUMNS = 1 << 20
 # ATen stays ahead in columns of few elements, in one dtype or the other, however many there are:
 # 0.70 and 0.77 over dim 1 of 8x100x4096, 0.95 and 1.00 of 32x32x4096, 1.02 and 2.10 of 64x32x4096
-# (in bfloat16 0.92 and 0.86, 0.96 and 1.05, 0.84 and 0.85); 1.07 and 1.45 of 8x1000x256 (1.14, 1.37).
+# (in bfloat16 0.92 and 0.86, 0.96 and 1.05, 0.84 and 0.85); 1.07 and 1.45 of 8x1000x256
+# (1.14 and 1.37).
 MIN_HEIGHT = 256
 
 
