@@ -29,8 +29,10 @@ def install(folder: str) -> None:
     from slimkernels.backends.cuda import _common
 
     def unsupported_tensor(x, *args):
+        """The refusals but that of the device."""
         refusal = real(x, *args)
-        return None if refusal and refusal.startswith("it needs CUDA tensors") else refusal
+        is_of_device = refusal is not None and refusal.startswith("it needs CUDA tensors")
+        return None if is_of_device and x.dtype in _common.DTYPES else refusal
 
     real = _common.unsupported_tensor
     for name, module in list(sys.modules.items()):
