@@ -192,6 +192,13 @@ __device__ inline float exp2_approximate(float x) {
   return y;
 }
 
+// "rcp": 1 / x, at most one unit in the last place off; no branch, as a division would have.
+__device__ inline float reciprocal_approximate(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Dynamic shared memory from its first 1024-byte boundary on; ask for kPanelAlignment bytes more.
 __device__ inline unsigned char* aligned_shared() {
   DYNAMIC_SHARED(unsigned char, start);

@@ -58,8 +58,6 @@ __device__ inline void fence_registers(uint32_t (&a)[kSteps][4]) {
   for (int i = 0; i < kSteps * 4; ++i) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
 }
 
-#ifdef SLIM_HOPPER
-
 __device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void wgmma_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
@@ -147,7 +145,6 @@ SLIM_WGMMA(128, 7, 64, 65, 66, 67, 68, 69, 70)
 SLIM_WGMMA(176, 10, 88, 89, 90, 91, 92, 93, 94)
 SLIM_WGMMA(256, 15, 128, 129, 130, 131, 132, 133, 134)
 
-#endif  // SLIM_HOPPER
 #endif  // __CUDACC__
 
 }  // namespace slimkernels

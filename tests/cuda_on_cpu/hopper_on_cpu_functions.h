@@ -188,5 +188,6 @@ inline float exp2_approximate(float x) {
   const float y = std::exp2(x);
   return y < std::numeric_limits<float>::min() ? 0.f : y;
 }
+inline float reciprocal_approximate(float x) { return 1.f / x; }
 
 }  // namespace slimkernels

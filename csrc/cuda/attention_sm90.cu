@@ -1,0 +1,86 @@
+// The entry point of attention on Hopper: tensor maps, the tile for the heads' width, the launch.
+#include "attention_sm90.cuh"
+
+namespace slimkernels {
+namespace {
+
+// L2 holds 50 MB; keys and values of the heads that are at work should fill half of it.
+constexpr int64_t kSectionBytes = 25 << 20;
+
+// Query heads whose keys and values stay in L2 together: whole groups, at least one.
+int section_of(const AttentionShape& shape, int64_t width) {
+  const int64_t bytes_of_group = 2 * 2 * width * larger(shape.Tk, 1);
+  const int64_t all = int64_t(shape.sequences) * shape.heads;
+  const int64_t groups = kSectionBytes / bytes_of_group;
+  return int(std::min(all, std::max<int64_t>(groups, 1) * shape.group));
+}
+
+// (columns, tokens, heads, batch) of a tensor, innermost first, in boxes of `rows` by one panel.
+template <typename T>
+TensorMap head_map(const void* start, int64_t columns, int64_t tokens, int64_t heads, int64_t batch,
+                   const int64_t (&strides)[3], int rows) {
+  // A dimension of one has any stride, even one that the map would refuse.
+  const auto stride = [&](int64_t size, int64_t given) { return size > 1 ? given : 8; };
+  return tensor_map<T, 4>(static_cast<const T*>(start), {columns, tokens, heads, batch},
+                          {stride(tokens, strides[2]), stride(heads, strides[1]),
+                           stride(batch, strides[0])},
+                          {kPanelColumns, rows, 1, 1});
+}
+
+}  // namespace
+
+void attention_forward(const void* query, const void* key, const void* value, void* y, float* lse,
+                       const int* cu_seqlens_q, const int* cu_seqlens_k, const int* key_lengths,
+                       const int* causal_offsets, int64_t sequences, int64_t heads,
+                       int64_t key_heads, int64_t Tq, int64_t Tk, int64_t D, int64_t Dv,
+                       int64_t q_batch, int64_t q_head, int64_t q_token, int64_t k_batch,
+                       int64_t k_head, int64_t k_token, int64_t v_batch, int64_t v_head,
+                       int64_t v_token, int64_t left, int64_t right, int64_t offset, float scale,
+                       float softcap, int dtype, int device, void* stream) {
+  const DeviceGuard guard(device);
+  if (capability(device) != 90)  // elsewhere the kernel is empty
+    throw std::runtime_error("attention_forward: compute capability 9.0 is needed");
+  AttentionArguments arguments = {};
+  AttentionShape& shape = arguments.shape;
+  shape = {int(sequences), int(heads),   int(heads / key_heads), int(Tq),     int(Tk),
+           int(left),      int(right),   int(offset),            cu_seqlens_q, cu_seqlens_k,
+           key_lengths,    causal_offsets};
+  const int64_t batch = cu_seqlens_q == nullptr ? sequences : 1;
+  arguments.scale = scale;
+  arguments.softcap = softcap;
+  arguments.value_width = int(Dv);
+  arguments.y = y;
+  arguments.lse = lse;
+  arguments.low = lse + batch * heads * Tq;
+  arguments.section = section_of(shape, std::max(D, Dv));
+  const auto launch = [&](auto tile) {
+    using Tile = decltype(tile);
+    using T = typename Tile::T;
+    const int64_t q[3] = {q_batch, q_head, q_token}, k[3] = {k_batch, k_head, k_token},
+                  v[3] = {v_batch, v_head, v_token};
+    arguments.works = query_tiles(shape, Tile::kM) * shape.heads;
+    const int blocks = std::min(arguments.works, multiprocessors(device));
+    LAUNCH_CLUSTER((attention_sm90_forward_kernel<Tile>), dim3(blocks), dim3(Tile::kThreads), 1,
+                   kAttentionSharedBytes<Tile>, (cudaStream_t)stream,
+                   head_map<T>(query, D, Tq, heads, batch, q, Tile::kM),
+                   head_map<T>(key, D, Tk, key_heads, batch, k, Tile::kN),
+                   head_map<T>(value, Dv, Tk, key_heads, batch, v, Tile::kN), arguments);
+  };
+  const auto with_width = [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t width = std::max(D, Dv);
+    if (width <= 64)
+      launch(AttentionTile<T, 64>{});
+    else if (width <= 128)
+      launch(AttentionTile<T, 128>{});
+    else
+      launch(AttentionTile<T, 256>{});
+  };
+  if (Dtype(dtype) == Dtype::kFloat16)
+    with_width(__half{});
+  else
+    with_width(__nv_bfloat16{});
+  check_launch("attention_forward", sequences * heads * Tq, D);
+}
+
+}  // namespace slimkernels
