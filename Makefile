@@ -1,7 +1,7 @@
 # `make lint test` checks a change in the environment that is active; .ci/run makes a fresh one.
 .PHONY: lint format build test bench
 
-CPP = $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/*.h tests/*.cpp)
+CPP = $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/*/*.h tests/*/*.cpp)
 
 lint:
 	ruff check .

@@ -1,9 +1,7 @@
 // The only pybind11 file of the CUDA extension: one bind() an entry point, no logic.
-#include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
 
-#include <string>
-
+#include "device.h"
 #include "ops.h"
 
 namespace py = pybind11;
@@ -25,19 +23,6 @@ void bind(py::module_& m, const char* name, void (*entry)(Args...)) {
   m.def(
       name, [entry](typename Wire<Args>::type... args) { entry((Args)(args)...); },
       py::call_guard<py::gil_scoped_release>());
-}
-
-// Why no kernel can run here, in a sentence; empty if one can. Asked for by slimkernels.info, never
-// at import: the answer takes the driver's start.
-std::string no_device() {
-  int count = 0, driver = 0;
-  const cudaError_t error = cudaGetDeviceCount(&count);
-  cudaGetLastError();  // without a driver every call fails: leave no error behind
-  if (error == cudaSuccess && count > 0) return "";
-  if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0)
-    return "this machine has no CUDA driver";
-  if (error == cudaSuccess || error == cudaErrorNoDevice) return "this machine has no CUDA device";
-  return std::string("CUDA cannot start: ") + cudaGetErrorString(error);
 }
 
 }  // namespace slimkernels

@@ -1,11 +1,12 @@
 // What every kernel needs: float conversion, 128-bit loads and stores, and the launch.
 //
-// The same headers are compiled by nvcc for the GPU and by g++ for the CPU, where
-// tests/cuda_on_cpu.h runs each thread as a fiber under AddressSanitizer. LAUNCH is the one
-// spelling that differs.
+// The same files are compiled by nvcc for the GPU and by g++ for the CPU, where
+// tests/cuda_on_cpu/cuda_on_cpu.h runs each thread as a fiber under AddressSanitizer. What the two
+// spell differently is here: launches, shared memory, clusters.
 #pragma once
 #include <cstdint>
 
+#include "device.h"
 #include "ops.h"
 
 #ifdef __CUDACC__
@@ -15,11 +16,30 @@
 #include <stdexcept>
 #include <string>
 
+// Launches neither synchronise nor report: check_launch does, once an entry point.
 #define LAUNCH(kernel, grid, block, stream, ...) kernel<<<grid, block, 0, stream>>>(__VA_ARGS__)
+
+// cluster_size neighbours of grid.x are a cluster, 1 for none; shared_bytes are for DYNAMIC_SHARED.
+#define LAUNCH_CLUSTER(kernel, grid, block, cluster_size, shared_bytes, stream, ...) \
+  slimkernels::launch_cluster(kernel, grid, block, cluster_size, shared_bytes, stream, __VA_ARGS__)
+
+// An array that the threads of a block share: T name[n], and the bytes that the launch asked for.
+#define SHARED_ARRAY(T, name, n) __shared__ T name[n]
+#define DYNAMIC_SHARED(T, name)                                         \
+  extern __shared__ __align__(128) unsigned char slim_dynamic_shared[]; \
+  T* const name = reinterpret_cast<T*>(slim_dynamic_shared)
 #else
 #include "cuda_on_cpu.h"
 #define LAUNCH(kernel, grid, block, stream, ...) \
-  cuda_on_cpu::launch(kernel, grid, block, __VA_ARGS__)
+  cuda_on_cpu::launch(kernel, grid, block, 1, 0, stream, __VA_ARGS__)
+#define LAUNCH_CLUSTER(kernel, grid, block, cluster_size, shared_bytes, stream, ...) \
+  cuda_on_cpu::launch(kernel, grid, block, cluster_size, shared_bytes, stream, __VA_ARGS__)
+#define SHARED_ARRAY(T, name, n)                   \
+  T* const name = [] {                             \
+    static char site;                              \
+    return cuda_on_cpu::shared_array<T>(&site, n); \
+  }()
+#define DYNAMIC_SHARED(T, name) T* const name = cuda_on_cpu::dynamic_shared<T>()
 #endif
 
 namespace slimkernels {
@@ -43,9 +63,10 @@ __device__ inline __nv_bfloat16 narrow<__nv_bfloat16>(float x) {
   return __float2bfloat16(x);
 }
 
-// kVec neighbours that move in one instruction: 16 bytes where rows are aligned, else one element.
+// kVec neighbours: as many as 16 bytes, one instruction, hold where rows are aligned, else one. Of
+// float32 beside a 16-bit type as many take two instructions.
 template <typename T, int kVec>
-struct alignas(sizeof(T) * kVec) Pack {
+struct alignas(sizeof(T) * kVec < 16 ? sizeof(T) * kVec : 16) Pack {
   T values[kVec];
 };
 
@@ -88,10 +109,56 @@ void with_type(int dtype, Run run) {
 
 #ifdef __CUDACC__
 
+// Every thread of the cluster waits for all the others; what they wrote before, to any block's
+// shared memory, is seen after. One block is its own cluster.
+__device__ inline void cluster_barrier() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#else
+  __syncthreads();
+#endif
+}
+
+// Where block `rank` of the cluster has what this block has at `shared`.
+template <typename T>
+__device__ T* map_shared_rank(T* shared, int rank) {
+#if __CUDA_ARCH__ >= 900
+  T* mapped;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(mapped) : "l"(shared), "r"(rank));
+  return mapped;
+#else
+  return shared;
+#endif
+}
+
 inline void check(cudaError_t error, const std::string& what) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // or the next launch would report it again
   throw std::runtime_error(what + ": " + cudaGetErrorString(error));
+}
+
+// An error stays the thread's last one, for check_launch.
+template <typename... Params, typename... Args>
+void launch_cluster(void (*kernel)(Params...), dim3 grid, dim3 block, int cluster_size,
+                    size_t shared_bytes, cudaStream_t stream, Args&&... args) {
+  if (cluster_size > 8 &&  // the most that every device with clusters promises
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1))
+    return;
+  if (shared_bytes > 48 << 10 &&
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)))
+    return;
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {unsigned(cluster_size), 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = cluster_size > 1;  // devices before sm_90 do not know the attribute
+  cudaLaunchKernelEx(&config, kernel, Params(args)...);
 }
 
 // Launches go to `device` whatever the thread's current one is, which is restored.
@@ -99,13 +166,18 @@ class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
     check(cudaGetDevice(&previous_), "cudaGetDevice");
+    if (previous_ == device) return;
     check(cudaSetDevice(device), "cudaSetDevice(" + std::to_string(device) + ")");
+    changed_ = true;
   }
-  ~DeviceGuard() { cudaSetDevice(previous_); }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(previous_);
+  }
   DeviceGuard(const DeviceGuard&) = delete;
 
  private:
   int previous_ = 0;
+  bool changed_ = false;
 };
 
 inline void check_launch(const char* op, int64_t M, int64_t N) {

@@ -1,4 +1,5 @@
 // Reductions over a warp and over a block: sum, max, and the pair (max, sum of exp) of softmax.
+// rows.cuh goes on to clusters.
 //
 // Every thread gets the result. The order of the additions is fixed, so the bits are too.
 #pragma once
@@ -8,14 +9,23 @@ namespace slimkernels {
 
 constexpr unsigned kWholeWarp = 0xffffffffu;
 
-__device__ inline float combine_sum(float a, float b) { return a + b; }
-__device__ inline float combine_max(float a, float b) { return fmaxf(a, b); }
+// Two sums that share a reduction.
+struct SumPair {
+  float first;
+  float second;
+};
 
 // The greatest of some scores, and the sum of exp(score - max) over them.
 struct MaxSum {
   float max;
   float sum;
 };
+
+__device__ inline float combine_sum(float a, float b) { return a + b; }
+__device__ inline float combine_max(float a, float b) { return fmaxf(a, b); }
+__device__ inline SumPair combine_sum_pair(SumPair a, SumPair b) {
+  return {a.first + b.first, a.second + b.second};
+}
 
 // Scores of -inf only have sum 0 here rather than exp(-inf + inf); +inf and NaN still give NaN.
 __device__ inline MaxSum combine_max_sum(MaxSum a, MaxSum b) {
@@ -24,23 +34,35 @@ __device__ inline MaxSum combine_max_sum(MaxSum a, MaxSum b) {
   return {max, a.sum * expf(a.max - shift) + b.sum * expf(b.max - shift)};
 }
 
-template <typename T>
-__device__ T from_lane_xor(T value, int lane_mask);
-template <>
-__device__ inline float from_lane_xor(float value, int lane_mask) {
-  return __shfl_xor_sync(kWholeWarp, value, lane_mask);
-}
-template <>
-__device__ inline MaxSum from_lane_xor(MaxSum value, int lane_mask) {
-  return {__shfl_xor_sync(kWholeWarp, value.max, lane_mask),
-          __shfl_xor_sync(kWholeWarp, value.sum, lane_mask)};
+template <int kVec>
+__device__ MaxSum max_sum(const float (&scores)[kVec]) {
+  float max = scores[0], sum = 0.f;
+#pragma unroll
+  for (int i = 1; i < kVec; ++i) max = fmaxf(max, scores[i]);
+  const float shift = max == -INFINITY ? 0.f : max;
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) sum += expf(scores[i] - shift);
+  return {max, sum};
 }
 
+// T is made of 32-bit words.
 template <typename T>
-__device__ T warp_reduce(T value, T (*combine)(T, T)) {
+__device__ T from_lane_xor(T value, int lane_mask) {
+  static_assert(sizeof(T) % sizeof(unsigned) == 0, "");
+  unsigned words[sizeof(T) / sizeof(unsigned)];
+  memcpy(words, &value, sizeof(T));
+#pragma unroll
+  for (unsigned& word : words) word = __shfl_xor_sync(kWholeWarp, word, lane_mask);
+  memcpy(&value, words, sizeof(T));
+  return value;
+}
+
+// Over `lanes` neighbours, a power of two. The whole warp must come here.
+template <typename T>
+__device__ T warp_reduce(T value, T (*combine)(T, T), int lanes = 32) {
 #pragma unroll
   for (int lane_mask = 16; lane_mask > 0; lane_mask /= 2)
-    value = combine(value, from_lane_xor(value, lane_mask));
+    if (lane_mask < lanes) value = combine(value, from_lane_xor(value, lane_mask));
   return value;
 }
 
@@ -48,7 +70,7 @@ __device__ T warp_reduce(T value, T (*combine)(T, T)) {
 // not guarded against a second round.
 template <int kWarps, typename T>
 __device__ T block_reduce(T value, T (*combine)(T, T)) {
-  __shared__ T partial[kWarps];
+  SHARED_ARRAY(T, partial, kWarps);
   value = warp_reduce(value, combine);
   if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = value;
   __syncthreads();

@@ -81,8 +81,7 @@ __global__ void __launch_bounds__(32 * kLongWarps)
   float scores[kVec];
   for (int64_t col = threadIdx.x * kVec; col < N; col += 32 * kLongWarps * kVec) {
     load_scores(scores, x, int(col), visible, scale);
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) total = combine_max_sum(total, {scores[i], 1.f});
+    total = combine_max_sum(total, max_sum(scores));
   }
   total = block_reduce<kLongWarps>(total, combine_max_sum);
   const float factor = 1.f / total.sum;
