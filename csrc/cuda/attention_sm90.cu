@@ -21,37 +21,36 @@ TensorMap head_map(const void* start, int64_t columns, int64_t tokens, int64_t h
                    const int64_t (&strides)[3], int rows) {
   // A dimension of one has any stride, even one that the map would refuse.
   const auto stride = [&](int64_t size, int64_t given) { return size > 1 ? given : 8; };
-  return tensor_map<T, 4>(static_cast<const T*>(start), {columns, tokens, heads, batch},
-                          {stride(tokens, strides[2]), stride(heads, strides[1]),
-                           stride(batch, strides[0])},
-                          {kPanelColumns, rows, 1, 1});
+  return tensor_map<T, 4>(
+      static_cast<const T*>(start), {columns, tokens, heads, batch},
+      {stride(tokens, strides[2]), stride(heads, strides[1]), stride(batch, strides[0])},
+      {kPanelColumns, rows, 1, 1});
 }
 
 }  // namespace
 
 void attention_forward(const void* query, const void* key, const void* value, void* y, float* lse,
                        const int* cu_seqlens_q, const int* cu_seqlens_k, const int* key_lengths,
-                       const int* causal_offsets, int64_t sequences, int64_t heads,
-                       int64_t key_heads, int64_t Tq, int64_t Tk, int64_t D, int64_t Dv,
-                       int64_t q_batch, int64_t q_head, int64_t q_token, int64_t k_batch,
-                       int64_t k_head, int64_t k_token, int64_t v_batch, int64_t v_head,
-                       int64_t v_token, int64_t left, int64_t right, int64_t offset, float scale,
-                       float softcap, int dtype, int device, void* stream) {
+                       const int* causal_offsets, int64_t B, int64_t H, int64_t Hkv, int64_t Tq,
+                       int64_t Tk, int64_t D, int64_t Dv, int64_t q_batch, int64_t q_head,
+                       int64_t q_token, int64_t k_batch, int64_t k_head, int64_t k_token,
+                       int64_t v_batch, int64_t v_head, int64_t v_token, int64_t left,
+                       int64_t right, int64_t offset, float scale, float softcap, int dtype,
+                       int device, void* stream) {
   const DeviceGuard guard(device);
   if (capability(device) != 90)  // elsewhere the kernel is empty
     throw std::runtime_error("attention_forward: compute capability 9.0 is needed");
   AttentionArguments arguments = {};
   AttentionShape& shape = arguments.shape;
-  shape = {int(sequences), int(heads),   int(heads / key_heads), int(Tq),     int(Tk),
-           int(left),      int(right),   int(offset),            cu_seqlens_q, cu_seqlens_k,
-           key_lengths,    causal_offsets};
-  const int64_t batch = cu_seqlens_q == nullptr ? sequences : 1;
+  shape = {int(B),     int(H),      int(H / Hkv), int(Tq),      int(Tk),     int(left),
+           int(right), int(offset), cu_seqlens_q, cu_seqlens_k, key_lengths, causal_offsets};
+  const int64_t batch = cu_seqlens_q == nullptr ? B : 1;
   arguments.scale = scale;
   arguments.softcap = softcap;
   arguments.value_width = int(Dv);
   arguments.y = y;
   arguments.lse = lse;
-  arguments.low = lse + batch * heads * Tq;
+  arguments.low = lse + batch * H * Tq;
   arguments.section = section_of(shape, std::max(D, Dv));
   const auto launch = [&](auto tile) {
     using Tile = decltype(tile);
@@ -62,9 +61,9 @@ void attention_forward(const void* query, const void* key, const void* value, vo
     const int blocks = std::min(arguments.works, multiprocessors(device));
     LAUNCH_CLUSTER((attention_sm90_forward_kernel<Tile>), dim3(blocks), dim3(Tile::kThreads), 1,
                    kAttentionSharedBytes<Tile>, (cudaStream_t)stream,
-                   head_map<T>(query, D, Tq, heads, batch, q, Tile::kM),
-                   head_map<T>(key, D, Tk, key_heads, batch, k, Tile::kN),
-                   head_map<T>(value, Dv, Tk, key_heads, batch, v, Tile::kN), arguments);
+                   head_map<T>(query, D, Tq, H, batch, q, Tile::kM),
+                   head_map<T>(key, D, Tk, Hkv, batch, k, Tile::kN),
+                   head_map<T>(value, Dv, Tk, Hkv, batch, v, Tile::kN), arguments);
   };
   const auto with_width = [&](auto zero) {
     using T = decltype(zero);
@@ -80,7 +79,7 @@ void attention_forward(const void* query, const void* key, const void* value, vo
     with_width(__half{});
   else
     with_width(__nv_bfloat16{});
-  check_launch("attention_forward", sequences * heads * Tq, D);
+  check_launch("attention_forward", batch * H * Tq, D);
 }
 
 }  // namespace slimkernels

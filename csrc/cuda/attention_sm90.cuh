@@ -56,12 +56,12 @@ constexpr int kAttentionSharedBytes =
 
 struct AttentionArguments {
   AttentionShape shape;
-  int works, section;   // tiles of queries times heads; heads that share L2
-  float scale;          // of q @ k^T; above 0
-  float softcap;        // 0: none
-  int value_width;      // columns of y, a multiple of 8
-  void* y;              // (B, H, Tq, Dv), or (Tq, H, Dv) of ragged sequences
-  float *lse, *low;     // (B, H, Tq), or (H, Tq)
+  int works, section;  // tiles of queries times heads; heads that share L2
+  float scale;         // of q @ k^T; above 0
+  float softcap;       // 0: none
+  int value_width;     // columns of y, a multiple of 8
+  void* y;             // (B, H, Tq, Dv), or (Tq, H, Dv) of ragged sequences
+  float *lse, *low;    // (B, H, Tq), or (H, Tq)
 };
 
 // A block's shared memory.
@@ -122,7 +122,8 @@ __device__ void each_attention_work(const AttentionArguments& arguments, Run& ru
   }
 }
 
-// ---- The producer --------------------------------------------------------------------------------
+// ---- The producer
+// --------------------------------------------------------------------------------
 
 template <typename Tile>
 __device__ void load_panels(unsigned char* to, const TensorMap* map, Mbarrier* barrier, int rows,

@@ -3,8 +3,9 @@
 
 namespace slimkernels {
 
-// A consumer thread holds, of two rows (its first and the one 8 below), every fourth pair of columns.
-// Four neighbouring lanes, a quad, have a row together. wgmma.cuh says which element is where.
+// A consumer thread holds, of two rows (its first and the one 8 below), every fourth pair of
+// columns. Four neighbouring lanes, a quad, have a row together. wgmma.cuh says which element is
+// where.
 struct SoftmaxRows {
   float max[2] = {-INFINITY, -INFINITY};  // of scores without their scale
   float sum[2] = {0.f, 0.f};              // this thread's part
@@ -96,7 +97,7 @@ template <typename Tile>
 struct AttentionConsumer {
   using T = typename Tile::T;
   static constexpr int kScores = Tile::kN / 2, kOutputs = Tile::kWidth / 2;  // a thread's
-  static constexpr int kSteps = Tile::kN / 16;                              // of p @ v
+  static constexpr int kSteps = Tile::kN / 16;                               // of p @ v
 
   const AttentionArguments& arguments;
   int group;  // among the consumers
@@ -244,8 +245,8 @@ struct AttentionConsumer {
         arguments.lse[at] = lse;
         arguments.low[at] = is_empty ? 0.f : log - (lse - peak);
       }
-      const int64_t y_row = is_ragged ? token * shape.heads + work.tile.head
-                                      : plane * shape.Tq + token;
+      const int64_t y_row =
+          is_ragged ? token * shape.heads + work.tile.head : plane * shape.Tq + token;
       store_row(o, r, is_empty ? 0.f : 1.f / sum, y_row, is_present);
     }
   }

@@ -26,8 +26,8 @@ constexpr int kFarthest = 1 << 29;
 struct AttentionShape {
   int sequences, heads, group;  // query heads a key head
   int Tq, Tk;
-  int left, right;  // query i sees keys i - left <= j <= i + right; -1: no limit
-  int offset;       // added to i, unless causal_offsets is there
+  int left, right;          // query i sees keys i - left <= j <= i + right; -1: no limit
+  int offset;               // added to i, unless causal_offsets is there
   const int* cu_seqlens_q;  // or null, as the next three
   const int* cu_seqlens_k;
   const int* key_lengths;
@@ -58,7 +58,8 @@ struct KeyRange {
   int first, end;
 };
 
-// ---- Tiles of queries ----------------------------------------------------------------------------
+// ---- Tiles of queries
+// ----------------------------------------------------------------------------
 
 // The host does not know ragged lengths, so sequence b has the tiles from cu[b] / M + b up to
 // cu[b + 1] / M + b + 1, at least as many as it needs; those left over find their first query past
@@ -110,7 +111,8 @@ SLIM_BOTH inline int work_of_turn(int block, int blocks, int turn) {
   return turn * blocks + (turn % 2 ? blocks - 1 - block : block);
 }
 
-// ---- Keys ----------------------------------------------------------------------------------------
+// ---- Keys
+// ----------------------------------------------------------------------------------------
 
 SLIM_BOTH inline SequencePlace place_of(const AttentionShape& shape, int sequence) {
   SequencePlace place = {sequence, 0, shape.Tq, 0, shape.Tk, shape.offset};

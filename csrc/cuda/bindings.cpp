@@ -32,4 +32,5 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("no_device", &no_device);
   bind(m, "softmax_forward", &softmax_forward);
   bind(m, "softmax_backward", &softmax_backward);
+  bind(m, "attention_forward", &attention_forward);
 }

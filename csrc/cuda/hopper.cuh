@@ -28,10 +28,10 @@
 
 namespace slimkernels {
 
-constexpr int kWarpGroup = 128;         // threads that issue a wgmma together
-constexpr int kPanelColumns = 64;       // of 16-bit elements
+constexpr int kWarpGroup = 128;    // threads that issue a wgmma together
+constexpr int kPanelColumns = 64;  // of 16-bit elements
 constexpr int kPanelRowBytes = 128;
-constexpr int kPanelAlignment = 1024;   // where the swizzle's pattern starts
+constexpr int kPanelAlignment = 1024;     // where the swizzle's pattern starts
 constexpr int kMostSharedBytes = 232448;  // a block's, on sm_90
 
 // Bytes of a tile of `rows` by `columns` 16-bit elements, in panels.
@@ -49,7 +49,8 @@ __device__ inline uint32_t shared_address(const void* pointer) {
   return uint32_t(__cvta_generic_to_shared(pointer));
 }
 
-// ---- "Parallel Synchronization and Communication Instructions: mbarrier" -------------------------
+// ---- "Parallel Synchronization and Communication Instructions: mbarrier"
+// -------------------------
 
 // The phase ends when `arrivals` have arrived and all bytes that were announced have come.
 __device__ inline void mbarrier_init(Mbarrier* barrier, int arrivals) {
@@ -70,10 +71,10 @@ __device__ inline void mbarrier_arrive(Mbarrier* barrier) {
 
 // Announces bytes, then arrives.
 __device__ inline void mbarrier_arrive_expect(Mbarrier* barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                   shared_address(barrier)),
-               "r"(bytes)
-               : "memory");
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
 }
 
 // Until the phase of this parity (the first has 0) has ended. On a new barrier, parity 1 has.
@@ -101,7 +102,8 @@ __device__ inline void named_barrier_arrive(int barrier, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
-// ---- "setmaxnreg" --------------------------------------------------------------------------------
+// ---- "setmaxnreg"
+// --------------------------------------------------------------------------------
 
 // By every warp of a warpgroup. The kernel needs __launch_bounds__(threads, 1).
 template <int kRegisters>
@@ -113,7 +115,8 @@ __device__ inline void registers_shrink() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// ---- "membar, fence": fence.proxy.async ----------------------------------------------------------
+// ---- "membar, fence": fence.proxy.async
+// ----------------------------------------------------------
 
 // By each thread that wrote shared memory with ordinary stores, before the barrier behind which TMA
 // or wgmma reads or overwrites it.
@@ -124,7 +127,8 @@ __device__ inline void fence_proxy_async() {
 // An ordinary store of 16 bytes.
 __device__ inline void store_shared(void* to, uint4 value) { *static_cast<uint4*>(to) = value; }
 
-// ---- "Data Movement and Conversion Instructions: cp.async.bulk.tensor" ---------------------------
+// ---- "Data Movement and Conversion Instructions: cp.async.bulk.tensor"
+// ---------------------------
 
 __device__ inline void prefetch_map(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
@@ -149,8 +153,8 @@ __device__ inline void prefetch_map(const TensorMap* map) {
   }                                                                                                \
   __device__ inline void tma_add(const TensorMap* map, const void* from, PARAMETERS) {             \
     asm volatile("cp.reduce.async.bulk.tensor." RANK                                               \
-                 ".global.shared::cta.add.bulk_group [%1, {" LIST "}], [%0];" ::"r"(               \
-                     shared_address(from)),                                                        \
+                 ".global.shared::cta.add.bulk_group [%1, {" LIST                                  \
+                 "}], [%0];" ::"r"(shared_address(from)),                                          \
                  "l"(map), "r"(0), __VA_ARGS__                                                     \
                  : "memory");                                                                      \
   }
@@ -183,7 +187,8 @@ __device__ inline void tma_wait() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// ---- The rest ------------------------------------------------------------------------------------
+// ---- The rest
+// ------------------------------------------------------------------------------------
 
 // "ex2": 2^x, at most 2 units in the last place off; subnormal results are 0.
 __device__ inline float exp2_approximate(float x) {
@@ -205,7 +210,8 @@ __device__ inline unsigned char* aligned_shared() {
   return start + (kPanelAlignment - shared_address(start) % kPanelAlignment) % kPanelAlignment;
 }
 
-// ---- The host's side -----------------------------------------------------------------------------
+// ---- The host's side
+// -----------------------------------------------------------------------------
 
 template <typename T>
 constexpr CUtensorMapDataType kMapType = CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
@@ -244,11 +250,11 @@ TensorMap tensor_map(const T* start, std::array<int64_t, kRank> sizes,
     steps[i] = 1;
     if (i > 0) bytes[i - 1] = strides[i - 1] * sizeof(T);
   }
-  const CUresult result = map_encoder()(
-      &map, kMapType<T>, kRank, const_cast<T*>(start), dims, bytes, boxes, steps,
-      CU_TENSOR_MAP_INTERLEAVE_NONE,
-      swizzled ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result =
+      map_encoder()(&map, kMapType<T>, kRank, const_cast<T*>(start), dims, bytes, boxes, steps,
+                    CU_TENSOR_MAP_INTERLEAVE_NONE,
+                    swizzled ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
+                    CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS)
     throw std::runtime_error("cuTensorMapEncodeTiled: error " + std::to_string(int(result)));
   return map;

@@ -7,10 +7,11 @@
 //          shared memory must be neither read nor written; then fence_registers() on D keeps the
 //          compiler from reading it early.
 // D        "Register fragments for wgmma.mma_async.m64nNk16": thread t of the group has in
-//          d[4 * j + e] row t / 32 * 16 + t % 32 / 4 + 8 * (e / 2), column 8 * j + t % 4 * 2 + e % 2.
+//          d[4 * j + e] row t / 32 * 16 + t % 32 / 4 + 8 * (e / 2), column 8 * j + t % 4 * 2 + e
+//          % 2.
 // A        In registers, a[e] is two 16-bit columns from t % 4 * 2 + 8 * (e / 2) on of row
-//          t / 32 * 16 + t % 32 / 4 + 8 * (e % 2): D's places, so that columns 16 * k to 16 * k + 15
-//          of a product are, rounded in pairs, the A of the k-th step of the next.
+//          t / 32 * 16 + t % 32 / 4 + 8 * (e % 2): D's places, so that columns 16 * k to 16 * k +
+//          15 of a product are, rounded in pairs, the A of the k-th step of the next.
 // Shared   A descriptor says where an operand is, "Asynchronous Warpgroup Level Matrix Shared
 //          Memory Layout". kK: its panels' rows are M or N, 64 neighbours of K in a row. kMN: its
 //          rows are K, 64 neighbours of M or N in a row.
@@ -29,8 +30,8 @@ __host__ __device__ constexpr uint64_t matrix_descriptor(uint32_t address, uint3
          uint64_t(stride >> 4) << 32 | uint64_t(1) << 62;
 }
 
-// The operand whose first row (a multiple of 8) is `row` of a tile of `rows` rows, at the step of 16
-// along K that starts at `k`. The stride is that of 8 rows; swizzled, kK has no leading offset.
+// The operand whose first row (a multiple of 8) is `row` of a tile of `rows` rows, at the step of
+// 16 along K that starts at `k`. The stride is that of 8 rows; swizzled, kK has no leading offset.
 __device__ inline uint64_t operand_k(uint32_t tile, int rows, int row, int k) {
   const int panel = k / kPanelColumns * panel_bytes(rows);
   return matrix_descriptor(tile + panel + row * kPanelRowBytes + k % kPanelColumns * 2, 16,
@@ -84,7 +85,7 @@ __device__ inline void wgmma_wait() {
 #define SLIM_R13 SLIM_R12 ", %104, %105, %106, %107, %108, %109, %110, %111"
 #define SLIM_R14 SLIM_R13 ", %112, %113, %114, %115, %116, %117, %118, %119"
 #define SLIM_R15 SLIM_R14 ", %120, %121, %122, %123, %124, %125, %126, %127"
-#define SLIM_EIGHT(i)                                                                       \
+#define SLIM_EIGHT(i)                                                                         \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
       "+f"(d[i + 6]), "+f"(d[i + 7])
 #define SLIM_D0 SLIM_EIGHT(0)
@@ -104,39 +105,38 @@ __device__ inline void wgmma_wait() {
 #define SLIM_D14 SLIM_D13, SLIM_EIGHT(112)
 #define SLIM_D15 SLIM_D14, SLIM_EIGHT(120)
 
-#define SLIM_SHARED_A(N, TYPE, LAST, O0, O1, O2, O3, O4)                                    \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #O2                                    \
-               ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE        \
-               " {" SLIM_R##LAST "}, %" #O0 ", %" #O1 ", p, 1, 1, %" #O3 ", %" #O4 ";\n}"   \
-               : SLIM_D##LAST                                                               \
+#define SLIM_SHARED_A(N, TYPE, LAST, O0, O1, O2, O3, O4)                                  \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #O2                                   \
+               ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE      \
+               " {" SLIM_R##LAST "}, %" #O0 ", %" #O1 ", p, 1, 1, %" #O3 ", %" #O4 ";\n}" \
+               : SLIM_D##LAST                                                             \
                : "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(kA)), "n"(int(kB)))
 #define SLIM_REGISTER_A(N, TYPE, LAST, O0, O1, O2, O3, O4, O5, O6)                          \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #O5                                    \
-               ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE        \
-               " {" SLIM_R##LAST "}, {%" #O0 ", %" #O1 ", %" #O2 ", %" #O3 "}, %" #O4       \
-               ", p, 1, 1, %" #O6 ";\n}"                                                    \
-               : SLIM_D##LAST                                                               \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)),  \
-                 "n"(int(kB)))
+  asm volatile(                                                                             \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %" #O5 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N \
+      "k16.f32." TYPE "." TYPE " {" SLIM_R##LAST "}, {%" #O0 ", %" #O1 ", %" #O2 ", %" #O3  \
+                                                 "}, %" #O4 ", p, 1, 1, %" #O6 ";\n}"       \
+      : SLIM_D##LAST                                                                        \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)), "n"(int(kB)))
 
 // wgmma<T, kA, kB>(d, a, b, accumulate) with both operands in shared memory, and
 // wgmma<T, kB>(d, a, b, accumulate) with A in registers; N is twice the size of d. accumulate: or
 // else d is overwritten. LAST is N / 16 - 1; O0 and so on number the operands behind d's.
-#define SLIM_WGMMA(N, LAST, O0, O1, O2, O3, O4, O5, O6)                                       \
-  template <typename T, Major kA, Major kB>                                                   \
-  __device__ inline void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {  \
-    if constexpr (std::is_same_v<T, __half>)                                                  \
-      SLIM_SHARED_A(N, "f16", LAST, O0, O1, O2, O3, O4);                                      \
-    else                                                                                      \
-      SLIM_SHARED_A(N, "bf16", LAST, O0, O1, O2, O3, O4);                                     \
-  }                                                                                           \
-  template <typename T, Major kB>                                                             \
-  __device__ inline void wgmma(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b,         \
-                               bool accumulate) {                                             \
-    if constexpr (std::is_same_v<T, __half>)                                                  \
-      SLIM_REGISTER_A(N, "f16", LAST, O0, O1, O2, O3, O4, O5, O6);                            \
-    else                                                                                      \
-      SLIM_REGISTER_A(N, "bf16", LAST, O0, O1, O2, O3, O4, O5, O6);                           \
+#define SLIM_WGMMA(N, LAST, O0, O1, O2, O3, O4, O5, O6)                                      \
+  template <typename T, Major kA, Major kB>                                                  \
+  __device__ inline void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) { \
+    if constexpr (std::is_same_v<T, __half>)                                                 \
+      SLIM_SHARED_A(N, "f16", LAST, O0, O1, O2, O3, O4);                                     \
+    else                                                                                     \
+      SLIM_SHARED_A(N, "bf16", LAST, O0, O1, O2, O3, O4);                                    \
+  }                                                                                          \
+  template <typename T, Major kB>                                                            \
+  __device__ inline void wgmma(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b,        \
+                               bool accumulate) {                                            \
+    if constexpr (std::is_same_v<T, __half>)                                                 \
+      SLIM_REGISTER_A(N, "f16", LAST, O0, O1, O2, O3, O4, O5, O6);                           \
+    else                                                                                     \
+      SLIM_REGISTER_A(N, "bf16", LAST, O0, O1, O2, O3, O4, O5, O6);                          \
   }
 
 SLIM_WGMMA(64, 3, 32, 33, 34, 35, 36, 37, 38)

@@ -98,6 +98,14 @@ inline std::function<void()> body;
 inline dim3 block_size, grid_size;
 inline size_t dynamic_bytes = 0;
 
+// What further instructions need (hopper_on_cpu.h): to be told of a block's start and end, where a
+// sentence is an error; to do what may still happen when no thread gets on; to count what got on.
+inline std::function<void(int threads)> at_start;
+inline std::function<std::string()> at_end;
+inline std::function<bool()> when_idle;
+inline unsigned events = 0;
+inline std::string failure;
+
 // AddressSanitizer must be told of every change of stack.
 inline void* scheduler_fake_stack = nullptr;
 inline const void* scheduler_stack = nullptr;
@@ -130,6 +138,12 @@ inline void resume(int index) {
 #else
   swapcontext(&scheduler, &fibers[index].context);
 #endif
+}
+
+// An error of the kernel's: its threads stop here, since a fiber cannot throw, and the launch does.
+[[noreturn]] inline void fail(const std::string& sentence) {
+  if (failure.empty()) failure = sentence;
+  for (;;) yield();
 }
 
 inline void run_thread() {
@@ -188,7 +202,7 @@ inline void start_cluster(uint3 first, int cluster_size) {
 
 // A number that changes whenever some thread got on.
 inline unsigned progress() {
-  unsigned total = cluster.rounds - cluster.live;
+  unsigned total = events + cluster.rounds - cluster.live;
   for (const Block& block : blocks) {
     total += block.rounds;
     for (const Warp& warp : block.warps) total += warp.rounds;
@@ -200,16 +214,21 @@ inline void run_cluster() {
   const char* order = std::getenv("CUDA_ON_CPU_ORDER");
   const bool reverse = order && !std::strcmp(order, "reverse");
   const int threads = cluster.live;
+  failure.clear();
+  if (at_start) at_start(threads);
   for (int idle = 0; cluster.live;) {
     const unsigned before = progress();
-    for (int k = 0; k < threads; ++k) {
+    for (int k = 0; k < threads && failure.empty(); ++k) {
       const int i = reverse ? threads - 1 - k : k;
       if (!fibers[i].done) resume(i);
     }
     idle = progress() == before ? idle + 1 : 0;
-    if (idle > 4)
-      throw std::runtime_error("deadlock: some threads never reach the barrier others wait at");
+    if (idle > 1 && when_idle && when_idle()) idle = 0;
+    if (idle > 4) failure = "deadlock: some threads never reach the barrier others wait at";
+    if (!failure.empty()) throw std::runtime_error(failure);
   }
+  if (at_end) failure = at_end();
+  if (!failure.empty()) throw std::runtime_error(failure);
 }
 
 inline void check_launch(dim3 grid, dim3 threads, int cluster_size, size_t shared_bytes) {

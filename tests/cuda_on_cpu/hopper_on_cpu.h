@@ -60,7 +60,8 @@ inline unsigned char* at(uint32_t address, int bytes) {
 
 inline uint32_t swizzle_128(uint32_t address) { return address ^ (address >> 3 & 0x70); }
 
-// ---- Shared memory that ordinary stores wrote and no proxy fence has shown to TMA and wgmma ------
+// ---- Shared memory that ordinary stores wrote and no proxy fence has shown to TMA and wgmma
+// ------
 
 inline std::map<uint32_t, int> unfenced;  // thread that wrote, by address / 16
 
@@ -70,7 +71,8 @@ inline void check_fenced(uint32_t address) {
     fail("fence_proxy_async is missing after a store of thread " + std::to_string(found->second));
 }
 
-// ---- mbarrier ------------------------------------------------------------------------------------
+// ---- mbarrier
+// ------------------------------------------------------------------------------------
 
 struct Phases {
   int arrivals, pending;
@@ -95,7 +97,8 @@ inline Phases& phases_of(const Mbarrier* barrier) {
   return found->second;
 }
 
-// ---- TMA -----------------------------------------------------------------------------------------
+// ---- TMA
+// -----------------------------------------------------------------------------------------
 
 enum class Copy { kLoad, kStore, kAdd };
 
@@ -174,7 +177,8 @@ inline void finish_groups(int pending) {
   }
 }
 
-// ---- wgmma ---------------------------------------------------------------------------------------
+// ---- wgmma
+// ---------------------------------------------------------------------------------------
 
 // Registers that an accumulator has while products are under way, and how many those are.
 struct Accumulator {
@@ -252,8 +256,7 @@ inline void perform(WarpProducts& warp, Product& product, int index_in_group) {
   static float a[16][16], b[16][256], d[16][256];
   const int N = product.columns;
   for (int k = 0; k < 16; ++k)
-    for (int n = 0; n < N; ++n)
-      b[k][n] = element(product.b, product.kind_b, product.is_half, n, k);
+    for (int n = 0; n < N; ++n) b[k][n] = element(product.b, product.kind_b, product.is_half, n, k);
   for (int lane = 0; lane < 32; ++lane)
     for (int e = 0; e < 8 && product.kind_a < 0; ++e) {
       const uint32_t word = product.registers_a[lane][e / 2];
@@ -312,7 +315,8 @@ inline void issue(Product product, float* d, const uint32_t* registers_a) {
   if (++shared.issued == 32 && !mode('w')) perform_up_to(index + 1);
 }
 
-// ---- Barriers by name, registers, and what a block must not leave behind -------------------------
+// ---- Barriers by name, registers, and what a block must not leave behind
+// -------------------------
 
 struct NamedBarrier {
   int arrived = 0, threads = 0;

@@ -6,7 +6,8 @@ namespace slimkernels {
 
 inline uint32_t shared_address(const void* pointer) {
   const auto* byte = static_cast<const unsigned char*>(pointer);
-  return hopper_on_cpu::kSharedStart + uint32_t(byte - cuda_on_cpu::dynamic_shared<unsigned char>());
+  return hopper_on_cpu::kSharedStart +
+         uint32_t(byte - cuda_on_cpu::dynamic_shared<unsigned char>());
 }
 
 inline unsigned char* aligned_shared() {
@@ -61,7 +62,8 @@ inline void fence_proxy_async() {
     it = it->second == hopper_on_cpu::thread() ? unfenced.erase(it) : std::next(it);
 }
 
-// ---- TMA -----------------------------------------------------------------------------------------
+// ---- TMA
+// -----------------------------------------------------------------------------------------
 
 inline void hopper_on_cpu::start_transfer(Copy kind, const TensorMap& map, const void* shared,
                                           Mbarrier* barrier, std::array<int, 5> first) {
@@ -149,7 +151,8 @@ TensorMap tensor_map(const T* start, std::array<int64_t, kRank> sizes,
   return map;
 }
 
-// ---- wgmma ---------------------------------------------------------------------------------------
+// ---- wgmma
+// ---------------------------------------------------------------------------------------
 
 inline void wgmma_fence() { hopper_on_cpu::my_lane().fenced = true; }
 

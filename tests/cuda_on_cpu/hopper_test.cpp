@@ -1,9 +1,9 @@
 // Every wrapper of hopper.cuh and wgmma.cuh in one small kernel, against plain loops: products with
 // each operand in each place and order, TMA in and out. Prints the largest error, or what failed.
+#include "hopper.cuh"
+
 #include <cstdio>
 #include <random>
-
-#include "hopper.cuh"
 
 using namespace slimkernels;
 
@@ -46,7 +46,8 @@ __global__ void __launch_bounds__(256, 1)
       for (int k = 0; k < kK_ / 16; ++k)
         for (int e = 0; e < 4; ++e) {
           const int r = row + e % 2 * 8, c = k * 16 + t % 4 * 2 + e / 2 * 8;
-          const int byte = c / 64 * panel_bytes(kM) + r * 128 + ((c % 64 / 8) ^ (r % 8)) * 16 + c % 8 * 2;
+          const int byte =
+              c / 64 * panel_bytes(kM) + r * 128 + ((c % 64 / 8) ^ (r % 8)) * 16 + c % 8 * 2;
           p[k][e] = *reinterpret_cast<const uint32_t*>(a + byte);
         }
     fence_registers(p);
@@ -95,10 +96,11 @@ void check_product() {
   for (T& x : a) x = T(normal(random));
   for (T& x : b) x = T(normal(random));
   std::vector<float> out(kM * N, 0.f);
-  const auto a_map = tensor_map<T, 2>(a.data(), {columns_a, rows_a}, {columns_a},
-                                      {64, kForm == 1 ? kK_ : kM});
-  const auto b_map = tensor_map<T, 3>(b.data(), {columns_b, rows_b, 2},
-                                      {columns_b, rows_b * columns_b}, {64, kForm >= 2 ? 128 : N, 1});
+  const auto a_map =
+      tensor_map<T, 2>(a.data(), {columns_a, rows_a}, {columns_a}, {64, kForm == 1 ? kK_ : kM});
+  const auto b_map =
+      tensor_map<T, 3>(b.data(), {columns_b, rows_b, 2}, {columns_b, rows_b * columns_b},
+                       {64, kForm >= 2 ? 128 : N, 1});
   // The last 4 columns are outside: not written.
   const auto out_map = tensor_map<float, 2>(out.data(), {N - 4, kM}, {N}, {N, kM}, false);
   const int bytes = kPanelAlignment + tile_bytes(kM, kK_) + 128 * N * 2 + kM * N * 4 + 8;
@@ -116,7 +118,8 @@ void check_product() {
       }
       worst = std::max(worst, std::abs((n < N - 4 ? 2 * sum : 0) - out[i * N + n]));
     }
-  std::printf("%s n%d form %d: %g\n", sizeof(T) == 2 && kIsHalf<T> ? "f16" : "bf16", N, kForm, worst);
+  std::printf("%s n%d form %d: %g\n", sizeof(T) == 2 && kIsHalf<T> ? "f16" : "bf16", N, kForm,
+              worst);
   if (!(worst < 1e-3)) throw std::runtime_error("wrong product");
 }
 

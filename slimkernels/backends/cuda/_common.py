@@ -31,4 +31,10 @@ def launch_place(x: Tensor) -> tuple[int, int]:
     return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
 
 
-__all__ = ["DTYPES", "_cuda", "launch_place", "unsupported_tensor"]
+def capability(x: Tensor) -> tuple[int, int]:
+    """The compute capability of x's device: (9, 0) of Hopper."""
+    properties = torch.cuda.get_device_properties(x.device)
+    return properties.major, properties.minor
+
+
+__all__ = ["DTYPES", "_cuda", "capability", "launch_place", "unsupported_tensor"]

@@ -6,7 +6,13 @@ Forward alone: what it saves is what the Triton kernels save, whose backward it 
 import torch
 
 from slimkernels.backends._attention import with_whole_rows
-from slimkernels.backends.cuda._common import DTYPES, _cuda, launch_place, unsupported_tensor
+from slimkernels.backends.cuda._common import (
+    DTYPES,
+    _cuda,
+    capability,
+    launch_place,
+    unsupported_tensor,
+)
 
 try:
     from slimkernels.backends.triton import scaled_dot_product_attention as _triton
@@ -31,7 +37,10 @@ def unsupported(query, key, value, call):
             )
     if max(query.numel() // query.shape[-1], key.numel() // key.shape[-1]) > _MOST_TOKENS:
         return f"it takes at most {_MOST_TOKENS} tokens, of all heads together"
-    return _unsupported_device(query)
+    major, minor = capability(query)
+    if (major, minor) != (9, 0):
+        return f"it is written for compute capability 9.0 and {query.device} has {major}.{minor}"
+    return None
 
 
 def forward(query, key, value, call):
@@ -81,14 +90,6 @@ def _unsupported_call(query, call):
             return f"it has no {name}"
     if _triton is None and torch.is_grad_enabled():
         return "its gradients are the Triton kernels', and Triton is not installed"
-    return None
-
-
-def _unsupported_device(query):
-    properties = torch.cuda.get_device_properties(query.device)
-    found = f"{properties.major}.{properties.minor}"
-    if found != "9.0":
-        return f"it is written for compute capability 9.0 and {query.device} has {found}"
     return None
 
 
