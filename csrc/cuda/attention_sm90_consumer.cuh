@@ -125,6 +125,18 @@ struct AttentionConsumer {
   __device__ void wait_keys() {
     mbarrier_wait(&shared.barriers().k_full[k_place.stage], k_place.parity);
   }
+  __device__ void wait_values() {
+    mbarrier_wait(&shared.barriers().v_full[v_place.stage], v_place.parity);
+  }
+  __device__ void free_keys(bool and_queries) {
+    release(&shared.barriers().k_empty[k_place.stage]);
+    k_place.advance(Tile::kStages);
+    if (and_queries) release(&shared.barriers().q_empty);
+  }
+  __device__ void free_values() {
+    release(&shared.barriers().v_empty[v_place.stage]);
+    v_place.advance(Tile::kStages);
+  }
 
   __device__ void issue_scores(float (&s)[kScores]) {
     const uint32_t q = shared_address(shared.q()), k = shared_address(shared.k(k_place.stage));
@@ -171,58 +183,63 @@ struct AttentionConsumer {
     for (int i = 0; i < kScores / 2; ++i) p[i / 4][i % 4] = pack_pair<T>(s[2 * i], s[2 * i + 1]);
   }
 
-  __device__ void attend(float (&o)[kOutputs], SoftmaxRows& rows, const AttentionWork& work) {
-    AttentionBarriers& barriers = shared.barriers();
+  // p of the last key tile.
+  __device__ void start(uint32_t (&p)[kSteps][4], SoftmaxRows& rows, const AttentionWork& work) {
     float s[kScores], shrink[2];
-    uint32_t p[kSteps][4];
-    int tile = work.keys.end - 1;
-    mbarrier_wait(&barriers.q_full, q_parity);
+    const int tile = work.keys.end - 1;
+    mbarrier_wait(&shared.barriers().q_full, q_parity);
     q_parity ^= 1;
     wait_keys();
     wgmma_fence();
     issue_scores(s);
     wgmma_wait<0>();
     fence_registers(s);
-    release(&barriers.k_empty[k_place.stage]);
-    k_place.advance(Tile::kStages);
-    if (tile == work.keys.begin) release(&barriers.q_empty);
+    free_keys(tile == work.keys.begin);
     probabilities(s, rows, work, tile, shrink);
     pack(p, s);
     if (tile > work.keys.begin) wait_keys();
-    for (--tile; tile >= work.keys.begin; --tile) {
-      wait_turn();
-      wgmma_fence();
-      issue_scores(s);
-      mbarrier_wait(&barriers.v_full[v_place.stage], v_place.parity);
-      wgmma_fence();
-      issue_outputs(o, p);
-      pass_turn();
-      wgmma_wait<1>();
-      fence_registers(s);
-      release(&barriers.k_empty[k_place.stage]);
-      k_place.advance(Tile::kStages);
-      if (tile == work.keys.begin) release(&barriers.q_empty);
-      probabilities(s, rows, work, tile, shrink);
-      fence_registers(s);
-      // Here rather than at the loop's top: without a branch before the wait, ptxas would move the
-      // wait up, and nothing would run under the products.
-      if (tile > work.keys.begin) wait_keys();
-      wgmma_wait<0>();
-      fence_registers(o);
-      fence_registers(p);
-      release(&barriers.v_empty[v_place.stage]);
-      v_place.advance(Tile::kStages);
+  }
+
+  // The scores of `tile` and, from p, the outputs of the tile after it; then p of `tile`.
+  __device__ void step(float (&o)[kOutputs], uint32_t (&p)[kSteps][4], SoftmaxRows& rows,
+                       const AttentionWork& work, int tile) {
+    float s[kScores], shrink[2];
+    const bool is_last = tile == work.keys.begin;
+    wait_turn();
+    wgmma_fence();
+    issue_scores(s);
+    wait_values();
+    wgmma_fence();
+    issue_outputs(o, p);
+    pass_turn();
+    wgmma_wait<1>();
+    fence_registers(s);
+    free_keys(is_last);
+    probabilities(s, rows, work, tile, shrink);
+    fence_registers(s);
+    // For the next step, but here: without a branch before the wait, ptxas would move the wait up,
+    // and no exponential would run under the products.
+    if (!is_last) wait_keys();
+    wgmma_wait<0>();
+    fence_registers(o);
+    fence_registers(p);
+    free_values();
 #pragma unroll
-      for (int i = 0; i < kOutputs; ++i) o[i] *= shrink[row_of_element(i)];
-      pack(p, s);
-    }
-    mbarrier_wait(&barriers.v_full[v_place.stage], v_place.parity);
+    for (int i = 0; i < kOutputs; ++i) o[i] *= shrink[row_of_element(i)];
+    pack(p, s);
+  }
+
+  __device__ void attend(float (&o)[kOutputs], SoftmaxRows& rows, const AttentionWork& work) {
+    uint32_t p[kSteps][4];
+    start(p, rows, work);
+    for (int tile = work.keys.end - 2; tile >= work.keys.begin; --tile)
+      step(o, p, rows, work, tile);
+    wait_values();
     wgmma_fence();
     issue_outputs(o, p);
     wgmma_wait<0>();
     fence_registers(o);
-    release(&barriers.v_empty[v_place.stage]);
-    v_place.advance(Tile::kStages);
+    free_values();
   }
 
   __device__ void store(const float (&o)[kOutputs], const SoftmaxRows& rows,

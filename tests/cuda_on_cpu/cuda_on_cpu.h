@@ -105,6 +105,7 @@ inline std::function<std::string()> at_end;
 inline std::function<bool()> when_idle;
 inline unsigned events = 0;
 inline std::string failure;
+inline bool in_fiber = false;
 
 // AddressSanitizer must be told of every change of stack.
 inline void* scheduler_fake_stack = nullptr;
@@ -131,6 +132,7 @@ inline void yield() {
 
 inline void resume(int index) {
   current = index;
+  in_fiber = true;
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&scheduler_fake_stack, fibers[index].stack.get(), kStackBytes);
   swapcontext(&scheduler, &fibers[index].context);
@@ -138,10 +140,12 @@ inline void resume(int index) {
 #else
   swapcontext(&scheduler, &fibers[index].context);
 #endif
+  in_fiber = false;
 }
 
-// An error of the kernel's: its threads stop here, since a fiber cannot throw, and the launch does.
+// An error of the kernel's: a thread stops here, since a fiber cannot throw, and the launch does.
 [[noreturn]] inline void fail(const std::string& sentence) {
+  if (!in_fiber) throw std::runtime_error(sentence);
   if (failure.empty()) failure = sentence;
   for (;;) yield();
 }

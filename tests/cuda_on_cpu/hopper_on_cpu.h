@@ -3,7 +3,8 @@
 //
 // Asynchrony has two faces, chosen by letters in the environment's HOPPER_ON_CPU. "l": copies of
 // TMA land when no thread can get on without them; else as they are issued. "w": wgmma reads and
-// writes when its warp waits for it, and its registers are NaN until then; else as it is issued.
+// writes when its warp waits for it and no other thread can get on, and its registers are NaN until
+// then; else as it is issued.
 // So a wait, a barrier or a fence that is missing gives wrong numbers under one of them, or stops
 // the kernel. wgmma works by warps, each with its 16 of the 64 rows, since a warp that waits knows
 // nothing of the other three.
@@ -289,10 +290,23 @@ inline void perform(WarpProducts& warp, Product& product, int index_in_group) {
   ++cuda_on_cpu::events;
 }
 
-inline void perform_up_to(int end) {
-  WarpProducts& warp = my_products();
-  for (; warp.performed < end; ++warp.performed)
-    perform(warp, warp.products[warp.performed], thread() / 32 % 4);
+inline void perform_up_to(int warp, int end) {
+  WarpProducts& products = product_warps[warp];
+  for (; products.performed < end; ++products.performed)
+    perform(products, products.products[products.performed], warp % 4);
+}
+
+struct WaitingWarp {
+  int warp, end;
+};
+inline std::deque<WaitingWarp> waiting;
+
+// Until the products of a warp up to `end` are done, which has met here.
+inline void wait_for_products(int end) {
+  const int warp = thread() / 32;
+  if (!mode('w')) return perform_up_to(warp, end);
+  if (cuda_on_cpu::lane() == 0) waiting.push_back({warp, end});
+  while (my_products().performed < end) cuda_on_cpu::yield();
 }
 
 inline void issue(Product product, float* d, const uint32_t* registers_a) {
@@ -312,27 +326,29 @@ inline void issue(Product product, float* d, const uint32_t* registers_a) {
       std::fill(d, d + product.columns / 2, std::numeric_limits<float>::quiet_NaN());
     }
   }
-  if (++shared.issued == 32 && !mode('w')) perform_up_to(index + 1);
+  if (++shared.issued == 32 && !mode('w')) perform_up_to(thread() / 32, index + 1);
 }
 
 // ---- Barriers by name, registers, and what a block must not leave behind
 // -------------------------
 
 struct NamedBarrier {
-  int arrived = 0, threads = 0;
+  int arrived = 0, threads = 0, waiting = 0;
   unsigned rounds = 0;
 };
 
 inline std::array<NamedBarrier, 16> named;
 inline std::vector<std::vector<int>> registers;  // what each thread set
 
-inline void arrive(int barrier, int threads) {
+inline void arrive(int barrier, int threads, bool waits) {
   if (barrier < 1 || barrier > 15 || threads % 32) fail("a named barrier has 1 to 15 for a name");
   NamedBarrier& it = named[barrier];
   if (it.arrived == 0) it.threads = threads;
   if (it.threads != threads) fail("threads of one named barrier count differently");
+  it.waiting += waits;
   if (++it.arrived < threads) return;
-  it.arrived = 0;
+  if (it.waiting == 0) fail("nobody waits at a named barrier at which all have arrived");
+  it.arrived = it.waiting = 0;
   ++it.rounds;
   ++cuda_on_cpu::events;
 }
@@ -342,10 +358,20 @@ inline void set_registers(int count) {
   registers[thread()].push_back(count);
 }
 
+// Nothing gets on: one load lands, or else one warp's products are done.
+inline bool do_late() {
+  if (land_one()) return true;
+  if (waiting.empty()) return false;
+  perform_up_to(waiting.front().warp, waiting.front().end);
+  waiting.pop_front();
+  return true;
+}
+
 inline void start_block(int threads) {
   barriers.clear();
   unfenced.clear();
   loads.clear();
+  waiting.clear();
   out.clear();
   named.fill({});
   product_warps.assign((threads + 31) / 32, {});
@@ -383,7 +409,7 @@ inline std::string left_behind() {
 inline const bool installed = [] {
   cuda_on_cpu::at_start = start_block;
   cuda_on_cpu::at_end = left_behind;
-  cuda_on_cpu::when_idle = land_one;
+  cuda_on_cpu::when_idle = do_late;
   return true;
 }();
 

@@ -35,11 +35,11 @@ inline void mbarrier_wait(Mbarrier* barrier, uint32_t parity) {
 }
 
 inline void named_barrier_arrive(int barrier, int threads) {
-  hopper_on_cpu::arrive(barrier, threads);
+  hopper_on_cpu::arrive(barrier, threads, false);
 }
 inline void named_barrier_sync(int barrier, int threads) {
   const unsigned round = hopper_on_cpu::named[barrier].rounds;
-  hopper_on_cpu::arrive(barrier, threads);
+  hopper_on_cpu::arrive(barrier, threads, true);
   while (round == hopper_on_cpu::named[barrier].rounds) cuda_on_cpu::yield();
 }
 
@@ -169,7 +169,8 @@ void wgmma_wait() {
   auto& lane = hopper_on_cpu::my_lane();
   lane.fenced = false;  // registers may be touched now
   const int groups = lane.committed - kPending;
-  if (groups > 0) hopper_on_cpu::perform_up_to(hopper_on_cpu::my_products().group_ends[groups - 1]);
+  if (groups > 0)
+    hopper_on_cpu::wait_for_products(hopper_on_cpu::my_products().group_ends[groups - 1]);
 }
 
 template <typename T>
