@@ -145,40 +145,37 @@ struct AttentionProducer {
 
   __device__ bool is_first_lane() const { return threadIdx.x % 32 == 0; }
 
+  // The first lane loads. The others never wait for what only it waits for: a lane that came late
+  // would find the barrier two phases on, with the parity of the phase that it waits for.
   __device__ void load_queries(const AttentionWork& work) {
     AttentionBarriers& barriers = shared.barriers();
-    mbarrier_wait(&barriers.q_empty, q_parity ^ 1);
+    if (is_first_lane()) {
+      mbarrier_wait(&barriers.q_empty, q_parity ^ 1);
+      mbarrier_arrive_expect(&barriers.q_full, Tile::kQueryBytes);
+      load_panels<Tile>(shared.q(), q_map, &barriers.q_full, Tile::kM,
+                        work.place.q_begin + work.tile.first, work.tile.head, work.place.batch);
+    }
     q_parity ^= 1;
-    if (!is_first_lane()) return;
-    mbarrier_arrive_expect(&barriers.q_full, Tile::kQueryBytes);
-    load_panels<Tile>(shared.q(), q_map, &barriers.q_full, Tile::kM,
-                      work.place.q_begin + work.tile.first, work.tile.head, work.place.batch);
   }
 
   __device__ void load_keys(const AttentionWork& work, int tile) {
-    AttentionBarriers& barriers = shared.barriers();
     const int stage = k_place.stage;
-    mbarrier_wait(&barriers.k_empty[stage], k_place.parity ^ 1);
+    Mbarrier& full = shared.barriers().k_full[stage];
+    if (is_first_lane()) {
+      mbarrier_wait(&shared.barriers().k_empty[stage], k_place.parity ^ 1);
+      load_tile(shared.k(stage), k_map, &full, work, tile);
+    }
     k_place.advance(Tile::kStages);
-    if (!is_first_lane()) return;
-    mbarrier_arrive_expect(&barriers.k_full[stage], Tile::kKeyBytes);
-    load_panels<Tile>(shared.k(stage), k_map, &barriers.k_full[stage], Tile::kN,
-                      work.place.k_begin + tile * Tile::kN, work.tile.head / arguments.shape.group,
-                      work.place.batch);
   }
 
   __device__ void load_values(const AttentionWork& work, int tile) {
     AttentionBarriers& barriers = shared.barriers();
     const int stage = v_place.stage;
-    mbarrier_wait(&barriers.v_empty[stage], v_place.parity ^ 1);
-    v_place.advance(Tile::kStages);
     const bool is_cut = has_foreign_tail(arguments.shape, work.place, tile, Tile::kN);
-    Mbarrier* const landed = is_cut ? &barriers.tail : &barriers.v_full[stage];
     if (is_first_lane()) {
-      mbarrier_arrive_expect(landed, Tile::kKeyBytes);
-      load_panels<Tile>(shared.v(stage), v_map, landed, Tile::kN,
-                        work.place.k_begin + tile * Tile::kN,
-                        work.tile.head / arguments.shape.group, work.place.batch);
+      mbarrier_wait(&barriers.v_empty[stage], v_place.parity ^ 1);
+      load_tile(shared.v(stage), v_map, is_cut ? &barriers.tail : &barriers.v_full[stage], work,
+                tile);
     }
     if (is_cut) {
       mbarrier_wait(&barriers.tail, tail_parity);
@@ -186,6 +183,14 @@ struct AttentionProducer {
       clear_rows(shared.v(stage), work.place.k_seen - tile * Tile::kN);
       if (is_first_lane()) mbarrier_arrive(&barriers.v_full[stage]);
     }
+    v_place.advance(Tile::kStages);
+  }
+
+  __device__ void load_tile(unsigned char* to, const TensorMap* map, Mbarrier* landed,
+                            const AttentionWork& work, int tile) {
+    mbarrier_arrive_expect(landed, Tile::kKeyBytes);
+    load_panels<Tile>(to, map, landed, Tile::kN, work.place.k_begin + tile * Tile::kN,
+                      work.tile.head / arguments.shape.group, work.place.batch);
   }
 
   // Zeros from row `first` of a tile on, such that wgmma sees them.

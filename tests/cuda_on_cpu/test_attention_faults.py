@@ -1,6 +1,6 @@
 """What hopper_on_cpu.h is for: attention's kernel with a fault is found wrong, or stopped.
 
-And hopper_test.cpp: the wrappers by themselves against plain loops.
+And what it is made of by itself: index arithmetic, and the wrappers of Hopper's instructions.
 """
 
 import os
@@ -92,6 +92,11 @@ def test_sound_without_a_fault(program, late):
 @pytest.mark.parametrize("fault", PLANTED)
 def test_a_fault_is_found(program, fault):
     assert run(program, "w", fault) or run(program, "l", fault)
+
+
+def test_tiles(tmp_path):
+    """The index arithmetic by itself, for every small shape."""
+    assert run(compiled("attention_tiles_test", SOURCES, tmp_path), "") == ""
 
 
 def test_wrappers(tmp_path):

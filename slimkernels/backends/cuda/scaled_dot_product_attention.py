@@ -94,7 +94,7 @@ def _unsupported_call(query, call):
 
 
 def _with_positive_scale(query, scale):
-    """The kernel's maximum is that of unscaled scores, the greatest only if the scale is above 0."""
+    """The kernel takes the maximum of products, that of scores only if the scale is above 0."""
     if scale < 0:
         return -query, -scale
     if scale == 0:  # would make NaN of -inf, a hidden score
