@@ -37,8 +37,8 @@ struct AttentionTile {
   static constexpr int kStages = 2;
   static constexpr int kThreads = kWarpGroup * (kGroups + 1);
   // 65536 registers a multiprocessor; the producer leaves the consumers what it does not need.
-  static constexpr int kProducerRegisters = kGroups == 3 ? 32 : 24;
-  static constexpr int kConsumerRegisters = kGroups == 3 ? 160 : 240;
+  static constexpr int kProducerRegisters = kGroups == 3 ? 32 : 40;
+  static constexpr int kConsumerRegisters = kGroups == 3 ? 160 : 232;
 
   static constexpr int kQueryBytes = tile_bytes(kM, kD);
   static constexpr int kKeyBytes = tile_bytes(kN, kD);
@@ -79,16 +79,12 @@ struct AttentionShared {
   }
 };
 
-// A place in a ring of stages: the stage, and the parity of its barriers' phase.
+// A place in a ring of stages: how many it has passed.
 struct RingPlace {
-  int stage = 0;
-  uint32_t parity = 0;
+  unsigned passed = 0;
 
-  __device__ void advance(int stages) {
-    if (++stage < stages) return;
-    stage = 0;
-    parity ^= 1;
-  }
+  __device__ int stage(int stages) const { return passed % stages; }
+  __device__ uint32_t parity(int stages) const { return passed / stages & 1; }
 };
 
 // One tile of queries of one head.
@@ -159,21 +155,21 @@ struct AttentionProducer {
   }
 
   __device__ void load_keys(const AttentionWork& work, int tile) {
-    const int stage = k_place.stage;
+    const int stage = k_place.stage(Tile::kStages);
     Mbarrier& full = shared.barriers().k_full[stage];
     if (is_first_lane()) {
-      mbarrier_wait(&shared.barriers().k_empty[stage], k_place.parity ^ 1);
+      mbarrier_wait(&shared.barriers().k_empty[stage], k_place.parity(Tile::kStages) ^ 1);
       load_tile(shared.k(stage), k_map, &full, work, tile);
     }
-    k_place.advance(Tile::kStages);
+    ++k_place.passed;
   }
 
   __device__ void load_values(const AttentionWork& work, int tile) {
     AttentionBarriers& barriers = shared.barriers();
-    const int stage = v_place.stage;
+    const int stage = v_place.stage(Tile::kStages);
     const bool is_cut = has_foreign_tail(arguments.shape, work.place, tile, Tile::kN);
     if (is_first_lane()) {
-      mbarrier_wait(&barriers.v_empty[stage], v_place.parity ^ 1);
+      mbarrier_wait(&barriers.v_empty[stage], v_place.parity(Tile::kStages) ^ 1);
       load_tile(shared.v(stage), v_map, is_cut ? &barriers.tail : &barriers.v_full[stage], work,
                 tile);
     }
@@ -183,7 +179,7 @@ struct AttentionProducer {
       clear_rows(shared.v(stage), work.place.k_seen - tile * Tile::kN);
       if (is_first_lane()) mbarrier_arrive(&barriers.v_full[stage]);
     }
-    v_place.advance(Tile::kStages);
+    ++v_place.passed;
   }
 
   __device__ void load_tile(unsigned char* to, const TensorMap* map, Mbarrier* landed,
@@ -195,11 +191,11 @@ struct AttentionProducer {
 
   // Zeros from row `first` of a tile on, such that wgmma sees them.
   __device__ void clear_rows(unsigned char* tile, int first) {
-    const int chunks = (Tile::kN - first) * kPanelRowBytes / 16;  // of each panel
-    for (int i = threadIdx.x % 32; i < chunks * (Tile::kWidth / kPanelColumns); i += 32) {
-      const int panel = i / chunks * panel_bytes(Tile::kN);
-      store_shared(tile + panel + first * kPanelRowBytes + i % chunks * 16, uint4{0, 0, 0, 0});
-    }
+    for (int column = 0; column < Tile::kWidth;
+         column += kPanelColumns, tile += panel_bytes(Tile::kN))
+      for (int byte = first * kPanelRowBytes + threadIdx.x % 32 * 16; byte < panel_bytes(Tile::kN);
+           byte += 32 * 16)
+        store_shared(tile + byte, uint4{0, 0, 0, 0});
     fence_proxy_async();
     __syncwarp();
   }
