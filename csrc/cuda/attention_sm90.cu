@@ -4,16 +4,8 @@
 namespace slimkernels {
 namespace {
 
-// L2 holds 50 MB; keys and values of the heads that are at work should fill half of it.
-constexpr int64_t kSectionBytes = 25 << 20;
-
-// Query heads whose keys and values stay in L2 together: whole groups, at least one.
-int section_of(const AttentionShape& shape, int64_t width) {
-  const int64_t bytes_of_group = 2 * 2 * width * larger(shape.Tk, 1);
-  const int64_t all = int64_t(shape.sequences) * shape.heads;
-  const int64_t groups = kSectionBytes / bytes_of_group;
-  return int(std::min(all, std::max<int64_t>(groups, 1) * shape.group));
-}
+// L2 has 50 MB, half of them for the keys and values that are at work.
+constexpr int64_t kL2Bytes = 25 << 20;
 
 // (columns, tokens, heads, batch) of a tensor, innermost first, in boxes of `rows` by one panel.
 template <typename T>
@@ -51,14 +43,15 @@ void attention_forward(const void* query, const void* key, const void* value, vo
   arguments.y = y;
   arguments.lse = lse;
   arguments.low = lse + batch * H * Tq;
-  arguments.section = section_of(shape, std::max(D, Dv));
   const auto launch = [&](auto tile) {
     using Tile = decltype(tile);
     using T = typename Tile::T;
     const int64_t q[3] = {q_batch, q_head, q_token}, k[3] = {k_batch, k_head, k_token},
                   v[3] = {v_batch, v_head, v_token};
-    arguments.works = query_tiles(shape, Tile::kM) * shape.heads;
-    const int blocks = std::min(arguments.works, multiprocessors(device));
+    const int works = query_tiles(shape, Tile::kM) * shape.heads;
+    const int blocks = std::min(works, multiprocessors(device));
+    const int64_t bytes_of_head = 2 * sizeof(T) * Tile::kWidth * std::max<int64_t>(Tk, 1);
+    arguments.schedule = {blocks, section_of(shape, blocks, bytes_of_head, kL2Bytes)};
     LAUNCH_CLUSTER((attention_sm90_forward_kernel<Tile>), dim3(blocks), dim3(Tile::kThreads), 1,
                    kAttentionSharedBytes<Tile>, (cudaStream_t)stream,
                    head_map<T>(query, D, Tq, H, batch, q, Tile::kM),

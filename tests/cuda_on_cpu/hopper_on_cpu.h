@@ -61,8 +61,7 @@ inline unsigned char* at(uint32_t address, int bytes) {
 
 inline uint32_t swizzle_128(uint32_t address) { return address ^ (address >> 3 & 0x70); }
 
-// ---- Shared memory that ordinary stores wrote and no proxy fence has shown to TMA and wgmma
-// ------
+// Shared memory that ordinary stores wrote and no proxy fence has shown to TMA and wgmma.
 
 inline std::map<uint32_t, int> unfenced;  // thread that wrote, by address / 16
 
@@ -72,8 +71,7 @@ inline void check_fenced(uint32_t address) {
     fail("fence_proxy_async is missing after a store of thread " + std::to_string(found->second));
 }
 
-// ---- mbarrier
-// ------------------------------------------------------------------------------------
+// mbarrier.
 
 struct Phases {
   int arrivals, pending;
@@ -98,8 +96,7 @@ inline Phases& phases_of(const Mbarrier* barrier) {
   return found->second;
 }
 
-// ---- TMA
-// -----------------------------------------------------------------------------------------
+// TMA.
 
 enum class Copy { kLoad, kStore, kAdd };
 
@@ -178,8 +175,7 @@ inline void finish_groups(int pending) {
   }
 }
 
-// ---- wgmma
-// ---------------------------------------------------------------------------------------
+// wgmma.
 
 // Registers that an accumulator has while products are under way, and how many those are.
 struct Accumulator {
@@ -329,8 +325,7 @@ inline void issue(Product product, float* d, const uint32_t* registers_a) {
   if (++shared.issued == 32 && !mode('w')) perform_up_to(thread() / 32, index + 1);
 }
 
-// ---- Barriers by name, registers, and what a block must not leave behind
-// -------------------------
+// Barriers by name, registers, and what a block must not leave behind.
 
 struct NamedBarrier {
   int arrived = 0, threads = 0, waiting = 0;
