@@ -1,7 +1,7 @@
 """What nvcc made of the Hopper kernels, read from the built extension without a GPU.
 
-A kernel that spills, whose products the compiler serialised, or whose exponentials it moved out from
-under the products is right and slow: no test of its numbers sees it.
+A kernel that spills, whose products the compiler serialised, or whose exponentials it moved out
+from under the products is right and slow: no test of its numbers sees it.
 """
 
 import importlib.util
