@@ -48,7 +48,8 @@ inline bool mode(char letter) {
   return letters && std::strchr(letters, letter);
 }
 
-inline int thread() { return cuda_on_cpu::me().index; }
+// Of the block, which is its own cluster.
+inline int thread() { return int(cuda_on_cpu::running - cuda_on_cpu::fibers.data()); }
 
 // Where dynamic shared memory starts, as if 384 bytes of static shared memory lay before it.
 constexpr uint32_t kSharedStart = 384;
@@ -214,7 +215,7 @@ struct WarpProducts {
 inline std::vector<WarpProducts> product_warps;
 
 inline WarpProducts& my_products() { return product_warps[thread() / 32]; }
-inline Lane& my_lane() { return my_products().lanes[cuda_on_cpu::lane()]; }
+inline Lane& my_lane() { return my_products().lanes[cuda_on_cpu::running->lane]; }
 
 inline float widen_bits(uint16_t bits, bool is_half) {
   if (is_half) {
@@ -301,14 +302,14 @@ inline std::deque<WaitingWarp> waiting;
 inline void wait_for_products(int end) {
   const int warp = thread() / 32;
   if (!mode('w')) return perform_up_to(warp, end);
-  if (cuda_on_cpu::lane() == 0) waiting.push_back({warp, end});
+  if (cuda_on_cpu::running->lane == 0) waiting.push_back({warp, end});
   while (my_products().performed < end) cuda_on_cpu::yield();
 }
 
 inline void issue(Product product, float* d, const uint32_t* registers_a) {
   WarpProducts& warp = my_products();
   Lane& lane = my_lane();
-  const int id = cuda_on_cpu::lane(), index = lane.issued++;
+  const int id = cuda_on_cpu::running->lane, index = lane.issued++;
   if (!lane.fenced) fail("wgmma_fence is missing before a wgmma");
   if (index == int(warp.products.size())) warp.products.push_back(product);
   Product& shared = warp.products[index];

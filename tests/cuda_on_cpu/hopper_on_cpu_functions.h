@@ -163,7 +163,7 @@ inline void wgmma_commit() {
 
 template <int kPending>
 void wgmma_wait() {
-  cuda_on_cpu::wait(cuda_on_cpu::my_warp());
+  cuda_on_cpu::wait(*cuda_on_cpu::running->warp);
   auto& lane = hopper_on_cpu::my_lane();
   lane.fenced = false;  // registers may be touched now
   const int groups = lane.committed - kPending;
