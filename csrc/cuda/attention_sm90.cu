@@ -1,4 +1,6 @@
 // The entry point of attention on Hopper: tensor maps, the tile for the heads' width, the launch.
+#include <algorithm>
+
 #include "attention_sm90.cuh"
 
 namespace slimkernels {
@@ -7,16 +9,53 @@ namespace {
 // L2 has 50 MB, half of them for the keys and values that are at work.
 constexpr int64_t kL2Bytes = 25 << 20;
 
-// (columns, tokens, heads, batch) of a tensor, innermost first, in boxes of `rows` by one panel.
+// One of query, key and value.
+struct Heads {
+  const void* start;
+  int64_t columns, tokens, heads, batch;
+  int64_t batch_stride, head_stride, token_stride;
+};
+
+// Its map, columns innermost, in boxes of `rows` tokens by one panel.
 template <typename T>
-TensorMap head_map(const void* start, int64_t columns, int64_t tokens, int64_t heads, int64_t batch,
-                   const int64_t (&strides)[3], int rows) {
+TensorMap head_map(const Heads& x, int rows) {
   // A dimension of one has any stride, even one that the map would refuse.
-  const auto stride = [&](int64_t size, int64_t given) { return size > 1 ? given : 8; };
-  return tensor_map<T, 4>(
-      static_cast<const T*>(start), {columns, tokens, heads, batch},
-      {stride(tokens, strides[2]), stride(heads, strides[1]), stride(batch, strides[0])},
-      {kPanelColumns, rows, 1, 1});
+  const int64_t token = x.tokens > 1 ? x.token_stride : x.columns;
+  const int64_t head = x.heads > 1 ? x.head_stride : x.columns * x.tokens;
+  const int64_t batch = x.batch > 1 ? x.batch_stride : x.columns * x.tokens * x.heads;
+  return tensor_map<T, 4>(static_cast<const T*>(x.start), {x.columns, x.tokens, x.heads, x.batch},
+                          {token, head, batch}, {kPanelColumns, rows, 1, 1});
+}
+
+template <typename T, typename Run>
+void with_width(int64_t width, Run run) {
+  if (width <= 64)
+    run(AttentionTile<T, 64>{});
+  else if (width <= 128)
+    run(AttentionTile<T, 128>{});
+  else
+    run(AttentionTile<T, 256>{});
+}
+
+template <typename Run>
+void with_tile(int dtype, int64_t width, Run run) {
+  if (Dtype(dtype) == Dtype::kFloat16)
+    with_width<__half>(width, run);
+  else
+    with_width<__nv_bfloat16>(width, run);
+}
+
+template <typename Tile>
+void launch_forward(Tile, const Heads& q, const Heads& k, const Heads& v,
+                    AttentionArguments arguments, int device, void* stream) {
+  using T = typename Tile::T;
+  const AttentionShape& shape = arguments.shape;
+  const int blocks = smaller(query_tiles(shape, Tile::kM) * shape.heads, multiprocessors(device));
+  const int64_t bytes_of_head = 2 * sizeof(T) * Tile::kWidth * k.tokens;
+  arguments.schedule = {blocks, section_of(shape, blocks, bytes_of_head, kL2Bytes)};
+  LAUNCH_CLUSTER(attention_sm90_forward_kernel<Tile>, dim3(blocks), dim3(Tile::kThreads), 1,
+                 kAttentionSharedBytes<Tile>, (cudaStream_t)stream, head_map<T>(q, Tile::kM),
+                 head_map<T>(k, Tile::kN), head_map<T>(v, Tile::kN), arguments);
 }
 
 }  // namespace
@@ -33,9 +72,9 @@ void attention_forward(const void* query, const void* key, const void* value, vo
   if (capability(device) != 90)  // elsewhere the kernel is empty
     throw std::runtime_error("attention_forward: compute capability 9.0 is needed");
   AttentionArguments arguments = {};
-  AttentionShape& shape = arguments.shape;
-  shape = {int(B),     int(H),      int(H / Hkv), int(Tq),      int(Tk),     int(left),
-           int(right), int(offset), cu_seqlens_q, cu_seqlens_k, key_lengths, causal_offsets};
+  arguments.shape = {int(B),       int(H),       int(H / Hkv), int(Tq),
+                     int(Tk),      int(left),    int(right),   int(offset),
+                     cu_seqlens_q, cu_seqlens_k, key_lengths,  causal_offsets};
   const int64_t batch = cu_seqlens_q == nullptr ? B : 1;
   arguments.scale = scale;
   arguments.softcap = softcap;
@@ -43,35 +82,11 @@ void attention_forward(const void* query, const void* key, const void* value, vo
   arguments.y = y;
   arguments.lse = lse;
   arguments.low = lse + batch * H * Tq;
-  const auto launch = [&](auto tile) {
-    using Tile = decltype(tile);
-    using T = typename Tile::T;
-    const int64_t q[3] = {q_batch, q_head, q_token}, k[3] = {k_batch, k_head, k_token},
-                  v[3] = {v_batch, v_head, v_token};
-    const int works = query_tiles(shape, Tile::kM) * shape.heads;
-    const int blocks = std::min(works, multiprocessors(device));
-    const int64_t bytes_of_head = 2 * sizeof(T) * Tile::kWidth * std::max<int64_t>(Tk, 1);
-    arguments.schedule = {blocks, section_of(shape, blocks, bytes_of_head, kL2Bytes)};
-    LAUNCH_CLUSTER((attention_sm90_forward_kernel<Tile>), dim3(blocks), dim3(Tile::kThreads), 1,
-                   kAttentionSharedBytes<Tile>, (cudaStream_t)stream,
-                   head_map<T>(query, D, Tq, H, batch, q, Tile::kM),
-                   head_map<T>(key, D, Tk, Hkv, batch, k, Tile::kN),
-                   head_map<T>(value, Dv, Tk, Hkv, batch, v, Tile::kN), arguments);
-  };
-  const auto with_width = [&](auto zero) {
-    using T = decltype(zero);
-    const int64_t width = std::max(D, Dv);
-    if (width <= 64)
-      launch(AttentionTile<T, 64>{});
-    else if (width <= 128)
-      launch(AttentionTile<T, 128>{});
-    else
-      launch(AttentionTile<T, 256>{});
-  };
-  if (Dtype(dtype) == Dtype::kFloat16)
-    with_width(__half{});
-  else
-    with_width(__nv_bfloat16{});
+  const Heads q = {query, D, Tq, H, batch, q_batch, q_head, q_token};
+  const Heads k = {key, D, Tk, Hkv, batch, k_batch, k_head, k_token};
+  const Heads v = {value, Dv, Tk, Hkv, batch, v_batch, v_head, v_token};
+  with_tile(dtype, std::max(D, Dv),
+            [&](auto tile) { launch_forward(tile, q, k, v, arguments, device, stream); });
   check_launch("attention_forward", batch * H * Tq, D);
 }
 
