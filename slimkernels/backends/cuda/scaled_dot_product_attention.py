@@ -24,9 +24,12 @@ _MOST_TOKENS = 2**29  # csrc/cuda/attention_tiles.cuh adds three such numbers in
 
 
 def unsupported(query, key, value, call):
-    refusal = unsupported_tensor(query) or _unsupported_call(query, call)
+    refusal = unsupported_tensor(query) or _unsupported_call(call)
     if refusal is not None:
         return refusal
+    is_trained = any(t.requires_grad for t in (query, key, value))
+    if _triton is None and is_trained and torch.is_grad_enabled():
+        return "its gradients are the Triton kernels', and Triton is not installed"
     if query.dtype == torch.float32:
         return "it is written for float16 and bfloat16 and input is torch.float32"
     for name, width in (("query", query.shape[-1]), ("value", value.shape[-1])):
@@ -74,7 +77,7 @@ def backward(dy, dlse, query, key, value, output, lse, call, wanted):
     return _triton.backward(dy, dlse, query, key, value, output, lse, call, wanted)
 
 
-def _unsupported_call(query, call):
+def _unsupported_call(call):
     """What a call may ask for and the kernel does not have."""
     absent = (
         ("dropout", call.dropout_p > 0),
@@ -88,8 +91,6 @@ def _unsupported_call(query, call):
     for name, is_asked_for in absent:
         if is_asked_for:
             return f"it has no {name}"
-    if _triton is None and torch.is_grad_enabled():
-        return "its gradients are the Triton kernels', and Triton is not installed"
     return None
 
 
