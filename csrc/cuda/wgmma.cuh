@@ -142,7 +142,6 @@ __device__ inline void wgmma_wait() {
 SLIM_WGMMA(64, 3, 32, 33, 34, 35, 36, 37, 38)
 SLIM_WGMMA(80, 4, 40, 41, 42, 43, 44, 45, 46)
 SLIM_WGMMA(128, 7, 64, 65, 66, 67, 68, 69, 70)
-SLIM_WGMMA(176, 10, 88, 89, 90, 91, 92, 93, 94)
 SLIM_WGMMA(256, 15, 128, 129, 130, 131, 132, 133, 134)
 
 #endif  // __CUDACC__
