@@ -1,4 +1,5 @@
-"""The CUDA extension's machine code: no kernel spills its registers, and wide loads are wide.
+"""The CUDA extension's machine code: no kernel spills its registers, wide loads are wide, and what
+should overlap does. No test of a kernel's numbers sees these.
 
 Read from slimkernels._cuda as it is built here, by the cuobjdump of the toolkit or of Triton.
 """
@@ -26,6 +27,7 @@ EXPECTED = {
     ALIGNED.format("activation_backward"): ("LDG.E.128", "STG.E.128", "no STG.E.U16"),
     r"_(forward|backward)_kernelI\w+Li1E": (),
     r"(column_sums|cross_entropy_total)_kernel": (),
+    r"attention_sm90": ("HGMMA", "UTMALDG", "USETMAXREG", "SYNCS"),
 }
 
 
@@ -79,3 +81,26 @@ def test_instructions(name):
             instruction = re.escape(expected.removeprefix("no "))
             found = re.search(rf"\b{instruction}\b", body) is not None
             assert found != expected.startswith("no "), (body[:80], expected)
+
+
+def test_attention_takes_exponentials_under_its_products():
+    """In the loop they are between the wait for q @ k^T and that for p @ v; none comes later."""
+    if "sm_90a" not in _resources():
+        pytest.skip("the extension was built without sm_90a")
+    kernels = [name for name in _resources()["sm_90a"] if "attention_sm90_forward" in name]
+    assert len(kernels) == 6, "two dtypes, three widths"
+    dump = _cuobjdump("-sass", "-arch", "sm_90a", "-fun", ",".join(kernels))
+    for body in re.split(r"\bFunction : ", dump)[1:]:
+        code = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?(\S.*?) ;", body)
+        waits = [i for i, line in enumerate(code) if line.startswith("WARPGROUP.DEPBAR")]
+        (scores,) = [i for i in waits if code[i].endswith("0x1")]
+        outputs = min(i for i in waits if i > scores)
+        loop_end = min(i for i in range(outputs, len(code)) if code[i].startswith("BRA"))
+        of_a_thread = 40 if "Li256E" in body[:200] else 64
+        assert _count(code[scores:outputs], "MUFU.EX2") >= of_a_thread, body[:80]
+        rest = code[outputs:loop_end]
+        assert _count(rest, "MUFU") == 0 and _count(rest, "FMUL") >= 32, body[:80]
+
+
+def _count(code, start):
+    return sum(instruction.startswith(start) for instruction in code)

@@ -42,4 +42,5 @@ PYBIND11_MODULE(_cuda, m) {
   bind(m, "rms_norm_backward", &norm_backward<true>);
   bind(m, "softmax_forward", &softmax_forward);
   bind(m, "softmax_backward", &softmax_backward);
+  bind(m, "attention_forward", &attention_forward);
 }

@@ -68,4 +68,18 @@ void softmax_forward(const void* x, const void* mask, const void* sinks, void* y
 void softmax_backward(const void* dy, const void* y, const float* shares, void* dx, float* products,
                       int64_t M, int64_t N, float scale, int dtype, int device, void* stream);
 
+// attention_sm90.cu: query (B, H, Tq, D), key (B, Hkv, Tk, D), value (B, Hkv, Tk, Dv), float16 or
+// bfloat16, D and Dv multiples of 8 up to 256, scale above 0, softcap 0 for none. Strides in
+// elements, multiples of 8, as are addresses of 16 bytes; y and lse (2, B, H, Tq) have no gaps.
+// With cu_seqlens, which may be null as may the three after it, B sequences lie in (Tq, H, D) and
+// (Tk, Hkv, D), and lse is (2, H, Tq). left, right: -1 for no limit.
+void attention_forward(const void* query, const void* key, const void* value, void* y, float* lse,
+                       const int* cu_seqlens_q, const int* cu_seqlens_k, const int* key_lengths,
+                       const int* causal_offsets, int64_t B, int64_t H, int64_t Hkv, int64_t Tq,
+                       int64_t Tk, int64_t D, int64_t Dv, int64_t q_batch, int64_t q_head,
+                       int64_t q_token, int64_t k_batch, int64_t k_head, int64_t k_token,
+                       int64_t v_batch, int64_t v_head, int64_t v_token, int64_t left,
+                       int64_t right, int64_t offset, float scale, float softcap, int dtype,
+                       int device, void* stream);
+
 }  // namespace slimkernels

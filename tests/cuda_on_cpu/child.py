@@ -29,19 +29,25 @@ def install(folder: str) -> None:
     from slimkernels.backends.cuda import _common
 
     def unsupported_tensor(x, *args):
+        """The refusals but that of the device."""
         refusal = real(x, *args)
-        return None if refusal and refusal.startswith("it needs CUDA tensors") else refusal
+        is_of_device = refusal is not None and refusal.startswith("it needs CUDA tensors")
+        return None if is_of_device and x.dtype in _common.DTYPES else refusal
 
     real = _common.unsupported_tensor
     for name, module in list(sys.modules.items()):
         if name.startswith("slimkernels.backends.cuda."):
-            for stub in (unsupported_tensor, launch_place):
+            for stub in (unsupported_tensor, launch_place, capability):
                 if hasattr(module, stub.__name__):
                     setattr(module, stub.__name__, stub)
 
 
 def launch_place(x):
     return 0, 0
+
+
+def capability(x):
+    return 9, 0
 
 
 def answer(path: str, function: str, kwargs: dict) -> tuple[str, object]:

@@ -127,6 +127,15 @@ inline std::function<void()> body;
 inline dim3 block_size, grid_size;
 inline size_t dynamic_bytes = 0;
 
+// What further instructions need (hopper_on_cpu.h): to be told of a block's start and end, where a
+// sentence is an error; to do what may still happen when no thread gets on; to count what got on.
+inline std::function<void(int threads)> at_start;
+inline std::function<std::string()> at_end;
+inline std::function<bool()> when_idle;
+inline unsigned events = 0;
+inline std::string failure;
+inline bool in_fiber = false;
+
 // AddressSanitizer must be told of every change of stack.
 inline void* scheduler_fake_stack = nullptr;
 inline const void* scheduler_stack = nullptr;
@@ -147,6 +156,7 @@ SLIM_UNSANITIZED inline void yield() {
 
 SLIM_UNSANITIZED inline void resume(Fiber* fiber, void* stack) {
   running = fiber;
+  in_fiber = true;
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&scheduler_fake_stack, stack, kStackBytes);
   slim_switch_stack(&scheduler, fiber->stack_pointer);
@@ -154,6 +164,14 @@ SLIM_UNSANITIZED inline void resume(Fiber* fiber, void* stack) {
 #else
   slim_switch_stack(&scheduler, fiber->stack_pointer);
 #endif
+  in_fiber = false;
+}
+
+// An error of the kernel's: a thread stops here, since a fiber cannot throw, and the launch does.
+[[noreturn]] inline void fail(const std::string& sentence) {
+  if (!in_fiber) throw std::runtime_error(sentence);
+  if (failure.empty()) failure = sentence;
+  for (;;) yield();
 }
 
 inline void run_thread() {
@@ -217,7 +235,7 @@ inline void start_cluster(uint3 first, int cluster_size) {
 
 // A number that changes whenever some thread got on.
 inline unsigned progress() {
-  unsigned total = cluster.rounds - cluster.live;
+  unsigned total = events + cluster.rounds - cluster.live;
   for (const Block& block : blocks) {
     total += block.rounds;
     for (const Warp& warp : block.warps) total += warp.rounds;
@@ -227,7 +245,7 @@ inline unsigned progress() {
 
 // Runs every thread up to where it waits.
 SLIM_UNSANITIZED inline void pass(Fiber* first, int threads, bool reverse) {
-  for (int k = 0; k < threads; ++k) {
+  for (int k = 0; k < threads && failure.empty(); ++k) {
     Fiber* fiber = first + (reverse ? threads - 1 - k : k);
     if (!fiber->done) resume(fiber, fiber->stack.get());
   }
@@ -237,13 +255,18 @@ inline void run_cluster() {
   const char* order = std::getenv("CUDA_ON_CPU_ORDER");
   const bool reverse = order && !std::strcmp(order, "reverse");
   const int threads = cluster.live;
+  failure.clear();
+  if (at_start) at_start(threads);
   for (int idle = 0; cluster.live;) {
     const unsigned before = progress();
     pass(fibers.data(), threads, reverse);
     idle = progress() == before ? idle + 1 : 0;
-    if (idle > 4)
-      throw std::runtime_error("deadlock: some threads never reach the barrier others wait at");
+    if (idle > 1 && when_idle && when_idle()) idle = 0;
+    if (idle > 4) failure = "deadlock: some threads never reach the barrier others wait at";
+    if (!failure.empty()) throw std::runtime_error(failure);
   }
+  if (at_end) failure = at_end();
+  if (!failure.empty()) throw std::runtime_error(failure);
 }
 
 inline void check_launch(dim3 grid, dim3 threads, int cluster_size, size_t shared_bytes) {

@@ -41,6 +41,12 @@ def launch_place(x: Tensor) -> tuple[int, int]:
     return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
 
 
+def capability(x: Tensor) -> tuple[int, int]:
+    """The compute capability of x's device: (9, 0) of Hopper."""
+    properties = torch.cuda.get_device_properties(x.device)
+    return properties.major, properties.minor
+
+
 def dense(x: Tensor | None) -> Tensor | None:
     """An optional tensor without gaps."""
     return None if x is None else x.contiguous()
@@ -55,6 +61,7 @@ __all__ = [
     "DTYPES",
     "_cuda",
     "address",
+    "capability",
     "dense",
     "dtype_number",
     "launch_place",

@@ -1,0 +1,93 @@
+// The entry point of attention on Hopper: tensor maps, the tile for the heads' width, the launch.
+#include <algorithm>
+
+#include "attention_sm90.cuh"
+
+namespace slimkernels {
+namespace {
+
+// L2 has 50 MB, half of them for the keys and values that are at work.
+constexpr int64_t kL2Bytes = 25 << 20;
+
+// One of query, key and value.
+struct Heads {
+  const void* start;
+  int64_t columns, tokens, heads, batch;
+  int64_t batch_stride, head_stride, token_stride;
+};
+
+// Its map, columns innermost, in boxes of `rows` tokens by one panel.
+template <typename T>
+TensorMap head_map(const Heads& x, int rows) {
+  // A dimension of one has any stride, even one that the map would refuse.
+  const int64_t token = x.tokens > 1 ? x.token_stride : x.columns;
+  const int64_t head = x.heads > 1 ? x.head_stride : x.columns * x.tokens;
+  const int64_t batch = x.batch > 1 ? x.batch_stride : x.columns * x.tokens * x.heads;
+  return tensor_map<T, 4>(static_cast<const T*>(x.start), {x.columns, x.tokens, x.heads, x.batch},
+                          {token, head, batch}, {kPanelColumns, rows, 1, 1});
+}
+
+template <typename T, typename Run>
+void with_width(int64_t width, Run run) {
+  if (width <= 64)
+    run(AttentionTile<T, 64>{});
+  else if (width <= 128)
+    run(AttentionTile<T, 128>{});
+  else
+    run(AttentionTile<T, 256>{});
+}
+
+template <typename Run>
+void with_tile(int dtype, int64_t width, Run run) {
+  if (Dtype(dtype) == Dtype::kFloat16)
+    with_width<__half>(width, run);
+  else
+    with_width<__nv_bfloat16>(width, run);
+}
+
+template <typename Tile>
+void launch_forward(Tile, const Heads& q, const Heads& k, const Heads& v,
+                    AttentionArguments arguments, int device, void* stream) {
+  using T = typename Tile::T;
+  const AttentionShape& shape = arguments.shape;
+  const int blocks = smaller(query_tiles(shape, Tile::kM) * shape.heads, multiprocessors(device));
+  const int64_t bytes_of_head = 2 * sizeof(T) * Tile::kWidth * k.tokens;
+  arguments.schedule = {blocks, section_of(shape, blocks, bytes_of_head, kL2Bytes)};
+  LAUNCH_CLUSTER(attention_sm90_forward_kernel<Tile>, dim3(blocks), dim3(Tile::kThreads), 1,
+                 kAttentionSharedBytes<Tile>, (cudaStream_t)stream, head_map<T>(q, Tile::kM),
+                 head_map<T>(k, Tile::kN), head_map<T>(v, Tile::kN), arguments);
+}
+
+}  // namespace
+
+void attention_forward(const void* query, const void* key, const void* value, void* y, float* lse,
+                       const int* cu_seqlens_q, const int* cu_seqlens_k, const int* key_lengths,
+                       const int* causal_offsets, int64_t B, int64_t H, int64_t Hkv, int64_t Tq,
+                       int64_t Tk, int64_t D, int64_t Dv, int64_t q_batch, int64_t q_head,
+                       int64_t q_token, int64_t k_batch, int64_t k_head, int64_t k_token,
+                       int64_t v_batch, int64_t v_head, int64_t v_token, int64_t left,
+                       int64_t right, int64_t offset, float scale, float softcap, int dtype,
+                       int device, void* stream) {
+  const DeviceGuard guard(device);
+  if (capability(device) != 90)  // elsewhere the kernel is empty
+    throw std::runtime_error("attention_forward: compute capability 9.0 is needed");
+  AttentionArguments arguments = {};
+  arguments.shape = {int(B),       int(H),       int(H / Hkv), int(Tq),
+                     int(Tk),      int(left),    int(right),   int(offset),
+                     cu_seqlens_q, cu_seqlens_k, key_lengths,  causal_offsets};
+  const int64_t batch = cu_seqlens_q == nullptr ? B : 1;
+  arguments.scale = scale;
+  arguments.softcap = softcap;
+  arguments.value_width = int(Dv);
+  arguments.y = y;
+  arguments.lse = lse;
+  arguments.low = lse + batch * H * Tq;
+  const Heads q = {query, D, Tq, H, batch, q_batch, q_head, q_token};
+  const Heads k = {key, D, Tk, Hkv, batch, k_batch, k_head, k_token};
+  const Heads v = {value, Dv, Tk, Hkv, batch, v_batch, v_head, v_token};
+  with_tile(dtype, std::max(D, Dv),
+            [&](auto tile) { launch_forward(tile, q, k, v, arguments, device, stream); });
+  check_launch("attention_forward", batch * H * Tq, D);
+}
+
+}  // namespace slimkernels

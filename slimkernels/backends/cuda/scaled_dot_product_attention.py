@@ -1,0 +1,117 @@
+"""Attention in CUDA C++ for Hopper: csrc/cuda/attention_sm90.cuh.
+
+Forward alone: what it saves is what the Triton kernels save, whose backward it calls.
+"""
+
+import torch
+
+from slimkernels.backends._attention import with_whole_rows
+from slimkernels.backends.cuda._common import (
+    DTYPES,
+    _cuda,
+    capability,
+    launch_place,
+    unsupported_tensor,
+)
+
+try:
+    from slimkernels.backends.triton import scaled_dot_product_attention as _triton
+except ImportError:
+    _triton = None
+
+MAX_WIDTH = 256
+_MOST_TOKENS = 2**29  # csrc/cuda/attention_tiles.cuh adds three such numbers in 32 bits
+
+
+def unsupported(query, key, value, call):
+    refusal = unsupported_tensor(query) or _unsupported_call(call)
+    if refusal is not None:
+        return refusal
+    is_trained = any(t.requires_grad for t in (query, key, value))
+    if _triton is None and is_trained and torch.is_grad_enabled():
+        return "its gradients are the Triton kernels', and Triton is not installed"
+    if query.dtype == torch.float32:
+        return "it is written for float16 and bfloat16 and input is torch.float32"
+    for name, width in (("query", query.shape[-1]), ("value", value.shape[-1])):
+        if width > MAX_WIDTH or width % 8:
+            return (
+                f"a head must be a multiple of 8 and at most {MAX_WIDTH} wide and {name}'s has "
+                f"{width}"
+            )
+    if max(query.numel() // query.shape[-1], key.numel() // key.shape[-1]) > _MOST_TOKENS:
+        return f"it takes at most {_MOST_TOKENS} tokens, of all heads together"
+    major, minor = capability(query)
+    if (major, minor) != (9, 0):
+        return f"it is written for compute capability 9.0 and {query.device} has {major}.{minor}"
+    return None
+
+
+def forward(query, key, value, call):
+    query, scale = _with_positive_scale(query, call.scale)
+    query, key, value = (_readable(t) for t in (query, key, value))
+    tokens = 0 if call.ragged else 2
+    rows = (query.shape[1], query.shape[0]) if call.ragged else query.shape[:-1]
+    y = query.new_empty(*query.shape[:-1], value.shape[-1])
+    lse = query.new_empty((2, *rows), dtype=torch.float32)
+    if not y.numel():
+        return y, lse
+    if not key.numel():
+        lse[0], lse[1] = -torch.inf, 0.0
+        return y.zero_(), lse
+    sequences = call.cu_seqlens_q.shape[0] - 1 if call.ragged else query.shape[0]
+    integers = call.cu_seqlens_q, call.cu_seqlens_k, call.key_lengths, call.causal_offsets
+    integers = [None if t is None else t.contiguous() for t in integers]
+    _cuda.attention_forward(
+        *(t.data_ptr() for t in (query, key, value, y, lse)),
+        *(0 if t is None else t.data_ptr() for t in integers),
+        *(sequences, query.shape[1], key.shape[1], query.shape[tokens], key.shape[tokens]),
+        *(query.shape[-1], value.shape[-1]),
+        *(n for t in (query, key, value) for n in _strides(t)),
+        *(call.left, call.right, call.causal_offset, scale, call.softcap),
+        *(DTYPES[query.dtype], *launch_place(query)),
+    )
+    return y, lse
+
+
+def backward(dy, dlse, query, key, value, output, lse, call, wanted):
+    return _triton.backward(dy, dlse, query, key, value, output, lse, call, wanted)
+
+
+def _unsupported_call(call):
+    """What a call may ask for and the kernel does not have."""
+    absent = (
+        ("dropout", call.dropout_p > 0),
+        ("bias", call.bias is not None),
+        ("boolean mask", call.mask is not None),
+        ("ALiBi", call.alibi_slopes is not None),
+        ("sinks", call.sinks is not None),
+        ("relative bias", call.table is not None),
+        ("functions of your own", call.function is not None),
+    )
+    for name, is_asked_for in absent:
+        if is_asked_for:
+            return f"it has no {name}"
+    return None
+
+
+def _with_positive_scale(query, scale):
+    """The kernel takes the maximum of products, that of scores only if the scale is above 0."""
+    if scale < 0:
+        return -query, -scale
+    if scale == 0:  # would make NaN of -inf, a hidden score
+        return query * 0.0, 1.0
+    return query, scale
+
+
+def _readable(x):
+    """x, or a copy of it that TMA can read: all but neighbours in a head 16 bytes apart or more."""
+    x = with_whole_rows(x)
+    steps = zip(x.shape[:-1], x.stride()[:-1], strict=True)
+    if x.data_ptr() % 16 == 0 and all(n == 1 or (s > 0 and s % 8 == 0) for n, s in steps):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _strides(x):
+    """Of batch, head and token."""
+    return x.stride()[:3] if x.dim() == 4 else (0, x.stride(1), x.stride(0))

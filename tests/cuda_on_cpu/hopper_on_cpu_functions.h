@@ -1,0 +1,184 @@
+// The functions of csrc/cuda/hopper.cuh and wgmma.cuh, by the names that kernels know them by;
+// hopper_on_cpu.h is what they stand on.
+#pragma once
+
+namespace slimkernels {
+
+inline uint32_t shared_address(const void* pointer) {
+  const auto* byte = static_cast<const unsigned char*>(pointer);
+  return hopper_on_cpu::kSharedStart +
+         uint32_t(byte - cuda_on_cpu::dynamic_shared<unsigned char>());
+}
+
+inline unsigned char* aligned_shared() {
+  const uint32_t start = hopper_on_cpu::kSharedStart;
+  return cuda_on_cpu::dynamic_shared<unsigned char>() + (1024 - start % 1024) % 1024;
+}
+
+inline void mbarrier_init(Mbarrier* barrier, int arrivals) {
+  hopper_on_cpu::at(shared_address(barrier), 8);
+  barrier->bits = hopper_on_cpu::kLive;
+  hopper_on_cpu::barriers[barrier] = {arrivals, arrivals, 0, 0};
+}
+inline void fence_mbarrier_init() {}
+
+inline void mbarrier_arrive_expect(Mbarrier* barrier, int bytes) {
+  auto& phases = hopper_on_cpu::phases_of(barrier);
+  if (--phases.pending < 0) fail("more threads arrive at an mbarrier than it was made for");
+  phases.bytes += bytes;
+  phases.end_if_complete();
+}
+inline void mbarrier_arrive(Mbarrier* barrier) { mbarrier_arrive_expect(barrier, 0); }
+
+inline void mbarrier_wait(Mbarrier* barrier, uint32_t parity) {
+  while (hopper_on_cpu::phases_of(barrier).parity == parity) cuda_on_cpu::yield();
+}
+
+inline void named_barrier_arrive(int barrier, int threads) {
+  hopper_on_cpu::arrive(barrier, threads, false);
+}
+inline void named_barrier_sync(int barrier, int threads) {
+  const unsigned round = hopper_on_cpu::named[barrier].rounds;
+  hopper_on_cpu::arrive(barrier, threads, true);
+  while (round == hopper_on_cpu::named[barrier].rounds) cuda_on_cpu::yield();
+}
+
+template <int kRegisters>
+void registers_grow() {
+  hopper_on_cpu::set_registers(kRegisters);
+}
+template <int kRegisters>
+void registers_shrink() {
+  hopper_on_cpu::set_registers(kRegisters);
+}
+
+inline void store_shared(void* to, uint4 value) {
+  std::memcpy(to, &value, 16);
+  hopper_on_cpu::unfenced[shared_address(to) / 16] = hopper_on_cpu::thread();
+}
+inline void fence_proxy_async() {
+  auto& unfenced = hopper_on_cpu::unfenced;
+  for (auto it = unfenced.begin(); it != unfenced.end();)
+    it = it->second == hopper_on_cpu::thread() ? unfenced.erase(it) : std::next(it);
+}
+
+// TMA.
+
+inline void hopper_on_cpu::start_transfer(Copy kind, const TensorMap& map, const void* shared,
+                                          Mbarrier* barrier, std::array<int, 5> first) {
+  const uint32_t address = shared_address(shared);
+  if (address % 128) fail("TMA wants 128-byte boundaries in shared memory");
+  const Transfer transfer{kind, map, address, barrier, first};
+  if (kind != Copy::kLoad) {
+    auto& groups = out[thread()];
+    if (groups.empty()) groups.emplace_back();
+    if (mode('l'))
+      groups.back().push_back(transfer);
+    else
+      transfer.perform();
+  } else if (mode('l')) {
+    loads.push_back(transfer);
+  } else {
+    transfer.perform();
+  }
+  ++cuda_on_cpu::events;
+}
+
+inline void prefetch_map(const TensorMap*) {}
+
+template <typename... C>
+void tma_load(void* to, const TensorMap* map, Mbarrier* barrier, C... c) {
+  if (sizeof...(c) != map->rank) fail("a box has as many coordinates as its tensor");
+  hopper_on_cpu::start_transfer(hopper_on_cpu::Copy::kLoad, *map, to, barrier, {int(c)...});
+}
+template <typename... C>
+void tma_store(const TensorMap* map, const void* from, C... c) {
+  if (sizeof...(c) != map->rank) fail("a box has as many coordinates as its tensor");
+  hopper_on_cpu::start_transfer(hopper_on_cpu::Copy::kStore, *map, from, nullptr, {int(c)...});
+}
+template <typename... C>
+void tma_add(const TensorMap* map, const void* from, C... c) {
+  if (sizeof...(c) != map->rank) fail("a box has as many coordinates as its tensor");
+  if (map->element != 4) fail("tma_add is for float32");
+  hopper_on_cpu::start_transfer(hopper_on_cpu::Copy::kAdd, *map, from, nullptr, {int(c)...});
+}
+
+inline void tma_commit() {
+  auto& groups = hopper_on_cpu::out[hopper_on_cpu::thread()];
+  if (groups.empty()) groups.emplace_back();
+  groups.emplace_back();
+}
+template <int kPending>
+void tma_wait_read() {
+  hopper_on_cpu::finish_groups(kPending);
+}
+template <int kPending>
+void tma_wait() {
+  hopper_on_cpu::finish_groups(kPending);
+}
+
+template <typename T, size_t kRank>
+TensorMap tensor_map(const T* start, std::array<int64_t, kRank> sizes,
+                     std::array<int64_t, kRank - 1> strides, std::array<int, kRank> box,
+                     bool swizzled = true) {
+  TensorMap map;
+  map.start = reinterpret_cast<unsigned char*>(const_cast<T*>(start));
+  map.element = sizeof(T);
+  map.rank = kRank;
+  map.swizzled = swizzled;
+  bool fits = reinterpret_cast<uintptr_t>(start) % 16 == 0 && box[0] * sizeof(T) % 16 == 0;
+  fits = fits && (!swizzled || box[0] * sizeof(T) <= 128);
+  for (size_t d = 0; d < kRank; ++d) {
+    map.sizes[d] = sizes[d];
+    map.box[d] = box[d];
+    map.strides[d] = (d == 0 ? 1 : strides[d - 1]) * int64_t(sizeof(T));
+    fits = fits && sizes[d] >= 1 && box[d] >= 1 && box[d] <= 256;
+    fits = fits && (d == 0 || (map.strides[d] % 16 == 0 && map.strides[d] < int64_t(1) << 40));
+  }
+  if (!fits) throw std::runtime_error("cuTensorMapEncodeTiled would refuse this tensor");
+  return map;
+}
+
+// wgmma.
+
+inline void wgmma_fence() { hopper_on_cpu::my_lane().fenced = true; }
+
+inline void wgmma_commit() {
+  auto& lane = hopper_on_cpu::my_lane();
+  auto& ends = hopper_on_cpu::my_products().group_ends;
+  if (int(ends.size()) == lane.committed) ends.push_back(lane.issued);
+  if (ends[lane.committed++] != lane.issued) fail("lanes of a warp commit different wgmmas");
+}
+
+template <int kPending>
+void wgmma_wait() {
+  cuda_on_cpu::wait(*cuda_on_cpu::running->warp);
+  auto& lane = hopper_on_cpu::my_lane();
+  lane.fenced = false;  // registers may be touched now
+  const int groups = lane.committed - kPending;
+  if (groups > 0)
+    hopper_on_cpu::wait_for_products(hopper_on_cpu::my_products().group_ends[groups - 1]);
+}
+
+template <typename T>
+constexpr bool kIsHalf = std::is_same_v<T, __half>;
+
+template <typename T, int kA, int kB, int kCount>
+void wgmma(float (&d)[kCount], uint64_t a, uint64_t b, bool accumulate) {
+  hopper_on_cpu::issue({2 * kCount, kA, kB, kIsHalf<T>, accumulate, a, b}, d, nullptr);
+}
+template <typename T, int kB, int kCount>
+void wgmma(float (&d)[kCount], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  hopper_on_cpu::issue({2 * kCount, -1, kB, kIsHalf<T>, accumulate, 0, b}, d, a);
+}
+
+template <typename X>
+void fence_registers(X&) {}
+
+inline float exp2_approximate(float x) {
+  const float y = std::exp2(x);
+  return y < std::numeric_limits<float>::min() ? 0.f : y;
+}
+inline float reciprocal_approximate(float x) { return 1.f / x; }
+
+}  // namespace slimkernels
