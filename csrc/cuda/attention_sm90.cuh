@@ -100,10 +100,9 @@ struct AttentionWork {
 };
 
 template <typename Tile>
-__device__ AttentionWork attention_work(const AttentionArguments& arguments, int index) {
+__device__ AttentionWork attention_work(const AttentionShape& shape, int section, int index) {
   AttentionWork work;
-  const AttentionShape& shape = arguments.shape;
-  work.tile = query_tile(shape, index, Tile::kM, arguments.section);
+  work.tile = query_tile(shape, index, Tile::kM, section);
   work.place = place_of(shape, work.tile.sequence);
   work.count = smaller(work.place.q_count - work.tile.first, Tile::kM);
   work.keys = {0, 0};
@@ -118,7 +117,8 @@ __device__ void each_attention_work(const AttentionArguments& arguments, Run& ru
   const int blocks = gridDim.x;
   for (int turn = 0; turn * blocks < arguments.works; ++turn) {
     const int index = work_of_turn(blockIdx.x, blocks, turn);
-    if (index < arguments.works) run(attention_work<Tile>(arguments, index));
+    if (index < arguments.works)
+      run(attention_work<Tile>(arguments.shape, arguments.section, index));
   }
 }
 
@@ -132,6 +132,17 @@ __device__ void load_panels(unsigned char* to, const TensorMap* map, Mbarrier* b
   for (int column = 0; column < Tile::kWidth; column += kPanelColumns)
     tma_load(to + column / kPanelColumns * panel_bytes(rows), map, barrier, column, token, head,
              batch);
+}
+
+// By a warp: zeros from row `first` of a tile on, such that wgmma sees them.
+__device__ inline void clear_rows(unsigned char* tile, int rows, int columns, int first) {
+  const int chunks = (rows - first) * kPanelRowBytes / 16;  // of each panel
+  for (int i = threadIdx.x % 32; i < chunks * (columns / kPanelColumns); i += 32) {
+    const int panel = i / chunks * panel_bytes(rows);
+    store_shared(tile + panel + first * kPanelRowBytes + i % chunks * 16, uint4{0, 0, 0, 0});
+  }
+  fence_proxy_async();
+  __syncwarp();
 }
 
 // One warp's.
@@ -183,20 +194,9 @@ struct AttentionProducer {
     if (is_cut) {
       mbarrier_wait(&barriers.tail, tail_parity);
       tail_parity ^= 1;
-      clear_rows(shared.v(stage), work.place.k_seen - tile * Tile::kN);
+      clear_rows(shared.v(stage), Tile::kN, Tile::kWidth, work.place.k_seen - tile * Tile::kN);
       if (is_first_lane()) mbarrier_arrive(&barriers.v_full[stage]);
     }
-  }
-
-  // Zeros from row `first` of a tile on, such that wgmma sees them.
-  __device__ void clear_rows(unsigned char* tile, int first) {
-    const int chunks = (Tile::kN - first) * kPanelRowBytes / 16;  // of each panel
-    for (int i = threadIdx.x % 32; i < chunks * (Tile::kWidth / kPanelColumns); i += 32) {
-      const int panel = i / chunks * panel_bytes(Tile::kN);
-      store_shared(tile + panel + first * kPanelRowBytes + i % chunks * 16, uint4{0, 0, 0, 0});
-    }
-    fence_proxy_async();
-    __syncwarp();
   }
 
   // Keys run one tile ahead of values, as the consumers' products do.

@@ -163,4 +163,32 @@ SLIM_BOTH inline bool has_foreign_tail(const AttentionShape& shape, const Sequen
   return (key_tile + 1) * N > place.k_seen && place.k_begin + place.k_seen < shape.Tk;
 }
 
+// ---- The same seen from the keys
+// -----------------------------------------------------------------
+
+// The gradients of keys and values come in tiles of keys, which "see" the queries that see them: a
+// call whose queries are these keys, whose key heads are its only heads, and whose band is turned
+// over. All functions above take it; it has no key_lengths and no causal_offsets.
+SLIM_BOTH inline AttentionShape mirrored(const AttentionShape& shape) {
+  return {shape.sequences,
+          shape.heads / shape.group,
+          1,
+          shape.Tk,
+          shape.Tq,
+          shape.right,
+          shape.left,
+          -shape.offset,
+          shape.cu_seqlens_k,
+          shape.cu_seqlens_q,
+          nullptr,
+          nullptr};
+}
+
+// A sequence of the mirrored call: q_count is that of all its keys, seen or not.
+SLIM_BOTH inline SequencePlace mirrored_place(const AttentionShape& shape, int sequence) {
+  SequencePlace keys = place_of(mirrored(shape), sequence);
+  keys.offset = -place_of(shape, sequence).offset;
+  return keys;
+}
+
 }  // namespace slimkernels

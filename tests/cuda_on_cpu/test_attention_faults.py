@@ -46,7 +46,7 @@ PLANTED = {
     ),
     "turn not waited for": (CONSUMER, "    wait_turn();\n", "    if (!IT) wait_turn();\n"),
     "tail not cleared": (PRODUCER, "      clear_rows(", "      if (!IT) clear_rows("),
-    "no proxy fence": (PRODUCER, "    fence_proxy_async();", "    if (!IT) fence_proxy_async();"),
+    "no proxy fence": (PRODUCER, "  fence_proxy_async();", "  if (!IT) fence_proxy_async();"),
     "loaded before freed": (PRODUCER, "k_place.parity ^ 1)", "k_place.parity ^ 1 ^ IT)"),
     "freed by one warp": (
         *(CONSUMER, "if (lane() == 0) mbarrier_arrive(barrier);"),
