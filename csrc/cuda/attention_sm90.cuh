@@ -37,8 +37,8 @@ struct AttentionTile {
   static constexpr int kStages = 2;
   static constexpr int kThreads = kWarpGroup * (kGroups + 1);
   // 65536 registers a multiprocessor; the producer leaves the consumers what it does not need.
-  static constexpr int kProducerRegisters = kGroups == 3 ? 32 : 24;
-  static constexpr int kConsumerRegisters = kGroups == 3 ? 160 : 240;
+  static constexpr int kProducerRegisters = kGroups == 3 ? 32 : 40;
+  static constexpr int kConsumerRegisters = kGroups == 3 ? 160 : 232;
 
   static constexpr int kQueryBytes = tile_bytes(kM, kD);
   static constexpr int kKeyBytes = tile_bytes(kN, kD);
@@ -79,16 +79,12 @@ struct AttentionShared {
   }
 };
 
-// A place in a ring of stages: the stage, and the parity of its barriers' phase.
+// A place in a ring of stages: how many it has passed.
 struct RingPlace {
-  int stage = 0;
-  uint32_t parity = 0;
+  unsigned passed = 0;
 
-  __device__ void advance(int stages) {
-    if (++stage < stages) return;
-    stage = 0;
-    parity ^= 1;
-  }
+  __device__ int stage(int stages) const { return passed % stages; }
+  __device__ uint32_t parity(int stages) const { return passed / stages & 1; }
 };
 
 // One tile of queries of one head.
@@ -135,12 +131,12 @@ __device__ void load_panels(unsigned char* to, const TensorMap* map, Mbarrier* b
 }
 
 // By a warp: zeros from row `first` of a tile on, such that wgmma sees them.
-__device__ inline void clear_rows(unsigned char* tile, int rows, int columns, int first) {
-  const int chunks = (rows - first) * kPanelRowBytes / 16;  // of each panel
-  for (int i = threadIdx.x % 32; i < chunks * (columns / kPanelColumns); i += 32) {
-    const int panel = i / chunks * panel_bytes(rows);
-    store_shared(tile + panel + first * kPanelRowBytes + i % chunks * 16, uint4{0, 0, 0, 0});
-  }
+template <int kRows, int kWidth>
+__device__ void clear_rows(unsigned char* tile, int first) {
+  for (int column = 0; column < kWidth; column += kPanelColumns, tile += panel_bytes(kRows))
+    for (int byte = first * kPanelRowBytes + threadIdx.x % 32 * 16; byte < panel_bytes(kRows);
+         byte += 32 * 16)
+      store_shared(tile + byte, uint4{0, 0, 0, 0});
   fence_proxy_async();
   __syncwarp();
 }
@@ -156,47 +152,52 @@ struct AttentionProducer {
 
   __device__ bool is_first_lane() const { return threadIdx.x % 32 == 0; }
 
+  // The first lane loads. The others never wait for what only it waits for: a lane that came late
+  // would find the barrier two phases on, with the parity of the phase that it waits for.
   __device__ void load_queries(const AttentionWork& work) {
     AttentionBarriers& barriers = shared.barriers();
-    mbarrier_wait(&barriers.q_empty, q_parity ^ 1);
+    if (is_first_lane()) {
+      mbarrier_wait(&barriers.q_empty, q_parity ^ 1);
+      mbarrier_arrive_expect(&barriers.q_full, Tile::kQueryBytes);
+      load_panels<Tile>(shared.q(), q_map, &barriers.q_full, Tile::kM,
+                        work.place.q_begin + work.tile.first, work.tile.head, work.place.batch);
+    }
     q_parity ^= 1;
-    if (!is_first_lane()) return;
-    mbarrier_arrive_expect(&barriers.q_full, Tile::kQueryBytes);
-    load_panels<Tile>(shared.q(), q_map, &barriers.q_full, Tile::kM,
-                      work.place.q_begin + work.tile.first, work.tile.head, work.place.batch);
   }
 
   __device__ void load_keys(const AttentionWork& work, int tile) {
-    AttentionBarriers& barriers = shared.barriers();
-    const int stage = k_place.stage;
-    mbarrier_wait(&barriers.k_empty[stage], k_place.parity ^ 1);
-    k_place.advance(Tile::kStages);
-    if (!is_first_lane()) return;
-    mbarrier_arrive_expect(&barriers.k_full[stage], Tile::kKeyBytes);
-    load_panels<Tile>(shared.k(stage), k_map, &barriers.k_full[stage], Tile::kN,
-                      work.place.k_begin + tile * Tile::kN, work.tile.head / arguments.shape.group,
-                      work.place.batch);
+    const int stage = k_place.stage(Tile::kStages);
+    Mbarrier& full = shared.barriers().k_full[stage];
+    if (is_first_lane()) {
+      mbarrier_wait(&shared.barriers().k_empty[stage], k_place.parity(Tile::kStages) ^ 1);
+      load_tile(shared.k(stage), k_map, &full, work, tile);
+    }
+    ++k_place.passed;
   }
 
   __device__ void load_values(const AttentionWork& work, int tile) {
     AttentionBarriers& barriers = shared.barriers();
-    const int stage = v_place.stage;
-    mbarrier_wait(&barriers.v_empty[stage], v_place.parity ^ 1);
-    v_place.advance(Tile::kStages);
+    const int stage = v_place.stage(Tile::kStages);
     const bool is_cut = has_foreign_tail(arguments.shape, work.place, tile, Tile::kN);
-    Mbarrier* const landed = is_cut ? &barriers.tail : &barriers.v_full[stage];
     if (is_first_lane()) {
-      mbarrier_arrive_expect(landed, Tile::kKeyBytes);
-      load_panels<Tile>(shared.v(stage), v_map, landed, Tile::kN,
-                        work.place.k_begin + tile * Tile::kN,
-                        work.tile.head / arguments.shape.group, work.place.batch);
+      mbarrier_wait(&barriers.v_empty[stage], v_place.parity(Tile::kStages) ^ 1);
+      load_tile(shared.v(stage), v_map, is_cut ? &barriers.tail : &barriers.v_full[stage], work,
+                tile);
     }
     if (is_cut) {
       mbarrier_wait(&barriers.tail, tail_parity);
       tail_parity ^= 1;
-      clear_rows(shared.v(stage), Tile::kN, Tile::kWidth, work.place.k_seen - tile * Tile::kN);
+      clear_rows<Tile::kN, Tile::kWidth>(shared.v(stage), work.place.k_seen - tile * Tile::kN);
       if (is_first_lane()) mbarrier_arrive(&barriers.v_full[stage]);
     }
+    ++v_place.passed;
+  }
+
+  __device__ void load_tile(unsigned char* to, const TensorMap* map, Mbarrier* landed,
+                            const AttentionWork& work, int tile) {
+    mbarrier_arrive_expect(landed, Tile::kKeyBytes);
+    load_panels<Tile>(to, map, landed, Tile::kN, work.place.k_begin + tile * Tile::kN,
+                      work.tile.head / arguments.shape.group, work.place.batch);
   }
 
   // Keys run one tile ahead of values, as the consumers' products do.

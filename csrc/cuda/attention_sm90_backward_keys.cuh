@@ -94,24 +94,24 @@ struct KeyGradientProducer {
   }
 
   // Of the tile's queries; the absent ones have no P.
-  __device__ void load_rows(const KeyGradientWork& work, int head, int tile) {
+  __device__ void load_rows(const KeyGradientWork& work, int stage, int head, int tile) {
     const SequencePlace& place = work.place;
     const int64_t plane = int64_t(place.batch) * arguments.shape.heads + head;
     const int64_t at = plane * arguments.shape.Tq + place.k_begin + tile * Tile::kM;
 #pragma unroll
     for (int i = threadIdx.x % 32; i < Tile::kM; i += 32) {
       const bool is_present = tile * Tile::kM + i < place.k_seen;
-      shared.lse(ring.stage)[i] = is_present ? arguments.lse[at + i] : INFINITY;
-      shared.delta(ring.stage)[i] = is_present ? arguments.delta[at + i] : 0.f;
+      shared.lse(stage)[i] = is_present ? arguments.lse[at + i] : INFINITY;
+      shared.delta(stage)[i] = is_present ? arguments.delta[at + i] : 0.f;
     }
     __syncwarp();
   }
 
-  // Two arrivals: the tiles', and the rows'.
+  // Two arrivals: that of the tiles, and that of the rows, which all lanes have stored by then.
   __device__ void load_queries(const KeyGradientWork& work, int head, int tile) {
     KeyGradientBarriers<Tile>& barriers = shared.barriers();
-    const int stage = ring.stage;
-    mbarrier_wait(&barriers.empty[stage], ring.parity ^ 1);
+    const int stage = ring.stage(Tile::kStages);
+    mbarrier_wait(&barriers.empty[stage], ring.parity(Tile::kStages) ^ 1);
     const bool is_cut = has_foreign_tail(mirrored(arguments.shape), work.place, tile, Tile::kM);
     Mbarrier* const landed = is_cut ? &barriers.tail : &barriers.full[stage];
     if (is_first_lane()) {
@@ -120,17 +120,17 @@ struct KeyGradientProducer {
       load_panels<Tile>(shared.q(stage), q_map, landed, Tile::kM, token, head, batch);
       load_panels<Tile>(shared.dy(stage), dy_map, landed, Tile::kM, token, head, batch);
     }
-    load_rows(work, head, tile);
+    load_rows(work, stage, head, tile);
     if (is_cut) {
       mbarrier_wait(&barriers.tail, tail_parity);
       tail_parity ^= 1;
       const int present = work.place.k_seen - tile * Tile::kM;
-      clear_rows(shared.q(stage), Tile::kM, Tile::kWidth, present);
-      clear_rows(shared.dy(stage), Tile::kM, Tile::kWidth, present);
+      clear_rows<Tile::kM, Tile::kWidth>(shared.q(stage), present);
+      clear_rows<Tile::kM, Tile::kWidth>(shared.dy(stage), present);
       if (is_first_lane()) mbarrier_arrive(&barriers.full[stage]);
     }
     if (is_first_lane()) mbarrier_arrive(&barriers.full[stage]);
-    ring.advance(Tile::kStages);
+    ++ring.passed;
   }
 
   __device__ void operator()(const KeyGradientWork& work) {
@@ -159,8 +159,8 @@ struct KeyGradientConsumer {
     if (threadIdx.x % 32 == 0) mbarrier_arrive(&shared.barriers().empty[stage]);
   }
 
-  __device__ void issue_scores(float (&s)[kScores], float (&dp)[kScores]) {
-    const int stage = ring.stage, row = group * 64;
+  __device__ void issue_scores(float (&s)[kScores], float (&dp)[kScores], int stage) {
+    const int row = group * 64;
     issue_transposed<T, Tile::kWidth>(s, shared_address(shared.k()), Tile::kN, row,
                                       shared_address(shared.q(stage)));
     issue_transposed<T, Tile::kWidth>(dp, shared_address(shared.v()), Tile::kN, row,
@@ -169,13 +169,13 @@ struct KeyGradientConsumer {
 
   // From products to P times the slope, and P as an operand.
   __device__ void probabilities(float (&s)[kScores], uint32_t (&p)[kSteps][4],
-                                const KeyGradientWork& work, int tile) {
+                                const KeyGradientWork& work, int stage, int tile) {
     const AttentionShape shape = mirrored(arguments.shape);
     const int first = work.tile.first + group * 64;
     if (is_edge(shape, work.place, first, 64, tile, Tile::kM))
       hide_edge(s, shape, work.place, first + first_row(), tile, Tile::kM);
     weigh(
-        s, arguments.scale, arguments.softcap, OfColumns{shared.lse(ring.stage) + first_column()},
+        s, arguments.scale, arguments.softcap, OfColumns{shared.lse(stage) + first_column()},
         [&](int word, float low, float high) { p[word / 4][word % 4] = pack_pair<T>(low, high); });
   }
 
@@ -185,28 +185,29 @@ struct KeyGradientConsumer {
     float s[kScores], dp[kScores];
     uint32_t p[kSteps][4] = {}, ds[kSteps][4] = {};
     mbarrier_wait(&shared.barriers().keys, 0);
-    const int heads = arguments.shape.group, tiles = work.queries.end - work.queries.begin;
+    const int tiles = work.queries.end - work.queries.begin;
     int last = -1;  // stage whose queries dk may still read
     int tile = work.queries.begin;
-    for (int left = tiles * heads; left > 0; --left) {
-      mbarrier_wait(&shared.barriers().full[ring.stage], ring.parity);
+    for (int left = tiles * arguments.shape.group; left > 0; --left) {
+      const int stage = ring.stage(Tile::kStages);
+      mbarrier_wait(&shared.barriers().full[stage], ring.parity(Tile::kStages));
+      ++ring.passed;
       wgmma_fence();
-      issue_scores(s, dp);
+      issue_scores(s, dp, stage);
       wgmma_wait<1>();
       fence_registers(s);
       fence_registers(ds);
       if (last >= 0) free_stage(last);
-      probabilities(s, p, work, tile);
-      if (++tile == work.queries.end) tile = work.queries.begin;
-      issue_added<T>(dv, p, shared_address(shared.dy(ring.stage)));
+      probabilities(s, p, work, stage, tile);
+      issue_added<T>(dv, p, shared_address(shared.dy(stage)));
       wgmma_wait<1>();
       fence_registers(dp);
-      dscores<T>(ds, s, dp, OfColumns{shared.delta(ring.stage) + first_column()});
-      issue_added<T>(dk, ds, shared_address(shared.q(ring.stage)));
+      dscores<T>(ds, s, dp, OfColumns{shared.delta(stage) + first_column()});
+      issue_added<T>(dk, ds, shared_address(shared.q(stage)));
       wgmma_wait<1>();  // p's registers are needed
       fence_registers(p);
-      last = ring.stage;
-      ring.advance(Tile::kStages);
+      last = stage;
+      if (++tile == work.queries.end) tile = work.queries.begin;
     }
     wgmma_wait<0>();
     fence_registers(dk);

@@ -65,14 +65,14 @@ struct QueryGradientProducer {
     load_panels<Tile>(shared.dy(), dy_map, landed, Tile::kM, token, work.tile.head, batch);
   }
 
+  // Only the first lane waits for consumers, as in AttentionProducer.
   __device__ void load_keys(const AttentionWork& work, int tile) {
     QueryGradientBarriers<Tile>& barriers = shared.barriers();
-    const int stage = ring.stage;
-    mbarrier_wait(&barriers.empty[stage], ring.parity ^ 1);
-    ring.advance(Tile::kStages);
+    const int stage = ring.stage(Tile::kStages);
     const bool is_cut = has_foreign_tail(shape, work.place, tile, Tile::kN);
-    Mbarrier* const landed = is_cut ? &barriers.tail : &barriers.full[stage];
     if (is_first_lane()) {
+      mbarrier_wait(&barriers.empty[stage], ring.parity(Tile::kStages) ^ 1);
+      Mbarrier* const landed = is_cut ? &barriers.tail : &barriers.full[stage];
       const int token = work.place.k_begin + tile * Tile::kN, batch = work.place.batch;
       const int head = work.tile.head / shape.group;
       mbarrier_arrive_expect(landed, 2 * Tile::kKeyBytes);
@@ -83,10 +83,11 @@ struct QueryGradientProducer {
       mbarrier_wait(&barriers.tail, tail_parity);
       tail_parity ^= 1;
       const int present = work.place.k_seen - tile * Tile::kN;
-      clear_rows(shared.k(stage), Tile::kN, Tile::kWidth, present);
-      clear_rows(shared.v(stage), Tile::kN, Tile::kWidth, present);
+      clear_rows<Tile::kN, Tile::kWidth>(shared.k(stage), present);
+      clear_rows<Tile::kN, Tile::kWidth>(shared.v(stage), present);
       if (is_first_lane()) mbarrier_arrive(&barriers.full[stage]);
     }
+    ++ring.passed;
   }
 
   __device__ void operator()(const AttentionWork& work) {
@@ -125,8 +126,8 @@ struct QueryGradientConsumer {
     }
   }
 
-  __device__ void issue_scores(float (&s)[kScores], float (&dp)[kScores]) {
-    const int stage = ring.stage, row = group * 64;
+  __device__ void issue_scores(float (&s)[kScores], float (&dp)[kScores], int stage) {
+    const int row = group * 64;
     issue_transposed<T, Tile::kWidth>(s, shared_address(shared.q()), Tile::kM, row,
                                       shared_address(shared.k(stage)));
     issue_transposed<T, Tile::kWidth>(dp, shared_address(shared.dy()), Tile::kM, row,
@@ -143,9 +144,11 @@ struct QueryGradientConsumer {
     const int first = work.tile.first + group * 64;
     int last = -1;  // stage whose keys dq may still read
     for (int tile = work.keys.begin; tile < work.keys.end; ++tile) {
-      mbarrier_wait(&shared.barriers().full[ring.stage], ring.parity);
+      const int stage = ring.stage(Tile::kStages);
+      mbarrier_wait(&shared.barriers().full[stage], ring.parity(Tile::kStages));
+      ++ring.passed;
       wgmma_fence();
-      issue_scores(s, dp);
+      issue_scores(s, dp, stage);
       wgmma_wait<1>();
       fence_registers(s);
       fence_registers(ds);
@@ -156,9 +159,8 @@ struct QueryGradientConsumer {
       wgmma_wait<0>();
       fence_registers(dp);
       dscores<T>(ds, s, dp, delta);
-      issue_added<T>(dq, ds, shared_address(shared.k(ring.stage)));
-      last = ring.stage;
-      ring.advance(Tile::kStages);
+      issue_added<T>(dq, ds, shared_address(shared.k(stage)));
+      last = stage;
     }
     wgmma_wait<0>();
     fence_registers(dq);

@@ -143,23 +143,26 @@ struct AttentionConsumer {
   }
 
   __device__ void wait_keys() {
-    mbarrier_wait(&shared.barriers().k_full[k_place.stage], k_place.parity);
+    mbarrier_wait(&shared.barriers().k_full[k_place.stage(Tile::kStages)],
+                  k_place.parity(Tile::kStages));
   }
   __device__ void wait_values() {
-    mbarrier_wait(&shared.barriers().v_full[v_place.stage], v_place.parity);
+    mbarrier_wait(&shared.barriers().v_full[v_place.stage(Tile::kStages)],
+                  v_place.parity(Tile::kStages));
   }
   __device__ void free_keys(bool and_queries) {
-    release(&shared.barriers().k_empty[k_place.stage]);
-    k_place.advance(Tile::kStages);
+    release(&shared.barriers().k_empty[k_place.stage(Tile::kStages)]);
+    ++k_place.passed;
     if (and_queries) release(&shared.barriers().q_empty);
   }
   __device__ void free_values() {
-    release(&shared.barriers().v_empty[v_place.stage]);
-    v_place.advance(Tile::kStages);
+    release(&shared.barriers().v_empty[v_place.stage(Tile::kStages)]);
+    ++v_place.passed;
   }
 
   __device__ void issue_scores(float (&s)[kScores]) {
-    const uint32_t q = shared_address(shared.q()), k = shared_address(shared.k(k_place.stage));
+    const uint32_t q = shared_address(shared.q()),
+                   k = shared_address(shared.k(k_place.stage(Tile::kStages)));
 #pragma unroll
     for (int d = 0; d < Tile::kWidth; d += 16)
       wgmma<T, kK, kK>(s, operand_k(q, Tile::kM, group * 64, d), operand_k(k, Tile::kN, 0, d),
@@ -168,7 +171,7 @@ struct AttentionConsumer {
   }
 
   __device__ void issue_outputs(float (&o)[kOutputs], const uint32_t (&p)[kSteps][4]) {
-    const uint32_t v = shared_address(shared.v(v_place.stage));
+    const uint32_t v = shared_address(shared.v(v_place.stage(Tile::kStages)));
 #pragma unroll
     for (int step = 0; step < kSteps; ++step)
       wgmma<T, kMN>(o, p[step], operand_mn(v, Tile::kN, 0, step * 16), true);

@@ -78,6 +78,8 @@ def test_ragged():
 
 
 def test_gradients_are_tritons_from_what_forward_saved():
+    import interpreter  # noqa: F401  repairs Triton's
+
     inputs = [t.requires_grad_() for t in torch.randn(3, 1, 2, 40, 64).to(BF16).unbind()]
     os.environ["HOPPER_ON_CPU"] = ""
     found = {}

@@ -1,6 +1,6 @@
 """What hopper_on_cpu.h is for: attention's kernel with a fault is found wrong, or stopped.
 
-And hopper_test.cpp: the wrappers by themselves against plain loops.
+And what it is made of by itself: index arithmetic, and the wrappers of Hopper's instructions.
 """
 
 import os
@@ -45,7 +45,7 @@ PLANTED = {
         "o[i] *= IT ? 1.f : shrink[row_of_element(i)]",
     ),
     "turn not waited for": (CONSUMER, "    wait_turn();\n", "    if (!IT) wait_turn();\n"),
-    "tail not cleared": (PRODUCER, "      clear_rows(", "      if (!IT) clear_rows("),
+    "tail not cleared": (PRODUCER, "      clear_rows<", "      if (!IT) clear_rows<"),
     "no proxy fence": (PRODUCER, "  fence_proxy_async();", "  if (!IT) fence_proxy_async();"),
     "loaded before freed": (PRODUCER, "k_place.parity ^ 1)", "k_place.parity ^ 1 ^ IT)"),
     "freed by one warp": (
@@ -92,6 +92,11 @@ def test_sound_without_a_fault(program, late):
 @pytest.mark.parametrize("fault", PLANTED)
 def test_a_fault_is_found(program, fault):
     assert run(program, "w", fault) or run(program, "l", fault)
+
+
+def test_tiles(tmp_path):
+    """The index arithmetic by itself, for every small shape."""
+    assert run(compiled("attention_tiles_test", SOURCES, tmp_path), "") == ""
 
 
 def test_wrappers(tmp_path):

@@ -1,6 +1,6 @@
-"""Attention in CUDA C++ for Hopper: csrc/cuda/attention_sm90.cuh.
+"""Attention in CUDA C++ for Hopper: csrc/cuda/attention_sm90.cuh, attention_sm90_backward.cuh.
 
-Forward alone: what it saves is what the Triton kernels save, whose backward it calls.
+What forward saves is what the Triton kernels save, whose backward has the heads that ours has not.
 """
 
 import torch
@@ -20,6 +20,7 @@ except ImportError:
     _triton = None
 
 MAX_WIDTH = 256
+MAX_GRADIENT_WIDTH = 128  # of 64 keys, dk and dv 256 wide would fill all of a thread's registers
 _MOST_TOKENS = 2**29  # csrc/cuda/attention_tiles.cuh adds three such numbers in 32 bits
 
 
@@ -71,7 +72,42 @@ def forward(query, key, value, call):
 
 
 def backward(dy, dlse, query, key, value, output, lse, call, wanted):
-    return _triton.backward(dy, dlse, query, key, value, output, lse, call, wanted)
+    if not _has_gradients(query, value):
+        return _triton.backward(dy, dlse, query, key, value, output, lse, call, wanted)
+    query, key, value = (with_whole_rows(t) for t in (query, key, value))
+    dq, dk, dv = (
+        _empty_like(t) if is_wanted else None
+        for t, is_wanted in zip(
+            (query, key, value), (wanted[0], *[wanted[1] or wanted[2]] * 2), strict=True
+        )
+    )
+    results = [t for t in (dq, dk, dv) if t is not None]
+    if not (query.numel() and key.numel() and value.numel()):
+        for t in results:
+            t.zero_()
+    elif results:
+        _launch_backward(dy, dlse, query, key, value, output, lse, call, (dq, dk, dv))
+    return dq, dk, dv, None, None, None
+
+
+def _launch_backward(dy, dlse, query, key, value, output, lse, call, results):
+    query, scale = _with_positive_scale(query, call.scale)
+    query, key, value, dy = (_readable(t) for t in (query, key, value, dy))
+    output, lse = output.contiguous(), lse.contiguous()
+    dlse = None if dlse is None else dlse.contiguous()
+    known = torch.empty_like(lse)
+    _cuda.attention_backward(
+        *(t.data_ptr() for t in (query, key, value, dy, output, lse)),
+        *(_address(t) for t in (dlse, known, *results)),
+        *_sizes_and_places(query, key, value, call),
+        *_strides(dy),
+        *(call.left, call.right, call.causal_offset, scale, call.scale, call.softcap),
+        *(DTYPES[query.dtype], *launch_place(query)),
+    )
+
+
+def _has_gradients(query, value):
+    return max(query.shape[-1], value.shape[-1]) <= MAX_GRADIENT_WIDTH
 
 
 def _unsupported_call(query, call):
@@ -94,7 +130,7 @@ def _unsupported_call(query, call):
 
 
 def _with_positive_scale(query, scale):
-    """The kernel's maximum is that of unscaled scores, the greatest only if the scale is above 0."""
+    """The kernel takes the maximum of products, that of scores only if the scale is above 0."""
     if scale < 0:
         return -query, -scale
     if scale == 0:  # would make NaN of -inf, a hidden score

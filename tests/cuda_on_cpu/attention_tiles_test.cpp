@@ -1,0 +1,126 @@
+// csrc/cuda/attention_tiles.cuh against brute force, for every small shape. Says what failed.
+#include "attention_tiles.cuh"
+
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <set>
+#include <tuple>
+#include <vector>
+
+using namespace slimkernels;
+
+static void expect(bool holds, const char* what) {
+  if (holds) return;
+  std::printf("%s\n", what);
+  std::exit(1);
+}
+
+// Each tile of each head once; under a right limit never one before a later one of its section.
+void check_dense_order(int B, int H, int Tq, int right, int M, int section) {
+  const AttentionShape shape = {B, H, 1, Tq, 9, -1, right, 0, nullptr, nullptr, nullptr, nullptr};
+  std::set<std::tuple<int, int, int>> found;
+  const int works = query_tiles(shape, M) * H, tiles = ceil_div(Tq, M);
+  int previous = 0;
+  for (int work = 0; work < works; ++work) {
+    const QueryTile tile = query_tile(shape, work, M, section);
+    expect(tile.sequence >= 0 && tile.sequence < B && tile.head >= 0 && tile.head < H, "no head");
+    expect(tile.first % M == 0 && tile.first >= 0 && tile.first < Tq, "no tile");
+    found.insert({tile.sequence, tile.head, tile.first});
+    const bool starts = work % (section * tiles) == 0;
+    const int later = right >= 0 ? tile.first - previous : previous - tile.first;
+    expect(starts || later <= 0, "not heaviest first");
+    previous = tile.first;
+  }
+  expect(int(found.size()) == works && works == B * H * tiles, "a tile is missing");
+}
+
+// Each token of each sequence in one tile of each head.
+void check_ragged_order(std::mt19937& random, int M, int right) {
+  std::vector<int> cu = {0};
+  const int B = 1 + random() % 9, H = 1 + random() % 3;
+  for (int b = 0; b < B; ++b) cu.push_back(cu.back() + (random() % 3 ? random() % 12 : 0));
+  const AttentionShape shape = {B,  H,     1, cu[B],     cu[B],     -1,
+                                right, 0, cu.data(), cu.data(), nullptr, nullptr};
+  std::multiset<std::tuple<int, int, int>> found;
+  for (int work = 0; work < query_tiles(shape, M) * H; ++work) {
+    const QueryTile tile = query_tile(shape, work, M, 1);
+    const SequencePlace place = place_of(shape, tile.sequence);
+    expect(place.q_begin == cu[tile.sequence], "a sequence begins elsewhere");
+    for (int i = tile.first; i < smaller(tile.first + M, place.q_count); ++i)
+      found.insert({tile.sequence, tile.head, i});
+  }
+  for (int b = 0; b < B; ++b)
+    for (int h = 0; h < H; ++h)
+      for (int i = 0; i < cu[b + 1] - cu[b]; ++i)
+        expect(found.count({b, h, i}) == 1, "a ragged query is not in one tile");
+  expect(int(found.size()) == cu[B] * H, "ragged tiles have too many queries");
+}
+
+void check_turns(int works, int blocks) {
+  std::multiset<int> found;
+  for (int block = 0; block < blocks; ++block)
+    for (int turn = 0; turn * blocks < works; ++turn) {
+      const int work = work_of_turn(block, blocks, turn);
+      expect(work / blocks == turn, "a turn takes another's work");
+      if (work < works) found.insert(work);
+    }
+  for (int work = 0; work < works; ++work) expect(found.count(work) == 1, "work is not done once");
+  expect(work_of_turn(0, blocks, 1) == 2 * blocks - 1, "turns do not go there and back");
+}
+
+// Which keys queries see, and what the kernel makes of it.
+void check_keys(int Tq, int Tk, int seen, int left, int right, int offset) {
+  AttentionShape shape = {1, 1, 1, Tq, Tk, left, right, offset, nullptr, nullptr, &seen, nullptr};
+  const SequencePlace place = place_of(shape, 0);
+  const auto sees = [&](int i, int j) {
+    if (j >= seen || j >= Tk) return false;
+    return (left < 0 || j >= i + offset - left) && (right < 0 || j <= i + offset + right);
+  };
+  for (int i = 0; i < Tq; ++i) {
+    const KeyRange keys = keys_of_query(shape, place, i);
+    for (int j = 0; j < Tk + 3; ++j)
+      expect(sees(i, j) == (j >= keys.first && j < keys.end), "a query sees other keys");
+  }
+  for (int M : {1, 3, 4})
+    for (int N : {1, 2, 3})
+      for (int first = 0; first < Tq; first += M) {
+        const int count = smaller(M, Tq - first);
+        const KeyTiles tiles = key_tiles(shape, place, first, count, N);
+        for (int t = 0; t * N < Tk + N; ++t) {
+          bool some = false, all = true;
+          for (int i = first; i < first + count; ++i)
+            for (int j = t * N; j < t * N + N; ++j) {
+              some = some || sees(i, j);
+              all = all && sees(i, j);
+            }
+          const bool visited = t >= tiles.begin && t < tiles.end;
+          expect(visited || !some, "a tile with visible keys is left out");
+          expect(!visited || all == !is_edge(shape, place, first, count, t, N), "a wrong edge");
+          bool foreign = false;
+          for (int j = t * N; j < t * N + N; ++j) foreign = foreign || (j >= seen && j < Tk);
+          if (t * N < seen)
+            expect(foreign == has_foreign_tail(shape, place, t, N), "a wrong foreign tail");
+        }
+      }
+}
+
+int main() {
+  for (int B : {1, 3})
+    for (int H : {1, 2, 4})
+      for (int Tq : {1, 4, 5, 13})
+        for (int right : {-1, 0})
+          for (int section = 1; section <= B * H; ++section)
+            check_dense_order(B, H, Tq, right, 4, section);
+  std::mt19937 random(0);
+  for (int n = 0; n < 500; ++n) check_ragged_order(random, 1 + random() % 5, n % 2 - 1);
+  for (int works = 1; works < 40; ++works)
+    for (int blocks = 1; blocks < 9; ++blocks) check_turns(works, blocks);
+  for (int Tq : {1, 5, 7})
+    for (int Tk : {1, 4, 8})
+      for (int seen : {0, 1, 3, 8})
+        for (int left = -1; left < 4; ++left)
+          for (int right = -1; right < 4; ++right)
+            for (int offset = -9; offset < 10; ++offset)
+              if (seen <= Tk) check_keys(Tq, Tk, seen, left, right, offset);
+}
