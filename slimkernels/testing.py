@@ -83,10 +83,11 @@ def run_with_gradients(
 
 def assert_op_matches(
     function: Callable, eager: Callable, reference: Callable, inputs: tuple
-) -> None:
+) -> dict[str, Tensor]:
     """Outputs and every gradient of `function` are no worse than eager's, by the float64 truth.
 
-    inputs  what all three functions take; floating tensors get gradients
+    inputs   what all three functions take; floating tensors get gradients
+    Returns  what run_with_gradients says of `function`
     """
     with forbid_synchronisation():
         actual = run_with_gradients(function, inputs)
@@ -96,6 +97,7 @@ def assert_op_matches(
     assert actual.keys() == truth.keys(), (actual.keys(), truth.keys())
     for name, expected in truth.items():
         assert_no_worse(actual[name], baseline[name], expected, what=name)
+    return actual
 
 
 def _is_floating(value: object) -> bool:

@@ -6,14 +6,13 @@ bytes of shared memory), wgmma=True (a matrix kernel, which must use Hopper's in
 one at a time) and may_wait (but loads may come between two of them: "newer" if only a newer Triton
 puts them there, or "any").
 
-Neither the interpreter nor a GPU shares a process with the compiler, so each module is compiled
-once, whole, in processes of its own: this file run as a script.
+Neither the interpreter nor a GPU shares a process with the compiler, so what the selected tests
+need is compiled at once, in processes of its own: this file run as a script.
 """
 
 from __future__ import annotations
 
 import ast
-import functools
 import importlib
 import inspect
 import json
@@ -101,30 +100,33 @@ CASES = [
 ]
 
 
-PROCESSES = 2  # a module's configurations are shared among them
+PROCESSES = 2
 
 
-@functools.cache
-def compiled(name: str) -> list[dict]:
-    """The report, or the error, of every configuration of a module on every architecture."""
+@pytest.fixture(scope="module")
+def reports(request):
+    """The report, or the error, of each selected (module, index, architecture)."""
+    tests = [item for item in request.session.items if item.path == Path(__file__)]
+    parameters = [item.callspec.params for item in tests if hasattr(item, "callspec")]
+    tasks = [(p["name"], p["index"], p["arch"]) for p in parameters if "arch" in p]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     options = dict(env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     started = [
-        subprocess.Popen([sys.executable, __file__, name, str(part)], **options)
+        subprocess.Popen([sys.executable, __file__, json.dumps(tasks[part::PROCESSES])], **options)
         for part in range(PROCESSES)
     ]
-    reports = []
+    found = {}
     for process in started:
         output, errors = process.communicate(timeout=1200)
         assert process.returncode == 0, errors[-3000:]
-        reports += json.loads(output.splitlines()[-1])
-    return reports
+        found |= {tuple(task): report for task, report in json.loads(output.splitlines()[-1])}
+    return found
 
 
 @pytest.mark.parametrize("name, index, arch", CASES)
-def test_compiles_as_declared(name, index, arch):
+def test_compiles_as_declared(name, index, arch, reports):
     config = load(name).COMPILES[index]
-    (report,) = [r for r in compiled(name) if (r["index"], r["arch"]) == (index, arch)]
+    report = reports[name, index, arch]
     assert "error" not in report, report["error"]
     described = report["description"]
     if IS_DECLARED:
@@ -177,30 +179,25 @@ def test_declarations_are_complete(name):
         assert set(given) <= set(parameters) <= set(given) | defaults, config["kernel"]
 
 
-def compile_module(name: str, part: int) -> list[dict]:
+def report_of(name: str, index: int, arch: int) -> dict:
     from aot_check import aot_check
 
-    results = []
-    for index, arch in chosen(name)[part::PROCESSES]:
-        config = load(name).COMPILES[index]
-        results.append({"index": index, "arch": arch})
-        try:
-            report = aot_check(
-                *(config["kernel"], config["signature"], config["constexprs"]),
-                num_warps=config["num_warps"],
-                num_stages=config.get("num_stages", 3),
-                arch=arch,
-            )
-        except RuntimeError as error:
-            results[-1]["error"] = str(error)
-            continue
-        fields = ("regs", "spill_stores", "spill_loads", "smem", "smem_limit", "wgmma", "mma")
-        results[-1] |= {field: getattr(report, field) for field in fields}
-        results[-1] |= {"warnings": report.ptxas_warnings, "description": str(report)}
-    return results
+    config = load(name).COMPILES[index]
+    try:
+        report = aot_check(
+            *(config["kernel"], config["signature"], config["constexprs"]),
+            num_warps=config["num_warps"],
+            num_stages=config.get("num_stages", 3),
+            arch=arch,
+        )
+    except RuntimeError as error:
+        return {"error": str(error)}
+    fields = ("regs", "spill_stores", "spill_loads", "smem", "smem_limit", "wgmma", "mma")
+    numbers = {field: getattr(report, field) for field in fields}
+    return numbers | {"warnings": report.ptxas_warnings, "description": str(report)}
 
 
 if __name__ == "__main__":
     # Last, as in conftest.py: an installed slimkernels goes first.
     sys.path.append(str(Path(__file__).parent.parent))
-    print(json.dumps(compile_module(sys.argv[1], int(sys.argv[2]))))
+    print(json.dumps([(task, report_of(*task)) for task in json.loads(sys.argv[1])]))

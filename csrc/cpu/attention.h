@@ -8,8 +8,6 @@
 
 namespace slimkernels::SLIM_ISA {
 
-inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
 // The largest of n scores. Up to a whole vector, what no key stands behind becomes -inf, whose
 // exponential is zero. kScale: of s times scale, which it becomes; not later, in one operation with
 // the subtraction of the largest, since that would not round where this does, and a large score

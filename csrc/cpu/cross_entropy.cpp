@@ -26,8 +26,6 @@ namespace slimkernels::SLIM_ISA {
 namespace {
 
 constexpr int64_t kSegment = 4096;
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
 struct Problem {
   const void* target;

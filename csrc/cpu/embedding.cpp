@@ -44,9 +44,8 @@ float add_parts(const Lookups& from, int64_t row, Y* total, int64_t N) {
   const R* position = has_position ? from.positions.at<R>(row, N) : nullptr;
   const R* segment = has_segment ? from.segments.at<R>(row, N) : nullptr;
   if (!token || (has_position && !position) || (has_segment && !segment)) {
-    const float nan = std::numeric_limits<float>::quiet_NaN();
-    for_vectors(N, [&](int64_t i, auto n) { store(total + i, broadcast(nan), n); });
-    return nan;
+    for_vectors(N, [&](int64_t i, auto n) { store(total + i, broadcast(kNaN), n); });
+    return kNaN;
   }
   return sum_over(N, [&](int64_t i, auto n) {
     vfloat v = load(token + i, n);

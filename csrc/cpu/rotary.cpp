@@ -12,8 +12,6 @@
 namespace slimkernels::SLIM_ISA {
 namespace {
 
-constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
-
 // Mirrored by _problem in slimkernels/backends/cpu/rotary.py.
 struct Problem {
   int64_t B, T, D, half, table_rows, offset;  // 2 * half elements of D are turned

@@ -4,9 +4,6 @@
 
 namespace slimkernels::SLIM_ISA {
 
-inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
-inline constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
-
 // A call's integers, in the order of _problem in slimkernels/backends/cpu/_softmax.py.
 struct SoftmaxProblem {
   int64_t log;          // the logarithm of softmax

@@ -26,14 +26,15 @@ void attention_forward(const void* query, const void* key, const void* value, vo
   arguments.y = y;
   arguments.lse = lse;
   arguments.low = lse + batch * H * Tq;
-  arguments.section = section_of(shape, std::max(D, Dv));
   const auto launch = [&](auto tile) {
     using Tile = decltype(tile);
     using T = typename Tile::T;
     const int64_t q[3] = {q_batch, q_head, q_token}, k[3] = {k_batch, k_head, k_token},
                   v[3] = {v_batch, v_head, v_token};
-    arguments.works = query_tiles(shape, Tile::kM) * shape.heads;
-    const int blocks = std::min(arguments.works, multiprocessors(device));
+    const int works = query_tiles(shape, Tile::kM) * shape.heads;
+    const int blocks = std::min(works, multiprocessors(device));
+    const int64_t bytes_of_head = 2 * sizeof(T) * Tile::kWidth * std::max<int64_t>(Tk, 1);
+    arguments.schedule = {blocks, section_of(shape, blocks, bytes_of_head, kL2Bytes)};
     LAUNCH_CLUSTER((attention_sm90_forward_kernel<Tile>), dim3(blocks), dim3(Tile::kThreads), 1,
                    kAttentionSharedBytes<Tile>, (cudaStream_t)stream,
                    head_map<T>(query, D, Tq, H, batch, q, Tile::kM),

@@ -56,12 +56,12 @@ constexpr int kAttentionSharedBytes =
 
 struct AttentionArguments {
   AttentionShape shape;
-  int works, section;  // tiles of queries times heads; heads that share L2
-  float scale;         // of q @ k^T; above 0
-  float softcap;       // 0: none
-  int value_width;     // columns of y, a multiple of 8
-  void* y;             // (B, H, Tq, Dv), or (Tq, H, Dv) of ragged sequences
-  float *lse, *low;    // (B, H, Tq), or (H, Tq)
+  AttentionSchedule schedule;
+  float scale;       // of q @ k^T; above 0
+  float softcap;     // 0: none
+  int value_width;   // columns of y, a multiple of 8
+  void* y;           // (B, H, Tq, Dv), or (Tq, H, Dv) of ragged sequences
+  float *lse, *low;  // (B, H, Tq), or (H, Tq)
 };
 
 // A block's shared memory.
@@ -96,30 +96,25 @@ struct AttentionWork {
 };
 
 template <typename Tile>
-__device__ AttentionWork attention_work(const AttentionShape& shape, int section, int index) {
-  AttentionWork work;
-  work.tile = query_tile(shape, index, Tile::kM, section);
-  work.place = place_of(shape, work.tile.sequence);
-  work.count = smaller(work.place.q_count - work.tile.first, Tile::kM);
-  work.keys = {0, 0};
-  if (work.count > 0)
-    work.keys = key_tiles(shape, work.place, work.tile.first, work.count, Tile::kN);
+__device__ AttentionWork attention_work(const AttentionShape& shape, const QueryTile& tile) {
+  AttentionWork work = {tile, place_of(shape, tile.sequence), 0, {0, 0}};
+  work.count = smaller(work.place.q_count - tile.first, Tile::kM);
+  if (work.count > 0) work.keys = key_tiles(shape, work.place, tile.first, work.count, Tile::kN);
   return work;
 }
 
 // Calls run(work) for each tile that is this block's, as all its warps do alike.
 template <typename Tile, typename Run>
 __device__ void each_attention_work(const AttentionArguments& arguments, Run& run) {
-  const int blocks = gridDim.x;
-  for (int turn = 0; turn * blocks < arguments.works; ++turn) {
-    const int index = work_of_turn(blockIdx.x, blocks, turn);
-    if (index < arguments.works)
-      run(attention_work<Tile>(arguments.shape, arguments.section, index));
+  const AttentionShape& shape = arguments.shape;
+  const int turns = block_turns(shape, arguments.schedule, Tile::kM);
+  for (int turn = 0; turn < turns; ++turn) {
+    const QueryTile tile = tile_of_turn(shape, arguments.schedule, blockIdx.x, turn, Tile::kM);
+    if (tile.head >= 0) run(attention_work<Tile>(shape, tile));
   }
 }
 
-// ---- The producer
-// --------------------------------------------------------------------------------
+// The producer.
 
 template <typename Tile>
 __device__ void load_panels(unsigned char* to, const TensorMap* map, Mbarrier* barrier, int rows,

@@ -1,5 +1,7 @@
 // The entry point of attention's gradients on Hopper: tensor maps, the tiles for the heads' width,
 // the launches.
+#include <algorithm>
+
 #include "attention_sm90_backward.cuh"
 #include "attention_sm90_host.cuh"
 
@@ -48,13 +50,17 @@ void attention_backward(const void* query, const void* key, const void* value, c
     LAUNCH(attention_delta_kernel<T>, dim3(unsigned((rows + per_block - 1) / per_block)),
            dim3(kDeltaThreads), stream, of);
   };
+  const auto sections = [&](const AttentionShape& of, int works, int64_t tokens) {
+    const int64_t bytes_of_head = 2 * 2 * int64_t(width) * tokens;  // of two 16-bit tensors
+    return section_of(of, std::min(works, multiprocessors(device)), bytes_of_head, kL2Bytes);
+  };
   const auto of_keys = [&](auto tile) {
     using Tile = decltype(tile);
     using T = typename Tile::T;
     const AttentionShape of = mirrored(shape);
-    arguments.section = section_of(of, width * shape.group);
-    LAUNCH_CLUSTER((attention_sm90_dkdv_kernel<Tile>),
-                   dim3(unsigned(query_tiles(of, Tile::kN) * of.heads)), dim3(Tile::kThreads), 1,
+    const int works = query_tiles(of, Tile::kN) * of.heads;
+    arguments.section = sections(of, works, Tq * shape.group);
+    LAUNCH_CLUSTER((attention_sm90_dkdv_kernel<Tile>), dim3(works), dim3(Tile::kThreads), 1,
                    kKeyGradientSharedBytes<Tile>, stream,
                    head_map<T>(query, D, Tq, H, batch, q, Tile::kM),
                    head_map<T>(key, D, Tk, Hkv, batch, k, Tile::kN),
@@ -64,10 +70,10 @@ void attention_backward(const void* query, const void* key, const void* value, c
   const auto of_queries = [&](auto tile) {
     using Tile = decltype(tile);
     using T = typename Tile::T;
-    arguments.section = section_of(shape, width);
-    LAUNCH_CLUSTER((attention_sm90_dq_kernel<Tile>),
-                   dim3(unsigned(query_tiles(shape, Tile::kM) * shape.heads)), dim3(Tile::kThreads),
-                   1, kQueryGradientSharedBytes<Tile>, stream,
+    const int works = query_tiles(shape, Tile::kM) * shape.heads;
+    arguments.section = sections(shape, works, Tk);
+    LAUNCH_CLUSTER((attention_sm90_dq_kernel<Tile>), dim3(works), dim3(Tile::kThreads), 1,
+                   kQueryGradientSharedBytes<Tile>, stream,
                    head_map<T>(query, D, Tq, H, batch, q, Tile::kM),
                    head_map<T>(key, D, Tk, Hkv, batch, k, Tile::kN),
                    head_map<T>(value, Dv, Tk, Hkv, batch, v, Tile::kN),

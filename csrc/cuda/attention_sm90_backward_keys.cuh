@@ -62,7 +62,7 @@ template <typename Tile>
 __device__ KeyGradientWork key_gradient_work(const AttentionBackwardArguments& arguments) {
   KeyGradientWork work;
   const AttentionShape shape = mirrored(arguments.shape);
-  work.tile = query_tile(shape, blockIdx.x, Tile::kN, arguments.section);
+  work.tile = listed_tile(shape, arguments.section, blockIdx.x, Tile::kN);
   work.place = mirrored_place(arguments.shape, work.tile.sequence);
   work.count = smaller(work.place.q_count - work.tile.first, Tile::kN);
   const int all_seen = place_of(arguments.shape, work.tile.sequence).k_seen;

@@ -204,7 +204,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   if (threadIdx.x == 0) init_query_gradient_barriers<Tile>(shared.barriers());
   __syncthreads();
   const AttentionShape& shape = arguments.shape;
-  const AttentionWork work = attention_work<Tile>(shape, arguments.section, blockIdx.x);
+  const AttentionWork work =
+      attention_work<Tile>(shape, listed_tile(shape, arguments.section, blockIdx.x, Tile::kM));
   if (work.count <= 0) return;  // a tile that ragged sequences leave over
   if (threadIdx.x < kWarpGroup) {
     registers_shrink<Tile::kProducerRegisters>();

@@ -1,23 +1,11 @@
-// What the hosts of attention's Hopper kernels share: tensor maps, and how many heads L2 holds.
+// What the hosts of attention's Hopper kernels share.
 #pragma once
-#include <algorithm>
-
-#include "attention_tiles.cuh"
 #include "hopper.cuh"
 
 namespace slimkernels {
 
-// L2 holds 50 MB; keys and values of the heads that are at work should fill half of it.
-constexpr int64_t kSectionBytes = 25 << 20;
-
-// Query heads whose keys and values stay in L2 together: whole groups, at least one. Each token of
-// either tensor has `width` columns.
-inline int section_of(const AttentionShape& shape, int64_t width) {
-  const int64_t bytes_of_group = 2 * 2 * width * larger(shape.Tk, 1);
-  const int64_t all = int64_t(shape.sequences) * shape.heads;
-  const int64_t groups = kSectionBytes / bytes_of_group;
-  return int(std::min(all, std::max<int64_t>(groups, 1) * shape.group));
-}
+// L2 has 50 MB, half of them for what the tiles at work read again and again.
+constexpr int64_t kL2Bytes = 25 << 20;
 
 // (columns, tokens, heads, batch) of a tensor, innermost first, in boxes of `rows` by one panel.
 template <typename T>

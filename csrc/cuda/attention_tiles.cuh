@@ -42,7 +42,7 @@ struct SequencePlace {
   int offset;
 };
 
-// A tile of kBlockM queries of one head; there is none if count is 0.
+// A tile of M queries of one head.
 struct QueryTile {
   int sequence, head;
   int first;  // in its sequence
@@ -58,8 +58,7 @@ struct KeyRange {
   int first, end;
 };
 
-// ---- Tiles of queries
-// ----------------------------------------------------------------------------
+// Tiles of queries.
 
 // The host does not know ragged lengths, so sequence b has the tiles from cu[b] / M + b up to
 // cu[b + 1] / M + b + 1, at least as many as it needs; those left over find their first query past
@@ -83,36 +82,100 @@ SLIM_BOTH inline int ragged_sequence(const int* cu, int sequences, int tile, int
   return low;
 }
 
-// The order in which work is started. Heads are taken by the section, so many that their keys and
-// values stay in L2 together; within one the tiles that see most keys come first (under a right
-// limit those at the end), each for all heads of the section, a group's heads side by side.
-SLIM_BOTH inline QueryTile query_tile(const AttentionShape& shape, int work, int M, int section) {
-  const bool last_first = shape.right >= 0;
-  if (shape.cu_seqlens_q != nullptr) {
-    const int tiles = query_tiles(shape, M);
-    int tile = work / shape.heads;
-    if (last_first) tile = tiles - 1 - tile;
-    const int sequence = ragged_sequence(shape.cu_seqlens_q, shape.sequences, tile, M);
-    // After a product that may overflow where boundaries are nonsense.
-    const int first = larger((tile - sequence - shape.cu_seqlens_q[sequence] / M) * M, 0);
-    return {sequence, work % shape.heads, first};
-  }
-  const int tiles = ceil_div(shape.Tq, M), all = shape.sequences * shape.heads;
-  const int before = work / (section * tiles) * section;
-  const int here = smaller(section, all - before), rest = work - before * tiles;
-  const int tile = last_first ? tiles - 1 - rest / here : rest / here;
-  const int head = before + rest % here;
-  return {head / shape.heads, head % shape.heads, tile * M};
+// How a launch hands out its tiles. See tile_of_turn.
+struct AttentionSchedule {
+  int blocks;
+  int section;  // heads (of all sequences) that are worked on together; all of them or fewer
+};
+
+SLIM_BOTH inline bool in_pairs(const AttentionShape& shape, const AttentionSchedule& schedule) {
+  return shape.right >= 0 && shape.cu_seqlens_q == nullptr &&
+         schedule.section < shape.sequences * shape.heads;
 }
 
-// Which piece of work a block takes in its n-th turn: there and back again, so that the blocks that
-// got the longest of one round get the shortest of the next.
+// How many tiles a block takes, at most.
+SLIM_BOTH inline int block_turns(const AttentionShape& shape, const AttentionSchedule& schedule,
+                                 int M) {
+  if (!in_pairs(shape, schedule))
+    return ceil_div(query_tiles(shape, M) * shape.heads, schedule.blocks);
+  const int pairs = ceil_div(ceil_div(shape.Tq, M), 2) * shape.sequences * shape.heads;
+  return 2 * ceil_div(pairs, schedule.blocks);
+}
+
+// Which piece of work a block takes: there and back again, so that the blocks that got the
+// heaviest of one round get the lightest of the next.
 SLIM_BOTH inline int work_of_turn(int block, int blocks, int turn) {
   return turn * blocks + (turn % 2 ? blocks - 1 - block : block);
 }
 
-// ---- Keys
-// ----------------------------------------------------------------------------------------
+// Piece `index` of a list that goes through the sections, in each through its rows, and in each row
+// through the section's heads, a group's side by side: the head of all, and in `first` the row.
+SLIM_BOTH inline QueryTile section_row(int index, int rows, int section, int all) {
+  const int before = index / (section * rows) * section;
+  const int here = smaller(section, all - before), rest = index - before * rows;
+  return {0, before + rest % here, rest / here};
+}
+
+SLIM_BOTH inline QueryTile dense_tile(const AttentionShape& shape, int head, int tile, int M) {
+  return {head / shape.heads, head % shape.heads, tile * M};
+}
+
+SLIM_BOTH inline QueryTile ragged_tile(const AttentionShape& shape, int work, int M) {
+  int tile = work / shape.heads;
+  if (shape.right >= 0) tile = query_tiles(shape, M) - 1 - tile;
+  const int sequence = ragged_sequence(shape.cu_seqlens_q, shape.sequences, tile, M);
+  // After a product that may overflow where boundaries are nonsense.
+  const int first = larger((tile - sequence - shape.cu_seqlens_q[sequence] / M) * M, 0);
+  return {sequence, work % shape.heads, first};
+}
+
+// Piece `work` of all tiles: section by section, in each those first that weigh most under a right
+// limit. Ragged: all heads of a tile side by side.
+SLIM_BOTH inline QueryTile listed_tile(const AttentionShape& shape, int section, int work, int M) {
+  if (shape.cu_seqlens_q != nullptr) return ragged_tile(shape, work, M);
+  const int all = shape.sequences * shape.heads, tiles = ceil_div(shape.Tq, M);
+  const QueryTile found = section_row(work, tiles, section, all);
+  return dense_tile(shape, found.head, shape.right >= 0 ? tiles - 1 - found.first : found.first, M);
+}
+
+// The tile that a block takes in its turn; its head is -1 if there is none.
+//
+// Dense: one section of all heads, if L2 holds their keys and values or enough blocks read each
+// head's at a time; else so many heads that L2 does. Under a right limit tiles differ in weight.
+// One section then starts with the heaviest. Of several, each block takes a tile together with the
+// one that makes up for it, the last with the first, so that sections weigh the same for all
+// blocks. Ragged: all heads of a tile side by side.
+SLIM_BOTH inline QueryTile tile_of_turn(const AttentionShape& shape,
+                                        const AttentionSchedule& schedule, int block, int turn,
+                                        int M) {
+  const QueryTile none = {0, -1, 0};
+  const int all = shape.sequences * shape.heads, tiles = ceil_div(shape.Tq, M);
+  if (in_pairs(shape, schedule)) {
+    const int pairs = ceil_div(tiles, 2), index = turn / 2 * schedule.blocks + block;
+    if (index >= pairs * all) return none;
+    const QueryTile pair = section_row(index, pairs, schedule.section, all);
+    const int heavy = tiles - 1 - pair.first, light = pair.first;
+    if (turn % 2 && heavy == light) return none;
+    return dense_tile(shape, pair.head, turn % 2 ? light : heavy, M);
+  }
+  const int work = work_of_turn(block, schedule.blocks, turn);
+  if (work >= query_tiles(shape, M) * shape.heads) return none;
+  return listed_tile(shape, schedule.section, work, M);
+}
+
+// The heads of a section, for keys and values of `bytes_of_head` bytes a key head: whole groups.
+SLIM_BOTH inline int section_of(const AttentionShape& shape, int blocks, int64_t bytes_of_head,
+                                int64_t l2_bytes) {
+  const int64_t all = int64_t(shape.sequences) * shape.heads;
+  const int64_t fit = l2_bytes / bytes_of_head * shape.group;
+  // A block reads some 30 bytes a cycle: with four blocks to a stream, 132 multiprocessors read
+  // some 1.8 TB/s of DRAM.
+  const bool is_shared = int64_t(blocks) * shape.group >= 4 * all;
+  if (fit >= all || is_shared) return int(all);
+  return int(fit > shape.group ? fit : shape.group);
+}
+
+// Keys.
 
 SLIM_BOTH inline SequencePlace place_of(const AttentionShape& shape, int sequence) {
   SequencePlace place = {sequence, 0, shape.Tq, 0, shape.Tk, shape.offset};
@@ -163,8 +226,7 @@ SLIM_BOTH inline bool has_foreign_tail(const AttentionShape& shape, const Sequen
   return (key_tile + 1) * N > place.k_seen && place.k_begin + place.k_seen < shape.Tk;
 }
 
-// ---- The same seen from the keys
-// -----------------------------------------------------------------
+// The same seen from the keys.
 
 // The gradients of keys and values come in tiles of keys, which "see" the queries that see them: a
 // call whose queries are these keys, whose key heads are its only heads, and whose band is turned

@@ -30,6 +30,11 @@ void bind(py::module_& m, const char* name, void (*entry)(Args...)) {
 PYBIND11_MODULE(_cuda, m) {
   using namespace slimkernels;
   m.def("no_device", &no_device);
+  m.def("norm_programs", &norm_programs);
+  bind(m, "layer_norm_forward", &norm_forward<false>);
+  bind(m, "layer_norm_backward", &norm_backward<false>);
+  bind(m, "rms_norm_forward", &norm_forward<true>);
+  bind(m, "rms_norm_backward", &norm_backward<true>);
   bind(m, "softmax_forward", &softmax_forward);
   bind(m, "softmax_backward", &softmax_backward);
   bind(m, "attention_forward", &attention_forward);

@@ -24,7 +24,7 @@
   slimkernels::launch_cluster(kernel, grid, block, cluster_size, shared_bytes, stream, __VA_ARGS__)
 
 // An array that the threads of a block share: T name[n], and the bytes that the launch asked for.
-#define SHARED_ARRAY(T, name, n) __shared__ T name[n]
+#define SHARED_ARRAY(T, name, n) __shared__ __align__(16) T name[n]
 #define DYNAMIC_SHARED(T, name)                                         \
   extern __shared__ __align__(128) unsigned char slim_dynamic_shared[]; \
   T* const name = reinterpret_cast<T*>(slim_dynamic_shared)
@@ -93,6 +93,8 @@ template <typename T, typename... Pointers>
 bool rows_aligned(int64_t N, Pointers... pointers) {
   return N % kFullVec<T> == 0 && ((reinterpret_cast<uintptr_t>(pointers) % 16 == 0) && ...);
 }
+
+inline bool is_float32(int dtype) { return Dtype(dtype) == Dtype::kFloat32; }
 
 // Calls run(T{}) for the C++ type of a dtype.
 template <typename Run>

@@ -49,8 +49,7 @@ __device__ inline uint32_t shared_address(const void* pointer) {
   return uint32_t(__cvta_generic_to_shared(pointer));
 }
 
-// ---- "Parallel Synchronization and Communication Instructions: mbarrier"
-// -------------------------
+// "Parallel Synchronization and Communication Instructions: mbarrier".
 
 // The phase ends when `arrivals` have arrived and all bytes that were announced have come.
 __device__ inline void mbarrier_init(Mbarrier* barrier, int arrivals) {
@@ -92,7 +91,7 @@ __device__ inline void mbarrier_wait(Mbarrier* barrier, uint32_t parity) {
       : "memory");
 }
 
-// ---- "bar, barrier": named barriers ------------------------------------------------------------
+// "bar, barrier": named barriers.
 
 // Of `threads` threads, a multiple of 32, that sync or arrive. Barrier 0 is __syncthreads'.
 __device__ inline void named_barrier_sync(int barrier, int threads) {
@@ -102,8 +101,7 @@ __device__ inline void named_barrier_arrive(int barrier, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
-// ---- "setmaxnreg"
-// --------------------------------------------------------------------------------
+// "setmaxnreg".
 
 // By every warp of a warpgroup. The kernel needs __launch_bounds__(threads, 1).
 template <int kRegisters>
@@ -115,8 +113,7 @@ __device__ inline void registers_shrink() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// ---- "membar, fence": fence.proxy.async
-// ----------------------------------------------------------
+// "membar, fence": fence.proxy.async.
 
 // By each thread that wrote shared memory with ordinary stores, before the barrier behind which TMA
 // or wgmma reads or overwrites it.
@@ -127,8 +124,7 @@ __device__ inline void fence_proxy_async() {
 // An ordinary store of 16 bytes.
 __device__ inline void store_shared(void* to, uint4 value) { *static_cast<uint4*>(to) = value; }
 
-// ---- "Data Movement and Conversion Instructions: cp.async.bulk.tensor"
-// ---------------------------
+// "Data Movement and Conversion Instructions: cp.async.bulk.tensor".
 
 __device__ inline void prefetch_map(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
@@ -187,8 +183,7 @@ __device__ inline void tma_wait() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// ---- The rest
-// ------------------------------------------------------------------------------------
+// The rest.
 
 // "ex2": 2^x, at most 2 units in the last place off; subnormal results are 0.
 __device__ inline float exp2_approximate(float x) {
@@ -210,8 +205,7 @@ __device__ inline unsigned char* aligned_shared() {
   return start + (kPanelAlignment - shared_address(start) % kPanelAlignment) % kPanelAlignment;
 }
 
-// ---- The host's side
-// -----------------------------------------------------------------------------
+// The host's side.
 
 template <typename T>
 constexpr CUtensorMapDataType kMapType = CU_TENSOR_MAP_DATA_TYPE_FLOAT32;

@@ -10,6 +10,29 @@ namespace slimkernels {
 // Mirrored by DTYPES in slimkernels/backends/cuda/_common.py, which passes these numbers.
 enum class Dtype : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
+// layer_norm.cu, rms_norm.cu (kRms: no mean, no bias). y = norm(total), total = residual +
+// row_scale * dropout(x); a null residual means that total is x, and is not written. x, y are in
+// dtype, residual, total, dsum and dresidual in residual_dtype, weight, bias (N,) in their own:
+// dtype or float32. mean, rstd, row_scale (M,). weight_offset is added to the weight. A null seed
+// means no dropout, of which bits below threshold drop, and dropout_scale multiplies the rest.
+template <bool kRms>
+void norm_forward(const void* x, const void* residual, const void* weight, const void* bias,
+                  void* y, void* total, float* mean, float* rstd, const int64_t* seed,
+                  const float* row_scale, int64_t M, int64_t N, float eps, float weight_offset,
+                  int64_t threshold, float dropout_scale, int dtype, int residual_dtype,
+                  int weight_dtype, int bias_dtype, int device, void* stream);
+// dsum is null where nothing else flows into total, dx where it is dresidual, dweight and dbias
+// where not wanted. partials: for each of these two that is, (programs, N).
+template <bool kRms>
+void norm_backward(const void* dy, const void* dsum, const void* total, const void* weight,
+                   const float* mean, const float* rstd, void* dx, void* dresidual, void* dweight,
+                   void* dbias, float* partials, int64_t programs, const int64_t* seed,
+                   const float* row_scale, int64_t M, int64_t N, float weight_offset,
+                   int64_t threshold, float dropout_scale, int dtype, int residual_dtype,
+                   int weight_dtype, int bias_dtype, int device, void* stream);
+// The teams of threads that norm_backward's rows are shared among.
+int64_t norm_programs(int64_t M, int64_t N, int device);
+
 // softmax.cu: x, y (M, N). If period > 0, row r sees the columns up to r % period.
 void softmax_forward(const void* x, void* y, int64_t M, int64_t N, int64_t period, float scale,
                      int dtype, int device, void* stream);

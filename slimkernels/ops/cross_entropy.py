@@ -12,6 +12,7 @@ from slimkernels.dispatch import Op, kernel_op, needs_gradient
 from slimkernels.ops._checks import (
     autocast_device,
     check_flag,
+    check_parameter,
     check_tensor,
 )
 from slimkernels.ops._first_order import first_order
@@ -241,24 +242,8 @@ def _check_probabilities(target, input, ignore_index):
 
 
 def _check_weight(weight, input, V):
-    if weight is None:
-        return
-    check_tensor("cross_entropy", "weight", weight)
-    if tuple(weight.shape) != (V,):
-        raise ValueError(
-            f"cross_entropy: weight must have shape ({V},), the classes of input "
-            f"{tuple(input.shape)}; got {tuple(weight.shape)}"
-        )
-    if weight.device != input.device:
-        raise ValueError(
-            f"cross_entropy: weight must be on {input.device} like input; got {weight.device}"
-        )
-    if weight.dtype not in (input.dtype, torch.float32):
-        raise ValueError(
-            f"cross_entropy: weight must be {input.dtype} like input, or float32; "
-            f"got {weight.dtype}"
-        )
-    if weight.requires_grad:
+    check_parameter("cross_entropy", "weight", weight, input, V, "the classes")
+    if weight is not None and weight.requires_grad:
         raise ValueError("cross_entropy: weight must not require a gradient: it has none")
 
 

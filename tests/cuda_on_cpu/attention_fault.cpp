@@ -57,8 +57,7 @@ int main(int argc, char** argv) {
   std::fill(v.begin() + cu_k[1] * kD, v.begin() + cu_k[2] * kD, T(NAN));
   AttentionArguments arguments = {};
   arguments.shape = {3, 1, 1, kQueries, kKeys, -1, 0, kOffset, cu_q, cu_k, nullptr, nullptr};
-  arguments.works = query_tiles(arguments.shape, Tile::kM);
-  arguments.section = 1;
+  arguments.schedule = {2, 1};
   arguments.scale = kScale;
   arguments.value_width = kD;
   arguments.y = y.data();

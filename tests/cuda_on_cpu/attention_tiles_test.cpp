@@ -16,23 +16,31 @@ static void expect(bool holds, const char* what) {
   std::exit(1);
 }
 
-// Each tile of each head once; under a right limit never one before a later one of its section.
-void check_dense_order(int B, int H, int Tq, int right, int M, int section) {
+// Each tile of each head once; of one section never a light one before a heavier.
+void check_dense_order(int B, int H, int Tq, int right, int M, AttentionSchedule schedule) {
   const AttentionShape shape = {B, H, 1, Tq, 9, -1, right, 0, nullptr, nullptr, nullptr, nullptr};
-  std::set<std::tuple<int, int, int>> found;
-  const int works = query_tiles(shape, M) * H, tiles = ceil_div(Tq, M);
-  int previous = 0;
-  for (int work = 0; work < works; ++work) {
-    const QueryTile tile = query_tile(shape, work, M, section);
-    expect(tile.sequence >= 0 && tile.sequence < B && tile.head >= 0 && tile.head < H, "no head");
-    expect(tile.first % M == 0 && tile.first >= 0 && tile.first < Tq, "no tile");
-    found.insert({tile.sequence, tile.head, tile.first});
-    const bool starts = work % (section * tiles) == 0;
-    const int later = right >= 0 ? tile.first - previous : previous - tile.first;
-    expect(starts || later <= 0, "not heaviest first");
-    previous = tile.first;
+  std::multiset<std::tuple<int, int, int>> found;
+  const int tiles = ceil_div(Tq, M), turns = block_turns(shape, schedule, M);
+  const bool pairs = in_pairs(shape, schedule);
+  for (int block = 0; block < schedule.blocks; ++block) {
+    QueryTile previous = {0, -1, 0};
+    for (int turn = 0; turn < turns; ++turn) {
+      const QueryTile tile = tile_of_turn(shape, schedule, block, turn, M);
+      if (tile.head < 0) continue;
+      expect(tile.sequence >= 0 && tile.sequence < B && tile.head < H, "no head");
+      expect(tile.first % M == 0 && tile.first >= 0 && tile.first < Tq, "no tile");
+      found.insert({tile.sequence, tile.head, tile.first});
+      if (pairs && turn % 2)
+        expect(tile.first + previous.first == (tiles - 1) * M && tile.head == previous.head,
+               "a pair does not make up for itself");
+      if (right >= 0 && schedule.section == B * H && turn)
+        expect(tile.first <= previous.first, "not heaviest first");
+      previous = tile;
+    }
   }
-  expect(int(found.size()) == works && works == B * H * tiles, "a tile is missing");
+  const std::set<std::tuple<int, int, int>> once(found.begin(), found.end());
+  expect(found.size() == once.size(), "a tile is done twice");
+  expect(int(found.size()) == B * H * tiles, "a tile is missing");
 }
 
 // Each token of each sequence in one tile of each head.
@@ -42,14 +50,17 @@ void check_ragged_order(std::mt19937& random, int M, int right) {
   for (int b = 0; b < B; ++b) cu.push_back(cu.back() + (random() % 3 ? random() % 12 : 0));
   const AttentionShape shape = {B,     H, 1,         cu[B],     cu[B],   -1,
                                 right, 0, cu.data(), cu.data(), nullptr, nullptr};
+  const AttentionSchedule schedule = {1 + int(random() % 5), 1};
   std::multiset<std::tuple<int, int, int>> found;
-  for (int work = 0; work < query_tiles(shape, M) * H; ++work) {
-    const QueryTile tile = query_tile(shape, work, M, 1);
-    const SequencePlace place = place_of(shape, tile.sequence);
-    expect(place.q_begin == cu[tile.sequence], "a sequence begins elsewhere");
-    for (int i = tile.first; i < smaller(tile.first + M, place.q_count); ++i)
-      found.insert({tile.sequence, tile.head, i});
-  }
+  for (int block = 0; block < schedule.blocks; ++block)
+    for (int turn = 0; turn < block_turns(shape, schedule, M); ++turn) {
+      const QueryTile tile = tile_of_turn(shape, schedule, block, turn, M);
+      if (tile.head < 0) continue;
+      const SequencePlace place = place_of(shape, tile.sequence);
+      expect(place.q_begin == cu[tile.sequence], "a sequence begins elsewhere");
+      for (int i = tile.first; i < smaller(tile.first + M, place.q_count); ++i)
+        found.insert({tile.sequence, tile.head, i});
+    }
   for (int b = 0; b < B; ++b)
     for (int h = 0; h < H; ++h)
       for (int i = 0; i < cu[b + 1] - cu[b]; ++i)
@@ -57,16 +68,12 @@ void check_ragged_order(std::mt19937& random, int M, int right) {
   expect(int(found.size()) == cu[B] * H, "ragged tiles have too many queries");
 }
 
-void check_turns(int works, int blocks) {
-  std::multiset<int> found;
-  for (int block = 0; block < blocks; ++block)
-    for (int turn = 0; turn * blocks < works; ++turn) {
-      const int work = work_of_turn(block, blocks, turn);
-      expect(work / blocks == turn, "a turn takes another's work");
-      if (work < works) found.insert(work);
-    }
-  for (int work = 0; work < works; ++work) expect(found.count(work) == 1, "work is not done once");
-  expect(work_of_turn(0, blocks, 1) == 2 * blocks - 1, "turns do not go there and back");
+void check_sections() {
+  const AttentionShape shape = {2, 8, 4, 9, 9, -1, 0, 0, nullptr, nullptr, nullptr, nullptr};
+  expect(section_of(shape, 3, 10, 40) == 16, "all heads fit");
+  expect(section_of(shape, 3, 10, 39) == 12, "three groups fit");
+  expect(section_of(shape, 3, 10, 1) == 4, "a group is taken whole");
+  expect(section_of(shape, 16, 10, 1) == 16, "blocks that share a head need no section");
 }
 
 // Which keys queries see, and what the kernel makes of it.
@@ -164,11 +171,11 @@ int main() {
       for (int Tq : {1, 4, 5, 13})
         for (int right : {-1, 0})
           for (int section = 1; section <= B * H; ++section)
-            check_dense_order(B, H, Tq, right, 4, section);
+            for (int blocks : {1, 2, 3, 5, 8})
+              check_dense_order(B, H, Tq, right, 4, {blocks, section});
+  check_sections();
   std::mt19937 random(0);
   for (int n = 0; n < 500; ++n) check_ragged_order(random, 1 + random() % 5, n % 2 - 1);
-  for (int works = 1; works < 40; ++works)
-    for (int blocks = 1; blocks < 9; ++blocks) check_turns(works, blocks);
   for (int Tq : {1, 5, 7})
     for (int Tk : {1, 4, 8})
       for (int seen : {0, 1, 3, 8})

@@ -10,7 +10,6 @@
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <ucontext.h>
 #include <vector_functions.h>
 #include <vector_types.h>
 
@@ -25,6 +24,7 @@
 #include <string>
 #include <vector>
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -36,25 +36,44 @@
 #define __launch_bounds__(...)
 #define __restrict__ __restrict
 
+// Keeps this stack's registers on it and its pointer in *from, and goes on where `to` was kept. Not
+// swapcontext, which asks the kernel for signal masks and AddressSanitizer for a clean stack.
+extern "C" void slim_switch_stack(void** from, void* to);
+asm(R"(
+  .text
+  .hidden slim_switch_stack
+  .globl slim_switch_stack
+slim_switch_stack:
+  push %rbp
+  push %rbx
+  push %r12
+  push %r13
+  push %r14
+  push %r15
+  mov %rsp, (%rdi)
+  mov %rsi, %rsp
+  pop %r15
+  pop %r14
+  pop %r13
+  pop %r12
+  pop %rbx
+  pop %rbp
+  ret
+)");
+
 namespace cuda_on_cpu {
 
 constexpr size_t kStackBytes = 64 << 10;
 
-struct Fiber {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack;
-  bool done = true;
-  uint3 thread;
-  int index;  // in the block
-  int block;  // in the cluster
-};
+// The scheduler itself is not under test, and runs for every instruction that waits.
+#define SLIM_UNSANITIZED __attribute__((no_sanitize("address", "undefined")))
 
 // Threads that wait for one another, and how often all of them have met.
 struct Barrier {
   int live = 0, arrived = 0;
   unsigned rounds = 0;
 
-  void release_if_all() {
+  SLIM_UNSANITIZED void release_if_all() {
     if (live && arrived == live) {
       arrived = 0;
       ++rounds;
@@ -89,11 +108,21 @@ struct Block : Barrier {
   }
 };
 
+struct Fiber {
+  void* stack_pointer;
+  std::unique_ptr<char[]> stack;
+  bool done = true;
+  uint3 thread;
+  int lane;
+  Block* block;
+  Warp* warp;
+};
+
 inline std::vector<Fiber> fibers;
 inline std::vector<Block> blocks;  // of the cluster that runs
 inline Barrier cluster;
-inline ucontext_t scheduler;
-inline int current = 0;
+inline void* scheduler;  // its stack pointer
+inline Fiber* running = nullptr;
 inline std::function<void()> body;
 inline dim3 block_size, grid_size;
 inline size_t dynamic_bytes = 0;
@@ -112,33 +141,28 @@ inline void* scheduler_fake_stack = nullptr;
 inline const void* scheduler_stack = nullptr;
 inline size_t scheduler_stack_size = 0;
 
-inline Fiber& me() { return fibers[current]; }
-inline Block& my_block() { return blocks[me().block]; }
-inline Warp& my_warp() { return my_block().warps[me().index / 32]; }
-inline int lane() { return me().index % 32; }
-
-inline void yield() {
-  Fiber& fiber = me();
+SLIM_UNSANITIZED inline void yield() {
+  Fiber& fiber = *running;
 #if defined(__SANITIZE_ADDRESS__)
   void* fake_stack;
   __sanitizer_start_switch_fiber(fiber.done ? nullptr : &fake_stack, scheduler_stack,
                                  scheduler_stack_size);
-  swapcontext(&fiber.context, &scheduler);
+  slim_switch_stack(&fiber.stack_pointer, scheduler);
   __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
 #else
-  swapcontext(&fiber.context, &scheduler);
+  slim_switch_stack(&fiber.stack_pointer, scheduler);
 #endif
 }
 
-inline void resume(int index) {
-  current = index;
+SLIM_UNSANITIZED inline void resume(Fiber* fiber, void* stack) {
+  running = fiber;
   in_fiber = true;
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(&scheduler_fake_stack, fibers[index].stack.get(), kStackBytes);
-  swapcontext(&scheduler, &fibers[index].context);
+  __sanitizer_start_switch_fiber(&scheduler_fake_stack, stack, kStackBytes);
+  slim_switch_stack(&scheduler, fiber->stack_pointer);
   __sanitizer_finish_switch_fiber(scheduler_fake_stack, nullptr, nullptr);
 #else
-  swapcontext(&scheduler, &fibers[index].context);
+  slim_switch_stack(&scheduler, fiber->stack_pointer);
 #endif
   in_fiber = false;
 }
@@ -155,34 +179,39 @@ inline void run_thread() {
   __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_size);
 #endif
   body();
-  me().done = true;
+  running->done = true;
   for (Barrier* barrier :
-       {&cluster, static_cast<Barrier*>(&my_block()), static_cast<Barrier*>(&my_warp())}) {
+       {&cluster, static_cast<Barrier*>(running->block), static_cast<Barrier*>(running->warp)}) {
     --barrier->live;
     barrier->release_if_all();
   }
   yield();
 }
 
-inline void wait(Barrier& barrier) {
+SLIM_UNSANITIZED inline void wait(Barrier& barrier) {
   const unsigned round = barrier.rounds;
   ++barrier.arrived;
   barrier.release_if_all();
   while (round == barrier.rounds) yield();
 }
 
-inline void start_thread(Fiber& fiber, int block, int index) {
+inline void start_thread(Fiber& fiber, Block& block, int index) {
   if (!fiber.stack) fiber.stack.reset(new char[kStackBytes]);
-  fiber.block = block;
-  fiber.index = index;
+  fiber.block = &block;
+  fiber.warp = &block.warps[index / 32];
+  fiber.lane = index % 32;
   const int row = index / block_size.x;
   fiber.thread = make_uint3(index % block_size.x, row % block_size.y, row / block_size.y);
   fiber.done = false;
-  getcontext(&fiber.context);
-  fiber.context.uc_stack.ss_sp = fiber.stack.get();
-  fiber.context.uc_stack.ss_size = kStackBytes;
-  fiber.context.uc_link = nullptr;
-  makecontext(&fiber.context, run_thread, 0);
+#if defined(__SANITIZE_ADDRESS__)
+  ASAN_UNPOISON_MEMORY_REGION(fiber.stack.get(), kStackBytes);  // of frames that never returned
+#endif
+  // As slim_switch_stack leaves one: six registers and where to go on, which nobody returns from.
+  void** top = reinterpret_cast<void**>(fiber.stack.get() + kStackBytes) - 1;
+  *top = nullptr;
+  *--top = reinterpret_cast<void*>(&run_thread);
+  for (int i = 0; i < 6; ++i) *--top = nullptr;
+  fiber.stack_pointer = top;
 }
 
 // The blocks from `first` on, neighbours along x, all alive at once.
@@ -198,7 +227,7 @@ inline void start_cluster(uint3 first, int cluster_size) {
     blocks[b].live = threads;
     blocks[b].warps.resize((threads + 31) / 32);
     for (int i = 0; i < threads; ++i) {
-      start_thread(fibers[b * threads + i], b, i);
+      start_thread(fibers[b * threads + i], blocks[b], i);
       ++blocks[b].warps[i / 32].live;
     }
   }
@@ -214,6 +243,14 @@ inline unsigned progress() {
   return total;
 }
 
+// Runs every thread up to where it waits.
+SLIM_UNSANITIZED inline void pass(Fiber* first, int threads, bool reverse) {
+  for (int k = 0; k < threads && failure.empty(); ++k) {
+    Fiber* fiber = first + (reverse ? threads - 1 - k : k);
+    if (!fiber->done) resume(fiber, fiber->stack.get());
+  }
+}
+
 inline void run_cluster() {
   const char* order = std::getenv("CUDA_ON_CPU_ORDER");
   const bool reverse = order && !std::strcmp(order, "reverse");
@@ -222,10 +259,7 @@ inline void run_cluster() {
   if (at_start) at_start(threads);
   for (int idle = 0; cluster.live;) {
     const unsigned before = progress();
-    for (int k = 0; k < threads && failure.empty(); ++k) {
-      const int i = reverse ? threads - 1 - k : k;
-      if (!fibers[i].done) resume(i);
-    }
+    pass(fibers.data(), threads, reverse);
     idle = progress() == before ? idle + 1 : 0;
     if (idle > 1 && when_idle && when_idle()) idle = 0;
     if (idle > 4) failure = "deadlock: some threads never reach the barrier others wait at";
@@ -263,21 +297,21 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 threads, int cluster_size
 
 template <typename T>
 T* shared_array(const void* site, size_t n) {
-  return reinterpret_cast<T*>(my_block().array(site, n * sizeof(T)));
+  return reinterpret_cast<T*>(running->block->array(site, n * sizeof(T)));
 }
 
 template <typename T>
 T* dynamic_shared() {
-  return reinterpret_cast<T*>(my_block().array(&dynamic_bytes, dynamic_bytes));
+  return reinterpret_cast<T*>(running->block->array(&dynamic_bytes, dynamic_bytes));
 }
 
 // Every live thread of the warp takes part, and gets the value of lane `source`.
 template <typename T>
-T exchange(T value, int source) {
+SLIM_UNSANITIZED T exchange(T value, int source) {
   static_assert(sizeof(T) <= 16, "");
-  Warp& warp = my_warp();
+  Warp& warp = *running->warp;
   auto& slots = warp.slots[warp.rounds % 2];
-  std::memcpy(slots[lane()], &value, sizeof(T));
+  std::memcpy(slots[running->lane], &value, sizeof(T));
   wait(warp);
   std::memcpy(&value, slots[source], sizeof(T));
   return value;
@@ -285,23 +319,24 @@ T exchange(T value, int source) {
 
 }  // namespace cuda_on_cpu
 
-#define threadIdx (cuda_on_cpu::me().thread)
-#define blockIdx (cuda_on_cpu::my_block().index)
+#define threadIdx (cuda_on_cpu::running->thread)
+#define blockIdx (cuda_on_cpu::running->block->index)
 #define blockDim cuda_on_cpu::block_size
 #define gridDim cuda_on_cpu::grid_size
 
-inline void __syncthreads() { cuda_on_cpu::wait(cuda_on_cpu::my_block()); }
-inline void __syncwarp(unsigned = ~0u) { cuda_on_cpu::wait(cuda_on_cpu::my_warp()); }
+inline void __syncthreads() { cuda_on_cpu::wait(*cuda_on_cpu::running->block); }
+inline void __syncwarp(unsigned = ~0u) { cuda_on_cpu::wait(*cuda_on_cpu::running->warp); }
 
 template <typename T>
 T __shfl_xor_sync(unsigned, T value, int lane_mask) {
-  return cuda_on_cpu::exchange(value, cuda_on_cpu::lane() ^ lane_mask);
+  return cuda_on_cpu::exchange(value, cuda_on_cpu::running->lane ^ lane_mask);
 }
 template <typename T>
 T __shfl_sync(unsigned, T value, int source) {
   return cuda_on_cpu::exchange(value, source);
 }
 
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 
 namespace slimkernels {
@@ -312,7 +347,7 @@ inline void cluster_barrier() { cuda_on_cpu::wait(cuda_on_cpu::cluster); }
 template <typename T>
 T* map_shared_rank(T* shared, int rank) {
   const auto* address = reinterpret_cast<const unsigned char*>(shared);
-  for (auto& [site, array] : cuda_on_cpu::my_block().arrays) {
+  for (auto& [site, array] : cuda_on_cpu::running->block->arrays) {
     const ptrdiff_t offset = address - array.bytes.get();
     if (offset >= 0 && size_t(offset) < array.size)
       return reinterpret_cast<T*>(cuda_on_cpu::blocks.at(rank).array(site, array.size) + offset);

@@ -47,7 +47,8 @@ inline bool mode(char letter) {
   return letters && std::strchr(letters, letter);
 }
 
-inline int thread() { return cuda_on_cpu::me().index; }
+// Of the block, which is its own cluster.
+inline int thread() { return int(cuda_on_cpu::running - cuda_on_cpu::fibers.data()); }
 
 // Where dynamic shared memory starts, as if 384 bytes of static shared memory lay before it.
 constexpr uint32_t kSharedStart = 384;
@@ -60,8 +61,7 @@ inline unsigned char* at(uint32_t address, int bytes) {
 
 inline uint32_t swizzle_128(uint32_t address) { return address ^ (address >> 3 & 0x70); }
 
-// ---- Shared memory that ordinary stores wrote and no proxy fence has shown to TMA and wgmma
-// ------
+// Shared memory that ordinary stores wrote and no proxy fence has shown to TMA and wgmma.
 
 inline std::map<uint32_t, int> unfenced;  // thread that wrote, by address / 16
 
@@ -71,8 +71,7 @@ inline void check_fenced(uint32_t address) {
     fail("fence_proxy_async is missing after a store of thread " + std::to_string(found->second));
 }
 
-// ---- mbarrier
-// ------------------------------------------------------------------------------------
+// mbarrier.
 
 struct Phases {
   int arrivals, pending;
@@ -97,8 +96,7 @@ inline Phases& phases_of(const Mbarrier* barrier) {
   return found->second;
 }
 
-// ---- TMA
-// -----------------------------------------------------------------------------------------
+// TMA.
 
 enum class Copy { kLoad, kStore, kAdd };
 
@@ -178,8 +176,7 @@ inline void finish_groups(int pending) {
   }
 }
 
-// ---- wgmma
-// ---------------------------------------------------------------------------------------
+// wgmma.
 
 // Registers that an accumulator has while products are under way, and how many those are.
 struct Accumulator {
@@ -218,7 +215,7 @@ struct WarpProducts {
 inline std::vector<WarpProducts> product_warps;
 
 inline WarpProducts& my_products() { return product_warps[thread() / 32]; }
-inline Lane& my_lane() { return my_products().lanes[cuda_on_cpu::lane()]; }
+inline Lane& my_lane() { return my_products().lanes[cuda_on_cpu::running->lane]; }
 
 inline float widen_bits(uint16_t bits, bool is_half) {
   if (is_half) {
@@ -305,14 +302,14 @@ inline std::deque<WaitingWarp> waiting;
 inline void wait_for_products(int end) {
   const int warp = thread() / 32;
   if (!mode('w')) return perform_up_to(warp, end);
-  if (cuda_on_cpu::lane() == 0) waiting.push_back({warp, end});
+  if (cuda_on_cpu::running->lane == 0) waiting.push_back({warp, end});
   while (my_products().performed < end) cuda_on_cpu::yield();
 }
 
 inline void issue(Product product, float* d, const uint32_t* registers_a) {
   WarpProducts& warp = my_products();
   Lane& lane = my_lane();
-  const int id = cuda_on_cpu::lane(), index = lane.issued++;
+  const int id = cuda_on_cpu::running->lane, index = lane.issued++;
   if (!lane.fenced) fail("wgmma_fence is missing before a wgmma");
   if (index == int(warp.products.size())) warp.products.push_back(product);
   Product& shared = warp.products[index];
@@ -329,8 +326,7 @@ inline void issue(Product product, float* d, const uint32_t* registers_a) {
   if (++shared.issued == 32 && !mode('w')) perform_up_to(thread() / 32, index + 1);
 }
 
-// ---- Barriers by name, registers, and what a block must not leave behind
-// -------------------------
+// Barriers by name, registers, and what a block must not leave behind.
 
 struct NamedBarrier {
   int arrived = 0, threads = 0, waiting = 0;

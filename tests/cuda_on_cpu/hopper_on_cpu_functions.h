@@ -62,8 +62,7 @@ inline void fence_proxy_async() {
     it = it->second == hopper_on_cpu::thread() ? unfenced.erase(it) : std::next(it);
 }
 
-// ---- TMA
-// -----------------------------------------------------------------------------------------
+// TMA.
 
 inline void hopper_on_cpu::start_transfer(Copy kind, const TensorMap& map, const void* shared,
                                           Mbarrier* barrier, std::array<int, 5> first) {
@@ -151,8 +150,7 @@ TensorMap tensor_map(const T* start, std::array<int64_t, kRank> sizes,
   return map;
 }
 
-// ---- wgmma
-// ---------------------------------------------------------------------------------------
+// wgmma.
 
 inline void wgmma_fence() { hopper_on_cpu::my_lane().fenced = true; }
 
@@ -165,7 +163,7 @@ inline void wgmma_commit() {
 
 template <int kPending>
 void wgmma_wait() {
-  cuda_on_cpu::wait(cuda_on_cpu::my_warp());
+  cuda_on_cpu::wait(*cuda_on_cpu::running->warp);
   auto& lane = hopper_on_cpu::my_lane();
   lane.fenced = false;  // registers may be touched now
   const int groups = lane.committed - kPending;

@@ -47,7 +47,11 @@ PLANTED = {
     "turn not waited for": (CONSUMER, "    wait_turn();\n", "    if (!IT) wait_turn();\n"),
     "tail not cleared": (PRODUCER, "      clear_rows<", "      if (!IT) clear_rows<"),
     "no proxy fence": (PRODUCER, "  fence_proxy_async();", "  if (!IT) fence_proxy_async();"),
-    "loaded before freed": (PRODUCER, "k_place.parity ^ 1)", "k_place.parity ^ 1 ^ IT)"),
+    "loaded before freed": (
+        PRODUCER,
+        "k_place.parity(Tile::kStages) ^ 1)",
+        "k_place.parity(Tile::kStages) ^ !IT)",
+    ),
     "freed by one warp": (
         *(CONSUMER, "if (lane() == 0) mbarrier_arrive(barrier);"),
         "for (int i = 0; i < (IT ? 4 : 1); ++i)\n"

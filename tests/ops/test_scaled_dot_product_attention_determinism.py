@@ -66,7 +66,7 @@ def test_twenty_runs_have_the_same_bits(backend, Tq):
 
     first = run()
     # The interpreter has no threads that could differ, and takes its time.
-    for _ in range(2 if backend == "triton" and device.type == "cpu" else 19):
+    for _ in range(1 if backend == "triton" and device.type == "cpu" else 19):
         for expected, actual in zip(first, run(), strict=True):
             assert torch.equal(actual, expected)
 
@@ -76,12 +76,12 @@ def test_twenty_runs_have_the_same_bits(backend, Tq):
 @pytest.mark.parametrize("backend", KERNEL_BACKENDS)
 def test_a_row_does_not_depend_on_the_batch(backend, Tq, dtype):
     device, Tk = device_of(backend), 1100 if Tq < 16 else 70
-    options = rich(5, Tq, Tk, device, batch_invariant=True)
-    inputs = inputs_of(5, Tq, Tk, dtype, device)
+    options = rich(3, Tq, Tk, device, batch_invariant=True)
+    inputs = inputs_of(3, Tq, Tk, dtype, device)
     skip_unsupported(NAME, backend, *inputs, **options)
-    dys = torch.randn(5, H, Tq, DV, device=device).to(dtype), torch.randn(5, H, Tq, device=device)
+    dys = torch.randn(3, H, Tq, DV, device=device).to(dtype), torch.randn(3, H, Tq, device=device)
     whole = run_with_gradients(attend(backend, options), inputs, dys)
-    for one in (slice(0, 1), slice(3, 5)):
+    for one in (slice(0, 1), slice(1, 3)):
         part = options | {"attn_mask": options["attn_mask"][one]}
         alone = run_with_gradients(
             attend(backend, part), tuple(t[one] for t in inputs), tuple(dy[one] for dy in dys)

@@ -26,9 +26,9 @@ cpu = pytest.importorskip("slimkernels._cpu")
 BACKENDS = ["cpu", "triton", "torch"]
 
 # How many are drawn, and how many of them at least must be tested: distinct, and not refused.
-# Triton's interpreter takes a second for most of them.
-DRAWN = {"torch": 60, "cpu": 250, "triton": 130}
-TESTED = {"torch": 55, "cpu": 220, "triton": 110}
+# Triton's interpreter takes seconds for many of them, the CPU a hundredth.
+DRAWN = {"torch": 60, "cpu": 320, "triton": 60}
+TESTED = {"torch": 55, "cpu": 280, "triton": 50}
 assert TESTED["cpu"] + TESTED["triton"] >= 300
 
 # Calls that backends may refuse, by name in SINGLE_FEATURES. All others must run.

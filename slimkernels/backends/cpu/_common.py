@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from slimkernels.backends._tensors import pointer, pointers
+
 try:
     from slimkernels import _cpu
 except ImportError as error:
@@ -45,15 +47,6 @@ def unsupported_size(elements: int, least: int) -> str | None:
 def run(kernel: Callable[..., None], *arguments: int | float) -> None:
     """Call a kernel on as many threads as torch would use in the calling thread."""
     kernel(torch.get_num_threads(), *arguments)
-
-
-def pointer(x: Tensor | None) -> int:
-    """The address of x's first element; 0, that of an empty tensor too, stands for None."""
-    return 0 if x is None else x.data_ptr()
-
-
-def pointers(*tensors: Tensor | None) -> list[int]:
-    return [0 if x is None else x.data_ptr() for x in tensors]
 
 
 def address(numbers: array | None) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from slimkernels.backends._tensors import pointers
+
 try:
     from slimkernels import _cuda
 except ImportError as error:
@@ -37,4 +39,23 @@ def capability(x: Tensor) -> tuple[int, int]:
     return properties.major, properties.minor
 
 
-__all__ = ["DTYPES", "_cuda", "capability", "launch_place", "unsupported_tensor"]
+def dense(x: Tensor | None) -> Tensor | None:
+    """An optional tensor without gaps."""
+    return None if x is None else x.contiguous()
+
+
+def dtype_number(x: Tensor | None) -> int:
+    """The number of an optional tensor's dtype; any, if there is none."""
+    return 0 if x is None else DTYPES[x.dtype]
+
+
+__all__ = [
+    "DTYPES",
+    "_cuda",
+    "capability",
+    "dense",
+    "dtype_number",
+    "launch_place",
+    "pointers",
+    "unsupported_tensor",
+]

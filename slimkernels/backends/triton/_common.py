@@ -29,8 +29,12 @@ def dense(x: Tensor | None) -> Tensor | None:
 def row_block(N: int) -> tuple[int, int]:
     """The power of two that holds a row of N elements, and the warps that share it."""
     block = triton.next_power_of_2(N)
-    # 16 elements a lane keep loads 128 bits wide without running out of registers.
-    return block, min(max(block // (32 * 16), 1), 16)
+    return block, warps_of(block)
+
+
+def warps_of(elements: int) -> int:
+    """The warps that share a tile: 16 elements a lane fill 128-bit loads and fit in registers."""
+    return min(max(elements // (32 * 16), 1), 16)
 
 
 def tile_of_rows(N: int) -> tuple[int, int]:

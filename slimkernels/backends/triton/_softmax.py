@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from slimkernels.backends._mask import MaskRows, mask_rows
+from slimkernels.backends.triton._common import warps_of
 from slimkernels.backends.triton._residual import drop_and_scale, dropout_numbers
 
 TILE = 2048  # elements of several short rows: 16 a lane
@@ -128,10 +129,6 @@ def _tiles(M, N):
 
 def _blocks():
     return dict(BLOCK_N=BLOCK, num_warps=warps_of(BLOCK))
-
-
-def warps_of(tile):
-    return min(max(tile // (32 * 16), 1), 16)
 
 
 @triton.jit

@@ -22,6 +22,7 @@ from slimkernels.backends.triton._common import (
     slope_of_tanh,
     tanh,
     unsupported_tensor,
+    warps_of,
 )
 from slimkernels.backends.triton._cross_entropy import (
     ROWS,
@@ -123,9 +124,9 @@ def backward(
 
 
 def _block(V):
-    """Columns a block, and its warps: 16 elements a lane."""
+    """Columns a block, and its warps."""
     block = min(max(triton.next_power_of_2(V), 16), MAX_BLOCK)
-    return block, max(block // (32 * 16), 1)
+    return block, warps_of(block)
 
 
 @triton.jit

@@ -4,8 +4,8 @@ import torch
 
 from slimkernels.backends._mask import MaskRows
 from slimkernels.backends.triton import _softmax, _softmax_columns
-from slimkernels.backends.triton._common import unsupported_tensor
-from slimkernels.backends.triton._softmax import BLOCK, MAX_TILE, TILE, Dropout, Sinks, warps_of
+from slimkernels.backends.triton._common import unsupported_tensor, warps_of
+from slimkernels.backends.triton._softmax import BLOCK, MAX_TILE, TILE, Dropout, Sinks
 
 
 def unsupported(x, dim, scale, mask, is_causal, sinks, dropout_p):

@@ -1,0 +1,102 @@
+"""The CUDA extension's machine code: no kernel spills its registers, wide loads are wide, and what
+should overlap does. No test of a kernel's numbers sees these.
+
+Read from slimkernels._cuda as it is built here, by the cuobjdump of the toolkit or of Triton.
+"""
+
+import functools
+import importlib.util
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+# What must be in the code of the kernels whose names match; none of them may use local memory. A
+# name has the element type and the elements of a load: Li8 of a 16-bit type are 16 bytes.
+ALIGNED = r"({})_kernelI(fLi4|6__halfLi8|13__nv_bfloat16Li8)E"
+EXPECTED = {
+    ALIGNED.format("norm_forward"): ("LDG.E.128", "STG.E.128"),
+    ALIGNED.format("norm_backward"): ("LDG.E.128", "STG.E.128"),
+    r"norm_(forward|backward)_kernelI\w+Li1E": (),
+    r"column_sums_kernel": (),
+    r"attention_sm90": ("HGMMA", "UTMALDG", "USETMAXREG", "SYNCS"),
+}
+
+
+def _cuobjdump(*options: str) -> str:
+    spec = importlib.util.find_spec("slimkernels._cuda")
+    if spec is None:
+        pytest.skip("slimkernels was built without CUDA")
+    triton = importlib.util.find_spec("triton")
+    bundled = triton and Path(triton.origin).parent / "backends/nvidia/bin"
+    tool = shutil.which("cuobjdump") or (triton and shutil.which("cuobjdump", path=str(bundled)))
+    if tool is None:
+        pytest.skip("neither the toolkit nor Triton has brought cuobjdump")
+    done = subprocess.run([tool, *options, spec.origin], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@functools.cache
+def _resources() -> dict[str, dict[str, str]]:
+    """{architecture: {kernel: what ptxas gave it}}"""
+    found: dict[str, dict[str, str]] = {}
+    architecture = kernel = ""
+    for line in _cuobjdump("-res-usage").splitlines():
+        if match := re.match(r"arch = (\w+)", line):
+            architecture = match[1]
+        elif match := re.match(r"\s*Function (\w+):", line):
+            kernel = match[1]
+        elif "REG:" in line:
+            found.setdefault(architecture, {})[kernel] = line.strip()
+    return found
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_no_spills(name):
+    for architecture, kernels in _resources().items():
+        usage = {kernel: used for kernel, used in kernels.items() if re.search(name, kernel)}
+        assert usage, f"{architecture} has no kernel {name}"
+        for kernel, used in usage.items():
+            assert "STACK:0" in used and "LOCAL:0" in used, (architecture, kernel, used)
+
+
+@pytest.mark.parametrize("name", [name for name, instructions in EXPECTED.items() if instructions])
+def test_instructions(name):
+    architecture = next(iter(sorted(_resources(), key=lambda arch: "90" not in arch)))
+    kernels = [kernel for kernel in _resources()[architecture] if re.search(name, kernel)]
+    code = _cuobjdump("-sass", "-arch", architecture, "-fun", ",".join(kernels))
+    bodies = re.split(r"\bFunction : ", code)[1:]
+    assert len(bodies) == len(kernels)
+    for body in bodies:
+        for instruction in EXPECTED[name]:
+            assert re.search(rf"\b{re.escape(instruction)}\b", body), (body[:80], instruction)
+
+
+def test_attention_takes_exponentials_under_its_products():
+    """In the loop's step they are between the wait for q @ k^T and that for p @ v, which came from
+    one run of products; none comes later."""
+    if "sm_90a" not in _resources():
+        pytest.skip("the extension was built without sm_90a")
+    kernels = [name for name in _resources()["sm_90a"] if "attention_sm90_forward" in name]
+    assert len(kernels) == 6, "two dtypes, three widths"
+    dump = _cuobjdump("-sass", "-arch", "sm_90a", "-fun", ",".join(kernels))
+    for body in re.split(r"\bFunction : ", dump)[1:]:
+        code = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?(\S.*?) ;", body)
+        places = {
+            what: [i for i, line in enumerate(code) if line.startswith(what)] for what in STEP
+        }
+        (scores,) = [i for i in places["WARPGROUP.DEPBAR"] if code[i].endswith("0x1")]
+        outputs = min(i for i in places["WARPGROUP.DEPBAR"] if i > scores)
+        end = min(i for i in places["BRA"] if i > outputs)
+        width = 40 if "Li256E" in body[:200] else 64  # scores of a thread
+        between = [
+            sum(a < i < b for i in places["MUFU"]) for a, b in ((scores, outputs), (outputs, end))
+        ]
+        assert between[0] >= width and between[1] == 0, (body[:80], between)
+        assert sum(outputs < i < end for i in places["FMUL"]) >= 32, "this is not the loop's end"
+
+
+STEP = ("WARPGROUP.DEPBAR", "BRA", "MUFU", "FMUL")
