@@ -5,7 +5,7 @@
 //
 // softcap's slope multiplies dS on its way to dq and dk.
 //
-// Tiling   Three launches. attention_delta_kernel: eight or sixteen lanes a row. dk, dv
+// Tiling   Three launches. attention_delta_kernel: 8 or 16 lanes a row. dk, dv
 //          (attention_sm90_backward_keys.cuh): a block has a tile of keys of one key head and walks
 //          the queries of every head that reads it. dq (attention_sm90_backward_queries.cuh): a
 //          block has a tile of queries and walks the keys. In both a producer warp loads the tiles
@@ -16,8 +16,8 @@
 // Writers  Every result has one, so there are no atomics, no sums in memory and no waiting for
 //          other blocks, and bits are the same on every run; for that the two walks take 7 products
 //          a pair of tiles. One walk takes 5, but must write dS to shared memory and add dq up in
-//          global memory, in float32 and in a fixed order: blocks wait for one another, and the
-//          order rests on what a CPU cannot try.
+//          global memory, in float32 and in a fixed order: blocks wait for one another, by rules
+//          that a test on a CPU cannot try. docs/attention.md has what that costs and saves.
 // Traffic  dk, dv: k, v once, q and dy once a tile of keys. dq: q, dy once, k and v once a tile of
 //          queries. Both mostly from L2. The roof is the tensor cores: 14 * D operations a score.
 // Numerics P comes from lse, in base 2 and rounded to float32, and delta from y as it was rounded:
@@ -27,8 +27,8 @@
 //          last query or key of the tiles that are walked, and belongs to another sequence, is
 //          overwritten with zeros.
 // Launch   One tile a block, the heaviest first: what a block waits for at its start is small
-//          beside a tile, and the hardware gives the next one to whoever is free. 384 threads, up
-//          to 197 KB of dynamic shared memory. sm_90a only.
+//          beside a tile, and the hardware gives the next one to whoever is free. 384 threads, 83
+//          to 209 KiB of dynamic shared memory. sm_90a only.
 #pragma once
 #include "attention_sm90.cuh"
 
