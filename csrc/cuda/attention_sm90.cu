@@ -1,8 +1,44 @@
 // The entry point of attention on Hopper: tensor maps, the tile for the heads' width, the launch.
+#include <algorithm>
+
 #include "attention_sm90.cuh"
 #include "attention_sm90_host.cuh"
 
 namespace slimkernels {
+namespace {
+
+template <typename T, typename Run>
+void with_width(int64_t width, Run run) {
+  if (width <= 64)
+    run(AttentionTile<T, 64>{});
+  else if (width <= 128)
+    run(AttentionTile<T, 128>{});
+  else
+    run(AttentionTile<T, 256>{});
+}
+
+template <typename Run>
+void with_tile(int dtype, int64_t width, Run run) {
+  if (Dtype(dtype) == Dtype::kFloat16)
+    with_width<__half>(width, run);
+  else
+    with_width<__nv_bfloat16>(width, run);
+}
+
+template <typename Tile>
+void launch_forward(Tile, const Heads& q, const Heads& k, const Heads& v,
+                    AttentionArguments arguments, int device, void* stream) {
+  using T = typename Tile::T;
+  const AttentionShape& shape = arguments.shape;
+  const int blocks = smaller(query_tiles(shape, Tile::kM) * shape.heads, multiprocessors(device));
+  const int64_t bytes_of_head = 2 * sizeof(T) * Tile::kWidth * k.tokens;
+  arguments.schedule = {blocks, section_of(shape, blocks, bytes_of_head, kL2Bytes)};
+  LAUNCH_CLUSTER(attention_sm90_forward_kernel<Tile>, dim3(blocks), dim3(Tile::kThreads), 1,
+                 kAttentionSharedBytes<Tile>, (cudaStream_t)stream, head_map<T>(q, Tile::kM),
+                 head_map<T>(k, Tile::kN), head_map<T>(v, Tile::kN), arguments);
+}
+
+}  // namespace
 
 void attention_forward(const void* query, const void* key, const void* value, void* y, float* lse,
                        const int* cu_seqlens_q, const int* cu_seqlens_k, const int* key_lengths,
@@ -16,9 +52,9 @@ void attention_forward(const void* query, const void* key, const void* value, vo
   if (capability(device) != 90)  // elsewhere the kernel is empty
     throw std::runtime_error("attention_forward: compute capability 9.0 is needed");
   AttentionArguments arguments = {};
-  AttentionShape& shape = arguments.shape;
-  shape = {int(B),     int(H),      int(H / Hkv), int(Tq),      int(Tk),     int(left),
-           int(right), int(offset), cu_seqlens_q, cu_seqlens_k, key_lengths, causal_offsets};
+  arguments.shape = {int(B),       int(H),       int(H / Hkv), int(Tq),
+                     int(Tk),      int(left),    int(right),   int(offset),
+                     cu_seqlens_q, cu_seqlens_k, key_lengths,  causal_offsets};
   const int64_t batch = cu_seqlens_q == nullptr ? B : 1;
   arguments.scale = scale;
   arguments.softcap = softcap;
@@ -26,35 +62,11 @@ void attention_forward(const void* query, const void* key, const void* value, vo
   arguments.y = y;
   arguments.lse = lse;
   arguments.low = lse + batch * H * Tq;
-  const auto launch = [&](auto tile) {
-    using Tile = decltype(tile);
-    using T = typename Tile::T;
-    const int64_t q[3] = {q_batch, q_head, q_token}, k[3] = {k_batch, k_head, k_token},
-                  v[3] = {v_batch, v_head, v_token};
-    const int works = query_tiles(shape, Tile::kM) * shape.heads;
-    const int blocks = std::min(works, multiprocessors(device));
-    const int64_t bytes_of_head = 2 * sizeof(T) * Tile::kWidth * std::max<int64_t>(Tk, 1);
-    arguments.schedule = {blocks, section_of(shape, blocks, bytes_of_head, kL2Bytes)};
-    LAUNCH_CLUSTER((attention_sm90_forward_kernel<Tile>), dim3(blocks), dim3(Tile::kThreads), 1,
-                   kAttentionSharedBytes<Tile>, (cudaStream_t)stream,
-                   head_map<T>(query, D, Tq, H, batch, q, Tile::kM),
-                   head_map<T>(key, D, Tk, Hkv, batch, k, Tile::kN),
-                   head_map<T>(value, Dv, Tk, Hkv, batch, v, Tile::kN), arguments);
-  };
-  const auto with_width = [&](auto zero) {
-    using T = decltype(zero);
-    const int64_t width = std::max(D, Dv);
-    if (width <= 64)
-      launch(AttentionTile<T, 64>{});
-    else if (width <= 128)
-      launch(AttentionTile<T, 128>{});
-    else
-      launch(AttentionTile<T, 256>{});
-  };
-  if (Dtype(dtype) == Dtype::kFloat16)
-    with_width(__half{});
-  else
-    with_width(__nv_bfloat16{});
+  const Heads q = {query, D, Tq, H, batch, q_batch, q_head, q_token};
+  const Heads k = {key, D, Tk, Hkv, batch, k_batch, k_head, k_token};
+  const Heads v = {value, Dv, Tk, Hkv, batch, v_batch, v_head, v_token};
+  with_tile(dtype, std::max(D, Dv),
+            [&](auto tile) { launch_forward(tile, q, k, v, arguments, device, stream); });
   check_launch("attention_forward", batch * H * Tq, D);
 }
 

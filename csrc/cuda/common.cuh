@@ -77,12 +77,51 @@ __device__ void load(float (&values)[kVec], const T* from) {
   for (int i = 0; i < kVec; ++i) values[i] = widen(pack.values[i]);
 }
 
+// Two neighbours in one register, by one instruction.
+__device__ inline unsigned narrow_pair(float a, float b, __half) {
+  const __half2 pair = __floats2half2_rn(a, b);
+  unsigned word;
+  memcpy(&word, &pair, sizeof word);
+  return word;
+}
+__device__ inline unsigned narrow_pair(float a, float b, __nv_bfloat16) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
+  unsigned word;
+  memcpy(&word, &pair, sizeof word);
+  return word;
+}
+
+// 16 bytes of values to global memory in one instruction: nvcc splits some stores of structs.
+template <typename T>
+__device__ void store_16_bytes(T* to, const float* values) {
+  uint4 words;
+  if constexpr (sizeof(T) == 4)
+    memcpy(&words, values, sizeof words);
+  else
+    words =
+        make_uint4(narrow_pair(values[0], values[1], T{}), narrow_pair(values[2], values[3], T{}),
+                   narrow_pair(values[4], values[5], T{}), narrow_pair(values[6], values[7], T{}));
+#ifdef __CUDACC__
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+               "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w)
+               : "memory");
+#else
+  *reinterpret_cast<uint4*>(to) = words;
+#endif
+}
+
 template <int kVec, typename T>
 __device__ void store(T* to, const float (&values)[kVec]) {
-  Pack<T, kVec> pack;
+  constexpr int kWide = 16 / sizeof(T);
+  if constexpr (kVec % kWide == 0) {
 #pragma unroll
-  for (int i = 0; i < kVec; ++i) pack.values[i] = narrow<T>(values[i]);
-  *reinterpret_cast<Pack<T, kVec>*>(to) = pack;
+    for (int i = 0; i < kVec; i += kWide) store_16_bytes(to + i, values + i);
+  } else {
+    Pack<T, kVec> pack;
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) pack.values[i] = narrow<T>(values[i]);
+    *reinterpret_cast<Pack<T, kVec>*>(to) = pack;
+  }
 }
 
 template <typename T>

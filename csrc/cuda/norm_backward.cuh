@@ -128,7 +128,10 @@ __device__ void write_shares(float* partials, Piece<kVec>& share, const Team& te
   SHARED_ARRAY(float, shares, kHeld * 128);  // a block that has several rows has 128 threads
   const int length = kHeld * team.size();
   __syncthreads();  // the other parameter's shares have been read
-  store_piece(shares + team.place() * length, share, team, 0, length);
+  team.each_pack<kVec>(0, length, [&](int i, int col) {
+#pragma unroll
+    for (int j = 0; j < kVec; ++j) shares[team.place() * length + col + j] = share[i][j];
+  });
   __syncthreads();
   for (int col = threadIdx.x; col < N; col += blockDim.x) {
     float sum = 0.f;

@@ -405,6 +405,16 @@ def test_short_plain_rows_and_narrow_columns_are_left_to_aten(op, monkeypatch):
     assert sk.explain(function, torch.randn(9, 16).bfloat16()).startswith(f"{op} runs on cpu")
 
 
+def test_low_columns_of_log_softmax_are_left_to_aten(monkeypatch):
+    cpu = pytest.importorskip("slimkernels.backends.cpu.log_softmax")
+    monkeypatch.setattr(cpu, "MIN_HEIGHT", 8)
+    x = torch.randn(7, 50)
+    with pytest.raises(sk.BackendError, match="ATen's log_softmax is faster over columns of 7"):
+        sk.log_softmax(x, 0, backend="cpu")
+    assert sk.explain(sk.log_softmax, torch.randn(8, 50), 0).startswith("log_softmax runs on cpu")
+    assert sk.explain(sk.log_softmax, x, 0, mask=x > 0).startswith("log_softmax runs on cpu")
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_torch_backend_keeps_the_dtype_under_autocast(dtype):
     x = torch.randn(9, 40).to(dtype)

@@ -25,7 +25,7 @@ _MOST_TOKENS = 2**29  # csrc/cuda/attention_tiles.cuh adds three such numbers in
 
 
 def unsupported(query, key, value, call):
-    refusal = unsupported_tensor(query) or _unsupported_call(query, value, call)
+    refusal = unsupported_tensor(query) or _unsupported_call(call)
     if refusal is not None:
         return refusal
     if query.dtype == torch.float32:
@@ -36,6 +36,12 @@ def unsupported(query, key, value, call):
                 f"a head must be a multiple of 8 and at most {MAX_WIDTH} wide and {name}'s has "
                 f"{width}"
             )
+    is_trained = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    if _triton is None and is_trained and not _has_gradients(query, value):
+        return (
+            f"gradients of heads over {MAX_GRADIENT_WIDTH} wide are the Triton kernels', and "
+            "Triton is not installed"
+        )
     if max(query.numel() // query.shape[-1], key.numel() // key.shape[-1]) > _MOST_TOKENS:
         return f"it takes at most {_MOST_TOKENS} tokens, of all heads together"
     major, minor = capability(query)
@@ -102,7 +108,7 @@ def _has_gradients(query, value):
     return max(query.shape[-1], value.shape[-1]) <= MAX_GRADIENT_WIDTH
 
 
-def _unsupported_call(query, value, call):
+def _unsupported_call(call):
     """What a call may ask for and the kernel does not have."""
     absent = (
         ("dropout", call.dropout_p > 0),
@@ -116,11 +122,6 @@ def _unsupported_call(query, value, call):
     for name, is_asked_for in absent:
         if is_asked_for:
             return f"it has no {name}"
-    if _triton is None and torch.is_grad_enabled() and not _has_gradients(query, value):
-        return (
-            f"gradients of heads over {MAX_GRADIENT_WIDTH} wide are the Triton kernels', and "
-            "Triton is not installed"
-        )
     return None
 
 
