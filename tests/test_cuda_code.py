@@ -98,3 +98,16 @@ def test_attention_takes_exponentials_under_its_products():
 
 def _count(code, start):
     return sum(instruction.startswith(start) for instruction in code)
+
+
+def test_attentions_gradients_wait_where_they_say():
+    """ptxas waits after every product where it runs short of registers. In the loop and behind it
+    are four waits for dk and dv, three for dq."""
+    if "sm_90a" not in _resources():
+        pytest.skip("the extension was built without sm_90a")
+    for name, waits in (("attention_sm90_dkdv", 4), ("attention_sm90_dq", 3)):
+        kernels = [kernel for kernel in _resources()["sm_90a"] if name in kernel]
+        assert len(kernels) == 4, "two dtypes, two widths"
+        dump = _cuobjdump("-sass", "-arch", "sm_90a", "-fun", ",".join(kernels))
+        for body in re.split(r"\bFunction : ", dump)[1:]:
+            assert len(re.findall(r"WARPGROUP\.DEPBAR", body)) == waits, body[:80]
