@@ -323,7 +323,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
                                   const __grid_constant__ AttentionArguments arguments) {
 #ifdef SLIM_HOPPER
   const AttentionShared<Tile> shared;
-  if (threadIdx.x == 0) init_attention_barriers<Tile>(shared.barriers());
+  if (threadIdx.x == 0) {
+    for (const TensorMap* map : {&q_map, &k_map, &v_map}) prefetch_map(map);
+    init_attention_barriers<Tile>(shared.barriers());
+  }
   __syncthreads();
   if (threadIdx.x < kWarpGroup) {
     registers_shrink<Tile::kProducerRegisters>();

@@ -162,14 +162,6 @@ SLIM_TMA("4d", int c0 SLIM_COMMA int c1 SLIM_COMMA int c2 SLIM_COMMA int c3, "%3
 #undef SLIM_COMMA
 #undef SLIM_TMA
 
-// "cp.reduce.async.bulk": to[i] += from[i] for neighbours in global memory; 16-byte aligned.
-__device__ inline void bulk_add(float* to, const float* from, int count) {
-  asm volatile(
-      "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to),
-      "r"(shared_address(from)), "r"(count * 4)
-      : "memory");
-}
-
 // "cp.async.bulk.commit_group, wait_group": makes a group of what this thread stored and added
 // since the last; waits until all but its last kPending groups have been read from shared memory
 // or, for tma_wait, are done.

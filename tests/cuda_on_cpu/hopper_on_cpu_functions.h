@@ -103,17 +103,6 @@ void tma_add(const TensorMap* map, const void* from, C... c) {
   hopper_on_cpu::start_transfer(hopper_on_cpu::Copy::kAdd, *map, from, nullptr, {int(c)...});
 }
 
-inline void bulk_add(float* to, const float* from, int count) {
-  TensorMap map;
-  map.start = reinterpret_cast<unsigned char*>(to);
-  map.element = 4;
-  map.rank = 1;
-  map.sizes[0] = map.box[0] = count;
-  map.strides[0] = 4;
-  if (count % 4 || reinterpret_cast<uintptr_t>(to) % 16) fail("bulk_add wants 16-byte boundaries");
-  hopper_on_cpu::start_transfer(hopper_on_cpu::Copy::kAdd, map, from, nullptr, {});
-}
-
 inline void tma_commit() {
   auto& groups = hopper_on_cpu::out[hopper_on_cpu::thread()];
   if (groups.empty()) groups.emplace_back();
