@@ -93,24 +93,29 @@ struct KeyGradientProducer {
     load_panels<Tile>(shared.v(), v_map, landed, Tile::kN, token, work.tile.head, work.place.batch);
   }
 
+  static constexpr int kRows = Tile::kM / 32;  // a lane's
+
   // Of the tile's queries; the absent ones have no P.
-  __device__ void load_rows(const KeyGradientWork& work, int stage, int head, int tile) {
+  __device__ void read_rows(float (&lse)[kRows], float (&delta)[kRows], const KeyGradientWork& work,
+                            int head, int tile) {
     const SequencePlace& place = work.place;
     const int64_t plane = int64_t(place.batch) * arguments.shape.heads + head;
-    const int64_t at = plane * arguments.shape.Tq + place.k_begin + tile * Tile::kM;
+    const int first = tile * Tile::kM + threadIdx.x % 32;
+    const int64_t at = plane * arguments.shape.Tq + place.k_begin + first;
 #pragma unroll
-    for (int i = threadIdx.x % 32; i < Tile::kM; i += 32) {
-      const bool is_present = tile * Tile::kM + i < place.k_seen;
-      shared.lse(stage)[i] = is_present ? arguments.lse[at + i] : INFINITY;
-      shared.delta(stage)[i] = is_present ? arguments.delta[at + i] : 0.f;
+    for (int i = 0; i < kRows; ++i) {
+      const bool is_present = first + 32 * i < place.k_seen;
+      lse[i] = is_present ? arguments.lse[at + 32 * i] : INFINITY;
+      delta[i] = is_present ? arguments.delta[at + 32 * i] : 0.f;
     }
-    __syncwarp();
   }
 
   // Two arrivals: that of the tiles, and that of the rows, which all lanes have stored by then.
   __device__ void load_queries(const KeyGradientWork& work, int head, int tile) {
     KeyGradientBarriers<Tile>& barriers = shared.barriers();
     const int stage = ring.stage(Tile::kStages);
+    float lse[kRows], delta[kRows];
+    read_rows(lse, delta, work, head, tile);  // they come while this waits for a stage
     mbarrier_wait(&barriers.empty[stage], ring.parity(Tile::kStages) ^ 1);
     const bool is_cut = has_foreign_tail(mirrored(arguments.shape), work.place, tile, Tile::kM);
     Mbarrier* const landed = is_cut ? &barriers.tail : &barriers.full[stage];
@@ -120,7 +125,12 @@ struct KeyGradientProducer {
       load_panels<Tile>(shared.q(stage), q_map, landed, Tile::kM, token, head, batch);
       load_panels<Tile>(shared.dy(stage), dy_map, landed, Tile::kM, token, head, batch);
     }
-    load_rows(work, stage, head, tile);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      shared.lse(stage)[threadIdx.x % 32 + 32 * i] = lse[i];
+      shared.delta(stage)[threadIdx.x % 32 + 32 * i] = delta[i];
+    }
+    __syncwarp();
     if (is_cut) {
       mbarrier_wait(&barriers.tail, tail_parity);
       tail_parity ^= 1;
@@ -261,7 +271,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
                                const __grid_constant__ AttentionBackwardArguments arguments) {
 #ifdef SLIM_HOPPER
   const KeyGradientShared<Tile> shared;
-  if (threadIdx.x == 0) init_key_gradient_barriers<Tile>(shared.barriers());
+  if (threadIdx.x == 0) {
+    for (const TensorMap* map : {&q_map, &k_map, &v_map, &dy_map}) prefetch_map(map);
+    init_key_gradient_barriers<Tile>(shared.barriers());
+  }
   __syncthreads();
   const KeyGradientWork work = key_gradient_work<Tile>(arguments);
   if (work.count <= 0) return;  // a tile that ragged sequences leave over

@@ -201,7 +201,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
                              const __grid_constant__ AttentionBackwardArguments arguments) {
 #ifdef SLIM_HOPPER
   const QueryGradientShared<Tile> shared;
-  if (threadIdx.x == 0) init_query_gradient_barriers<Tile>(shared.barriers());
+  if (threadIdx.x == 0) {
+    for (const TensorMap* map : {&q_map, &k_map, &v_map, &dy_map}) prefetch_map(map);
+    init_query_gradient_barriers<Tile>(shared.barriers());
+  }
   __syncthreads();
   const AttentionShape& shape = arguments.shape;
   const AttentionWork work =
