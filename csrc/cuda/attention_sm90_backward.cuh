@@ -186,15 +186,14 @@ __device__ void issue_transposed(float (&d)[kCount], uint32_t a, int a_rows, int
   wgmma_commit();
 }
 
-// d += a @ b, b's rows one for each column of a. With a fence a step ptxas may pack a step's words
-// of a when it has registers for them; with one for all it runs short, and says so (C7512, C7519).
+// d += a @ b, b's rows one for each column of a.
 template <typename T, int kCount, int kSteps>
-__device__ void issue_added(float (&d)[kCount], const uint32_t (&a)[kSteps][4], uint32_t b) {
+__device__ void issue_added(float (&d)[kCount], uint32_t (&a)[kSteps][4], uint32_t b) {
+  fence_registers(a);  // else ptxas fences again between the steps, to pack there: C7519
+  wgmma_fence();
 #pragma unroll
-  for (int step = 0; step < kSteps; ++step) {
-    wgmma_fence();
+  for (int step = 0; step < kSteps; ++step)
     wgmma<T, kMN>(d, a[step], operand_mn(b, 16 * kSteps, 0, 16 * step), true);
-  }
   wgmma_commit();
 }
 

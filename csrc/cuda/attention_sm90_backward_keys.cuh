@@ -189,14 +189,14 @@ struct KeyGradientConsumer {
         [&](int word, float low, float high) { p[word / 4][word % 4] = pack_pair<T>(low, high); });
   }
 
-  // Products are issued as early as their operands are there: s and dp of this tile behind dk of
-  // the last, so that the tensor cores have work while this group computes.
+  // dp runs under this group's exponentials, dv under its dS. dk is waited for, though the next
+  // scores could be issued behind it: ptxas has no registers for ds beside them (C7512). The other
+  // group's products fill the gap.
   __device__ void walk(float (&dk)[kOutputs], float (&dv)[kOutputs], const KeyGradientWork& work) {
     float s[kScores], dp[kScores];
-    uint32_t p[kSteps][4] = {}, ds[kSteps][4] = {};
+    uint32_t p[kSteps][4], ds[kSteps][4];
     mbarrier_wait(&shared.barriers().keys, 0);
     const int tiles = work.queries.end - work.queries.begin;
-    int last = -1;  // stage whose queries dk may still read
     int tile = work.queries.begin;
     for (int left = tiles * arguments.shape.group; left > 0; --left) {
       const int stage = ring.stage(Tile::kStages);
@@ -206,23 +206,20 @@ struct KeyGradientConsumer {
       issue_scores(s, dp, stage);
       wgmma_wait<1>();
       fence_registers(s);
-      fence_registers(ds);
-      if (last >= 0) free_stage(last);
       probabilities(s, p, work, stage, tile);
       issue_added<T>(dv, p, shared_address(shared.dy(stage)));
       wgmma_wait<1>();
       fence_registers(dp);
       dscores<T>(ds, s, dp, OfColumns{shared.delta(stage) + first_column()});
       issue_added<T>(dk, ds, shared_address(shared.q(stage)));
-      wgmma_wait<1>();  // p's registers are needed
+      wgmma_wait<0>();
+      fence_registers(dk);
+      fence_registers(dv);
       fence_registers(p);
-      last = stage;
+      fence_registers(ds);
+      free_stage(stage);
       if (++tile == work.queries.end) tile = work.queries.begin;
     }
-    wgmma_wait<0>();
-    fence_registers(dk);
-    fence_registers(dv);
-    fence_registers(ds);
   }
 
   __device__ void store(float (&dk)[kOutputs], float (&dv)[kOutputs], const KeyGradientWork& work) {

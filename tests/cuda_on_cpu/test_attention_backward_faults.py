@@ -10,6 +10,9 @@ from cuda_on_cpu.test_attention_faults import compiled, run
 pytestmark = pytest.mark.here
 
 BOTH, KEYS, QUERIES = (f"attention_sm90_backward{of}.cuh" for of in ("", "_keys", "_queries"))
+WAIT_FOR_DK = "      wgmma_wait<0>();\n" + "".join(
+    f"      fence_registers({x});\n" for x in ("dk", "dv", "p", "ds")
+)
 # name: (kernels it is in, file, the right text, what stands there instead); IT is its switch.
 PLANTED = {
     "transposed operand": (
@@ -69,12 +72,12 @@ PLANTED = {
         "      if (!IT) wgmma_wait<1>();\n      fence_registers(dp);",
     ),
     "stage freed early": (
-        *("keys", KEYS, "      if (last >= 0) free_stage(last);"),
-        "      if (IT || last >= 0) free_stage(IT ? stage : last);",
+        *("keys", KEYS, WAIT_FOR_DK + "      free_stage(stage);\n"),
+        "      if (IT) free_stage(stage);\n" + WAIT_FOR_DK + "      if (!IT) free_stage(stage);\n",
     ),
     "results not waited for": (
-        *("keys", KEYS, "    wgmma_wait<0>();"),
-        "    if (!IT) wgmma_wait<0>();",
+        *("keys", KEYS, "      wgmma_wait<0>();"),
+        "      if (!IT) wgmma_wait<0>();",
     ),
     "no wgmma fence": (
         *("keys", KEYS, "      wgmma_fence();\n      issue_scores"),
