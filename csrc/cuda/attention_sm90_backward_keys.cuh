@@ -12,7 +12,8 @@ struct KeyGradientTile {
   static constexpr int kM = 64;            // queries
   static constexpr int kStages = 3;
   static constexpr int kThreads = kWarpGroup * (kGroups + 1);
-  static constexpr int kProducerRegisters = 32, kConsumerRegisters = 240;
+  // Of the 168 a thread that 384 threads start with.
+  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 
   static constexpr int kKeyBytes = tile_bytes(kN, kD);
   static constexpr int kQueryBytes = tile_bytes(kM, kD);

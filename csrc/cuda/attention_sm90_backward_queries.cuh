@@ -13,7 +13,8 @@ struct QueryGradientTile {
       kD == 64 ? 128 : 96;  // keys: of 128, ptxas would run short of registers
   static constexpr int kStages = 3;
   static constexpr int kThreads = kWarpGroup * (kGroups + 1);
-  static constexpr int kProducerRegisters = 32, kConsumerRegisters = 240;
+  // Of the 168 a thread that 384 threads start with.
+  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 
   static constexpr int kQueryBytes = tile_bytes(kM, kD);
   static constexpr int kKeyBytes = tile_bytes(kN, kD);

@@ -83,6 +83,10 @@ PLANTED = {
         *("keys", KEYS, "      wgmma_fence();\n      issue_scores"),
         "      if (!IT) wgmma_fence();\n      issue_scores",
     ),
+    "too many registers": (
+        *("queries", QUERIES, "registers_shrink<Tile::kProducerRegisters>();"),
+        "if (IT) registers_shrink<56>();\n    else registers_shrink<Tile::kProducerRegisters>();",
+    ),
     "keys not cleared": (
         *("queries", QUERIES, "      clear_rows<Tile::kN, Tile::kWidth>(shared.k"),
         "      if (!IT) clear_rows<Tile::kN, Tile::kWidth>(shared.k",
