@@ -104,3 +104,20 @@ def test_attention_takes_exponentials_under_its_products():
 
 def _count(code, start):
     return sum(instruction.startswith(start) for instruction in code)
+
+
+def test_attentions_gradients_wait_for_whole_products():
+    """ptxas waits after each step of a product where it runs short of registers. Where it fences
+    between steps it counts each (its mark is gsb0): to wait for all but one takes longer then."""
+    if "sm_90a" not in _resources():
+        pytest.skip("the extension was built without sm_90a")
+    code = {"dkdv": (4, ["0x1", "0x1", "0x0"]), "dq": (3, ["0x1", "0x0", "0x0"])}
+    for name, (products, pending) in code.items():
+        kernels = [
+            kernel for kernel in _resources()["sm_90a"] if f"attention_sm90_{name}" in kernel
+        ]
+        assert len(kernels) == 4, "two dtypes, two widths"
+        dump = _cuobjdump("-sass", "-arch", "sm_90a", "-fun", ",".join(kernels))
+        for body in re.split(r"\bFunction : ", dump)[1:]:
+            assert re.findall(r"DEPBAR\.LE gsb0, (0x\d)", body) == pending, body[:80]
+            assert len(re.findall(r"HGMMA.*gsb0", body)) == products, body[:80]

@@ -125,6 +125,17 @@ __device__ void load_panels(unsigned char* to, const TensorMap* map, Mbarrier* b
              batch);
 }
 
+// By a warp: zeros from row `first` of a tile on, such that wgmma sees them.
+template <int kRows, int kWidth>
+__device__ void clear_rows(unsigned char* tile, int first) {
+  for (int column = 0; column < kWidth; column += kPanelColumns, tile += panel_bytes(kRows))
+    for (int byte = first * kPanelRowBytes + threadIdx.x % 32 * 16; byte < panel_bytes(kRows);
+         byte += 32 * 16)
+      store_shared(tile + byte, uint4{0, 0, 0, 0});
+  fence_proxy_async();
+  __syncwarp();
+}
+
 // One warp's.
 template <typename Tile>
 struct AttentionProducer {
@@ -171,7 +182,7 @@ struct AttentionProducer {
     if (is_cut) {
       mbarrier_wait(&barriers.tail, tail_parity);
       tail_parity ^= 1;
-      clear_rows(shared.v(stage), work.place.k_seen - tile * Tile::kN);
+      clear_rows<Tile::kN, Tile::kWidth>(shared.v(stage), work.place.k_seen - tile * Tile::kN);
       if (is_first_lane()) mbarrier_arrive(&barriers.v_full[stage]);
     }
     ++v_place.passed;
@@ -182,17 +193,6 @@ struct AttentionProducer {
     mbarrier_arrive_expect(landed, Tile::kKeyBytes);
     load_panels<Tile>(to, map, landed, Tile::kN, work.place.k_begin + tile * Tile::kN,
                       work.tile.head / arguments.shape.group, work.place.batch);
-  }
-
-  // Zeros from row `first` of a tile on, such that wgmma sees them.
-  __device__ void clear_rows(unsigned char* tile, int first) {
-    for (int column = 0; column < Tile::kWidth;
-         column += kPanelColumns, tile += panel_bytes(Tile::kN))
-      for (int byte = first * kPanelRowBytes + threadIdx.x % 32 * 16; byte < panel_bytes(Tile::kN);
-           byte += 32 * 16)
-        store_shared(tile + byte, uint4{0, 0, 0, 0});
-    fence_proxy_async();
-    __syncwarp();
   }
 
   // Keys run one tile ahead of values, as the consumers' products do.

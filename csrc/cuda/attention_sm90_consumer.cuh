@@ -92,6 +92,26 @@ __device__ inline void transpose_quad(uint32_t (&words)[4]) {
   }
 }
 
+// Row r of a thread's two, times `factor`, 16 bytes a thread: the quad's threads swap their pairs
+// of columns. Whole quads come here.
+template <typename T, int kCount>
+__device__ void store_row(T* row, int columns, const float (&o)[kCount], int r, float factor,
+                          bool is_present) {
+#pragma unroll
+  for (int first = 0; first < 2 * kCount; first += 32) {
+    uint32_t words[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int i = (first / 8 + j) * 4 + 2 * r;
+      words[j] = pack_pair<T>(o[i] * factor, o[i + 1] * factor);
+    }
+    transpose_quad(words);
+    const int column = first + threadIdx.x % 4 * 8;
+    if (is_present && column < columns)
+      *reinterpret_cast<uint4*>(row + column) = uint4{words[0], words[1], words[2], words[3]};
+  }
+}
+
 // One consumer warpgroup's.
 template <typename Tile>
 struct AttentionConsumer {
@@ -267,26 +287,8 @@ struct AttentionConsumer {
       }
       const int64_t y_row =
           is_ragged ? token * shape.heads + work.tile.head : plane * shape.Tq + token;
-      store_row(o, r, is_empty ? 0.f : 1.f / sum, y_row, is_present);
-    }
-  }
-
-  // Row r of this thread's two, 16 bytes a thread: the quad's threads swap their pairs of columns.
-  __device__ void store_row(const float (&o)[kOutputs], int r, float factor, int64_t y_row,
-                            bool is_present) {
-    T* const y = static_cast<T*>(arguments.y) + y_row * arguments.value_width;
-#pragma unroll
-    for (int first = 0; first < Tile::kWidth; first += 32) {
-      uint32_t words[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int i = (first / 8 + j) * 4 + 2 * r;
-        words[j] = pack_pair<T>(o[i] * factor, o[i + 1] * factor);
-      }
-      transpose_quad(words);
-      const int column = first + lane() % 4 * 8;
-      if (is_present && column < arguments.value_width)
-        *reinterpret_cast<uint4*>(y + column) = uint4{words[0], words[1], words[2], words[3]};
+      store_row(static_cast<T*>(arguments.y) + y_row * arguments.value_width, arguments.value_width,
+                o, r, is_empty ? 0.f : 1.f / sum, is_present);
     }
   }
 

@@ -129,6 +129,15 @@ SLIM_BOTH inline QueryTile ragged_tile(const AttentionShape& shape, int work, in
   return {sequence, work % shape.heads, first};
 }
 
+// Piece `work` of all tiles: section by section, in each those first that weigh most under a right
+// limit. Ragged: all heads of a tile side by side.
+SLIM_BOTH inline QueryTile listed_tile(const AttentionShape& shape, int section, int work, int M) {
+  if (shape.cu_seqlens_q != nullptr) return ragged_tile(shape, work, M);
+  const int all = shape.sequences * shape.heads, tiles = ceil_div(shape.Tq, M);
+  const QueryTile found = section_row(work, tiles, section, all);
+  return dense_tile(shape, found.head, shape.right >= 0 ? tiles - 1 - found.first : found.first, M);
+}
+
 // The tile that a block takes in its turn; its head is -1 if there is none.
 //
 // Dense: one section of all heads, if L2 holds their keys and values or enough blocks read each
@@ -151,9 +160,7 @@ SLIM_BOTH inline QueryTile tile_of_turn(const AttentionShape& shape,
   }
   const int work = work_of_turn(block, schedule.blocks, turn);
   if (work >= query_tiles(shape, M) * shape.heads) return none;
-  if (shape.cu_seqlens_q != nullptr) return ragged_tile(shape, work, M);
-  const QueryTile found = section_row(work, tiles, schedule.section, all);
-  return dense_tile(shape, found.head, shape.right >= 0 ? tiles - 1 - found.first : found.first, M);
+  return listed_tile(shape, schedule.section, work, M);
 }
 
 // The heads of a section, for keys and values of `bytes_of_head` bytes a key head: whole groups.
@@ -217,6 +224,33 @@ SLIM_BOTH inline bool is_edge(const AttentionShape& shape, const SequencePlace& 
 SLIM_BOTH inline bool has_foreign_tail(const AttentionShape& shape, const SequencePlace& place,
                                        int key_tile, int N) {
   return (key_tile + 1) * N > place.k_seen && place.k_begin + place.k_seen < shape.Tk;
+}
+
+// The same seen from the keys.
+
+// The gradients of keys and values come in tiles of keys, which "see" the queries that see them: a
+// call whose queries are these keys, whose key heads are its only heads, and whose band is turned
+// over. All functions above take it; it has no key_lengths and no causal_offsets.
+SLIM_BOTH inline AttentionShape mirrored(const AttentionShape& shape) {
+  return {shape.sequences,
+          shape.heads / shape.group,
+          1,
+          shape.Tk,
+          shape.Tq,
+          shape.right,
+          shape.left,
+          -shape.offset,
+          shape.cu_seqlens_k,
+          shape.cu_seqlens_q,
+          nullptr,
+          nullptr};
+}
+
+// A sequence of the mirrored call: q_count is that of all its keys, seen or not.
+SLIM_BOTH inline SequencePlace mirrored_place(const AttentionShape& shape, int sequence) {
+  SequencePlace keys = place_of(mirrored(shape), sequence);
+  keys.offset = -place_of(shape, sequence).offset;
+  return keys;
 }
 
 }  // namespace slimkernels

@@ -82,4 +82,19 @@ void attention_forward(const void* query, const void* key, const void* value, vo
                        int64_t right, int64_t offset, float scale, float softcap, int dtype,
                        int device, void* stream);
 
+// attention_sm90_backward.cu: the gradients, of the same call but D and Dv up to 128, scale and
+// query as forward took them. dy (B, H, Tq, Dv), y and lse forward's, dlse (B, H, Tq) or null,
+// known room for (2, B, H, Tq), dq, dk and dv without gaps. dq, or dk and dv, are null if not
+// wanted. dq_scale: scale, and the sign that went into query.
+void attention_backward(const void* query, const void* key, const void* value, const void* dy,
+                        const void* y, const float* lse, const float* dlse, float* known, void* dq,
+                        void* dk, void* dv, const int* cu_seqlens_q, const int* cu_seqlens_k,
+                        const int* key_lengths, const int* causal_offsets, int64_t B, int64_t H,
+                        int64_t Hkv, int64_t Tq, int64_t Tk, int64_t D, int64_t Dv, int64_t q_batch,
+                        int64_t q_head, int64_t q_token, int64_t k_batch, int64_t k_head,
+                        int64_t k_token, int64_t v_batch, int64_t v_head, int64_t v_token,
+                        int64_t dy_batch, int64_t dy_head, int64_t dy_token, int64_t left,
+                        int64_t right, int64_t offset, float scale, float dq_scale, float softcap,
+                        int dtype, int device, void* stream);
+
 }  // namespace slimkernels

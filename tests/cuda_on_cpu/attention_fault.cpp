@@ -39,7 +39,8 @@ double error_of(int sequence, const std::vector<T>& q, const std::vector<T>& k,
     }
     for (int d = 0; d < kD; ++d) {
       const double error = std::abs(out[d] / sum - widen(y[row + d]));
-      worst = error <= worst ? worst : error;  // NaN stays
+      if (!(error <= worst)) worst = error;
+      if (std::isnan(worst)) return worst;
     }
   }
   return worst;

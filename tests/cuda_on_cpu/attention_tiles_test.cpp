@@ -112,6 +112,59 @@ void check_keys(int Tq, int Tk, int seen, int left, int right, int offset) {
       }
 }
 
+// The same from the keys' side: which queries see them, in which tiles, and which keys are there.
+void check_mirrored(int Tq, int Tk, int seen, int left, int right, int offset) {
+  const AttentionShape shape = {2,     6,      3,       Tq,      Tk,      left,
+                                right, offset, nullptr, nullptr, nullptr, nullptr};
+  const AttentionShape turned = mirrored(shape);
+  const SequencePlace place = mirrored_place(shape, 1);
+  expect(turned.heads == 2 && turned.group == 1 && place.batch == 1, "other key heads");
+  expect(place.q_count == Tk && place.k_seen == Tq, "other keys or queries");
+  const auto sees = [&](int i, int j) {
+    return (left < 0 || j >= i + offset - left) && (right < 0 || j <= i + offset + right);
+  };
+  for (int N : {1, 3})
+    for (int M : {1, 2, 3})
+      for (int first = 0; first < smaller(seen, Tk); first += N) {
+        const int count = smaller(N, smaller(seen, Tk) - first);
+        const KeyTiles tiles = key_tiles(turned, place, first, count, M);
+        for (int t = 0; t * M < Tq + M; ++t) {
+          bool some = false, all = true;
+          for (int j = first; j < first + count; ++j) {
+            const KeyRange queries = keys_of_query(turned, place, j);
+            for (int i = t * M; i < t * M + M; ++i) {
+              const bool found = i >= queries.first && i < queries.end;
+              expect(found == (i < Tq && sees(i, j)), "a key is seen by other queries");
+              some = some || found;
+              all = all && found;
+            }
+          }
+          const bool visited = t >= tiles.begin && t < tiles.end;
+          expect(visited || !some, "a tile with queries that see is left out");
+          expect(!visited || all == !is_edge(turned, place, first, count, t, M), "a wrong edge");
+        }
+      }
+}
+
+// Of ragged sequences, with offsets of their own.
+void check_mirrored_places(std::mt19937& random) {
+  std::vector<int> cu_q = {0}, cu_k = {0}, offsets;
+  const int B = 1 + random() % 5;
+  for (int b = 0; b < B; ++b) {
+    cu_q.push_back(cu_q.back() + random() % 9);
+    cu_k.push_back(cu_k.back() + random() % 9);
+    offsets.push_back(int(random() % 9) - 4);
+  }
+  const AttentionShape shape = {B,  1, 1,           cu_q[B],     cu_k[B], 2,
+                                -1, 0, cu_q.data(), cu_k.data(), nullptr, offsets.data()};
+  for (int b = 0; b < B; ++b) {
+    const SequencePlace place = mirrored_place(shape, b);
+    expect(place.q_begin == cu_k[b] && place.q_count == cu_k[b + 1] - cu_k[b], "other keys");
+    expect(place.k_begin == cu_q[b] && place.k_seen == cu_q[b + 1] - cu_q[b], "other queries");
+    expect(place.offset == -offsets[b], "another offset");
+  }
+}
+
 int main() {
   for (int B : {1, 3})
     for (int H : {1, 2, 4})
@@ -129,5 +182,9 @@ int main() {
         for (int left = -1; left < 4; ++left)
           for (int right = -1; right < 4; ++right)
             for (int offset = -9; offset < 10; ++offset)
-              if (seen <= Tk) check_keys(Tq, Tk, seen, left, right, offset);
+              if (seen <= Tk) {
+                check_keys(Tq, Tk, seen, left, right, offset);
+                check_mirrored(Tq, Tk, seen, left, right, offset);
+              }
+  for (int n = 0; n < 100; ++n) check_mirrored_places(random);
 }

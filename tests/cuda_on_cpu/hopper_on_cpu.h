@@ -2,12 +2,11 @@
 // PTX ISA says under the heading named there. Included by hopper.cuh instead of its own bodies.
 //
 // Asynchrony has two faces, chosen by letters in the environment's HOPPER_ON_CPU. "l": copies of
-// TMA land when no thread can get on without them; else as they are issued. "w": wgmma reads and
-// writes when its warp waits for it and no other thread can get on, and its registers are NaN until
-// then; else as it is issued.
-// So a wait, a barrier or a fence that is missing gives wrong numbers under one of them, or stops
-// the kernel. wgmma works by warps, each with its 16 of the 64 rows, since a warp that waits knows
-// nothing of the other three.
+// TMA land when no thread can get on without them, with "r" the last first; else as they are
+// issued. "w": wgmma reads and writes when its warp waits for it and no other thread can get on,
+// and its registers are NaN until then; else as it is issued. So a wait, a barrier or a fence that
+// is missing gives wrong numbers under one of them, or stops the kernel. wgmma works by warps, each
+// with its 16 of the 64 rows, since a warp that waits knows nothing of the other three.
 //
 // A broken rule that a GPU would pass over in silence (a descriptor that does not fit its operand,
 // shared memory written by stores and read by TMA without a proxy fence, warps of a group that do
@@ -163,6 +162,7 @@ inline void start_transfer(Copy kind, const TensorMap& map, const void* shared, 
 
 inline bool land_one() {
   if (loads.empty()) return false;
+  if (mode('r')) std::rotate(loads.begin(), loads.end() - 1, loads.end());
   loads.front().perform();
   loads.pop_front();
   return true;

@@ -63,7 +63,9 @@ inline std::string left_behind() {
       if (registers[i] != registers[t]) return "setmaxnreg: not all warps of a group take part";
     total += registers[t].empty() ? 0 : registers[t].back() * 128;
   }
-  if (total > 65536) return "setmaxnreg: more than the 65536 registers that there are";
+  // What the launch gave all threads alike, in units of 8 a thread; setmaxnreg hands out no others.
+  const int given = 65536 / int(registers.size()) / 8 * 8 * int(registers.size());
+  if (total > given) return "setmaxnreg: more registers than the block started with, a hang";
   for (size_t w = 0; w < product_warps.size(); ++w) {
     const WarpProducts& warp = product_warps[w];
     if (warp.performed < int(warp.products.size()) && mode('w'))

@@ -45,8 +45,8 @@ PLANTED = {
         "o[i] *= IT ? 1.f : shrink[row_of_element(i)]",
     ),
     "turn not waited for": (CONSUMER, "    wait_turn();\n", "    if (!IT) wait_turn();\n"),
-    "tail not cleared": (PRODUCER, "      clear_rows(", "      if (!IT) clear_rows("),
-    "no proxy fence": (PRODUCER, "    fence_proxy_async();", "    if (!IT) fence_proxy_async();"),
+    "tail not cleared": (PRODUCER, "      clear_rows<", "      if (!IT) clear_rows<"),
+    "no proxy fence": (PRODUCER, "  fence_proxy_async();", "  if (!IT) fence_proxy_async();"),
     "loaded before freed": (
         PRODUCER,
         "k_place.parity(Tile::kStages) ^ 1)",

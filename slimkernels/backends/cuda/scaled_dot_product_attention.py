@@ -1,6 +1,6 @@
-"""Attention in CUDA C++ for Hopper: csrc/cuda/attention_sm90.cuh.
+"""Attention in CUDA C++ for Hopper: csrc/cuda/attention_sm90.cuh, attention_sm90_backward.cuh.
 
-Forward alone: what it saves is what the Triton kernels save, whose backward it calls.
+What forward saves is what the Triton kernels save, whose backward has the heads that ours has not.
 """
 
 import torch
@@ -20,6 +20,7 @@ except ImportError:
     _triton = None
 
 MAX_WIDTH = 256
+MAX_GRADIENT_WIDTH = 128  # of 64 keys, dk and dv 256 wide would fill all of a thread's registers
 _MOST_TOKENS = 2**29  # csrc/cuda/attention_tiles.cuh adds three such numbers in 32 bits
 
 
@@ -27,9 +28,6 @@ def unsupported(query, key, value, call):
     refusal = unsupported_tensor(query) or _unsupported_call(call)
     if refusal is not None:
         return refusal
-    is_trained = any(t.requires_grad for t in (query, key, value))
-    if _triton is None and is_trained and torch.is_grad_enabled():
-        return "its gradients are the Triton kernels', and Triton is not installed"
     if query.dtype == torch.float32:
         return "it is written for float16 and bfloat16 and input is torch.float32"
     for name, width in (("query", query.shape[-1]), ("value", value.shape[-1])):
@@ -38,6 +36,12 @@ def unsupported(query, key, value, call):
                 f"a head must be a multiple of 8 and at most {MAX_WIDTH} wide and {name}'s has "
                 f"{width}"
             )
+    is_trained = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    if _triton is None and is_trained and not _has_gradients(query, value):
+        return (
+            f"gradients of heads over {MAX_GRADIENT_WIDTH} wide are the Triton kernels', and "
+            "Triton is not installed"
+        )
     if max(query.numel() // query.shape[-1], key.numel() // key.shape[-1]) > _MOST_TOKENS:
         return f"it takes at most {_MOST_TOKENS} tokens, of all heads together"
     major, minor = capability(query)
@@ -49,7 +53,6 @@ def unsupported(query, key, value, call):
 def forward(query, key, value, call):
     query, scale = _with_positive_scale(query, call.scale)
     query, key, value = (_readable(t) for t in (query, key, value))
-    tokens = 0 if call.ragged else 2
     rows = (query.shape[1], query.shape[0]) if call.ragged else query.shape[:-1]
     y = query.new_empty(*query.shape[:-1], value.shape[-1])
     lse = query.new_empty((2, *rows), dtype=torch.float32)
@@ -58,15 +61,10 @@ def forward(query, key, value, call):
     if not key.numel():
         lse[0], lse[1] = -torch.inf, 0.0
         return y.zero_(), lse
-    sequences = call.cu_seqlens_q.shape[0] - 1 if call.ragged else query.shape[0]
-    integers = call.cu_seqlens_q, call.cu_seqlens_k, call.key_lengths, call.causal_offsets
-    integers = [None if t is None else t.contiguous() for t in integers]
+    integers = _integers(call)
     _cuda.attention_forward(
-        *(t.data_ptr() for t in (query, key, value, y, lse)),
-        *(0 if t is None else t.data_ptr() for t in integers),
-        *(sequences, query.shape[1], key.shape[1], query.shape[tokens], key.shape[tokens]),
-        *(query.shape[-1], value.shape[-1]),
-        *(n for t in (query, key, value) for n in _strides(t)),
+        *(_address(t) for t in (query, key, value, y, lse, *integers)),
+        *(*_sizes(query, key, value, call), *_strides(query), *_strides(key), *_strides(value)),
         *(call.left, call.right, call.causal_offset, scale, call.softcap),
         *(DTYPES[query.dtype], *launch_place(query)),
     )
@@ -74,7 +72,40 @@ def forward(query, key, value, call):
 
 
 def backward(dy, dlse, query, key, value, output, lse, call, wanted):
-    return _triton.backward(dy, dlse, query, key, value, output, lse, call, wanted)
+    if not _has_gradients(query, value):
+        return _triton.backward(dy, dlse, query, key, value, output, lse, call, wanted)
+    wants_keys = wanted[1] or wanted[2]  # one kernel makes both
+    dq, dk, dv = (
+        torch.empty_like(t, memory_format=torch.contiguous_format) if is_wanted else None
+        for t, is_wanted in ((query, wanted[0]), (key, wants_keys), (value, wants_keys))
+    )
+    if query.numel() and key.numel():
+        _launch_backward(dy, dlse, query, key, value, output, lse, call, (dq, dk, dv))
+    else:
+        for gradient in (dq, dk, dv):
+            if gradient is not None:
+                gradient.zero_()
+    return dq, dk, dv, None, None, None
+
+
+def _launch_backward(dy, dlse, query, key, value, output, lse, call, gradients):
+    query, scale = _with_positive_scale(query, call.scale)
+    query, key, value, dy = (_readable(t) for t in (query, key, value, dy))
+    output, lse = output.contiguous(), lse.contiguous()
+    dlse = None if dlse is None else dlse.contiguous()
+    known, integers = torch.empty_like(lse), _integers(call)
+    _cuda.attention_backward(
+        *(_address(t) for t in (query, key, value, dy, output, lse, dlse, known)),
+        *(_address(t) for t in (*gradients, *integers)),
+        *(*_sizes(query, key, value, call), *_strides(query), *_strides(key), *_strides(value)),
+        *(*_strides(dy), call.left, call.right, call.causal_offset, scale, call.scale),
+        *(call.softcap, DTYPES[query.dtype], *launch_place(query)),
+    )
+
+
+def _has_gradients(query, value):
+    """Whether ours are written for such heads; the others' are the Triton kernels'."""
+    return max(query.shape[-1], value.shape[-1]) <= MAX_GRADIENT_WIDTH
 
 
 def _unsupported_call(call):
@@ -115,3 +146,24 @@ def _readable(x):
 def _strides(x):
     """Of batch, head and token."""
     return x.stride()[:3] if x.dim() == 4 else (0, x.stride(1), x.stride(0))
+
+
+def _integers(call):
+    """The call's integer tensors, in the kernels' order; to be kept until the launch."""
+    integers = call.cu_seqlens_q, call.cu_seqlens_k, call.key_lengths, call.causal_offsets
+    return [None if t is None else t.contiguous() for t in integers]
+
+
+def _address(x):
+    return 0 if x is None else x.data_ptr()
+
+
+def _sizes(query, key, value, call):
+    """Sequences, heads, key heads, queries, keys, and the widths."""
+    sequences = call.cu_seqlens_q.shape[0] - 1 if call.ragged else query.shape[0]
+    tokens = 0 if call.ragged else 2
+    heads = query.shape[1], key.shape[1]
+    return (
+        *(sequences, *heads, query.shape[tokens], key.shape[tokens]),
+        *(query.shape[-1], value.shape[-1]),
+    )

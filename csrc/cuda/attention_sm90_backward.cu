@@ -1,0 +1,101 @@
+// The entry point of attention's gradients on Hopper: tensor maps, the tiles for the heads' width,
+// the launches.
+#include <algorithm>
+
+#include "attention_sm90_backward.cuh"
+#include "attention_sm90_host.cuh"
+
+namespace slimkernels {
+namespace {
+
+struct Operands {
+  Heads q, k, v, dy;
+
+  int64_t width() const { return std::max(q.columns, v.columns); }
+};
+
+template <typename T>
+void launch_delta(const AttentionRows& x, cudaStream_t stream) {
+  const int rows = kDeltaThreads / delta_lanes(x.width);  // of a block
+  LAUNCH(attention_delta_kernel<T>, dim3(unsigned((x.rows + rows - 1) / rows)), dim3(kDeltaThreads),
+         stream, x);
+}
+
+// `shape` may be a mirrored one, each of whose key heads reads `bytes_of_head`.
+template <typename Tile, typename Kernel>
+void launch_walk(Tile, Kernel kernel, const AttentionShape& shape, int rows, int64_t bytes_of_head,
+                 int shared_bytes, const Operands& x, AttentionBackwardArguments arguments,
+                 int device, cudaStream_t stream) {
+  using T = typename Tile::T;
+  const int works = query_tiles(shape, rows) * shape.heads;
+  const int blocks = smaller(works, multiprocessors(device));
+  arguments.section = section_of(shape, blocks, bytes_of_head, kL2Bytes);
+  LAUNCH_CLUSTER(kernel, dim3(works), dim3(Tile::kThreads), 1, shared_bytes, stream,
+                 head_map<T>(x.q, Tile::kM), head_map<T>(x.k, Tile::kN), head_map<T>(x.v, Tile::kN),
+                 head_map<T>(x.dy, Tile::kM), arguments);
+}
+
+template <typename T, int kD>
+void launch_walks(const Operands& x, const AttentionBackwardArguments& arguments, int device,
+                  cudaStream_t stream) {
+  using Keys = KeyGradientTile<T, kD>;
+  using Queries = QueryGradientTile<T, kD>;
+  const AttentionShape& shape = arguments.shape;
+  const int64_t bytes_of_token = 2 * sizeof(T) * kD;  // of k and v, or of q and dy
+  if (arguments.dk != nullptr)
+    launch_walk(Keys{}, attention_sm90_dkdv_kernel<Keys>, mirrored(shape), Keys::kN,
+                bytes_of_token * x.q.tokens * shape.group, kKeyGradientSharedBytes<Keys>, x,
+                arguments, device, stream);
+  if (arguments.dq != nullptr)
+    launch_walk(Queries{}, attention_sm90_dq_kernel<Queries>, shape, Queries::kM,
+                bytes_of_token * x.k.tokens, kQueryGradientSharedBytes<Queries>, x, arguments,
+                device, stream);
+}
+
+template <typename T>
+void launch_backward(const AttentionRows& rows, const Operands& x,
+                     const AttentionBackwardArguments& arguments, int device, cudaStream_t stream) {
+  launch_delta<T>(rows, stream);
+  if (x.width() <= 64)
+    launch_walks<T, 64>(x, arguments, device, stream);
+  else
+    launch_walks<T, 128>(x, arguments, device, stream);
+}
+
+}  // namespace
+
+void attention_backward(const void* query, const void* key, const void* value, const void* dy,
+                        const void* y, const float* lse, const float* dlse, float* known, void* dq,
+                        void* dk, void* dv, const int* cu_seqlens_q, const int* cu_seqlens_k,
+                        const int* key_lengths, const int* causal_offsets, int64_t B, int64_t H,
+                        int64_t Hkv, int64_t Tq, int64_t Tk, int64_t D, int64_t Dv, int64_t q_batch,
+                        int64_t q_head, int64_t q_token, int64_t k_batch, int64_t k_head,
+                        int64_t k_token, int64_t v_batch, int64_t v_head, int64_t v_token,
+                        int64_t dy_batch, int64_t dy_head, int64_t dy_token, int64_t left,
+                        int64_t right, int64_t offset, float scale, float dq_scale, float softcap,
+                        int dtype, int device, void* stream) {
+  const DeviceGuard guard(device);
+  if (capability(device) != 90)  // elsewhere the kernels are empty
+    throw std::runtime_error("attention_backward: compute capability 9.0 is needed");
+  const bool is_ragged = cu_seqlens_q != nullptr;
+  const int64_t batch = is_ragged ? 1 : B, rows = batch * H * Tq;
+  const AttentionShape shape = {int(B),       int(H),       int(H / Hkv), int(Tq),
+                                int(Tk),      int(left),    int(right),   int(offset),
+                                cu_seqlens_q, cu_seqlens_k, key_lengths,  causal_offsets};
+  const AttentionBackwardArguments arguments = {
+      shape, 0, scale, dq_scale, softcap, int(D), int(Dv), known, known + rows, dq, dk, dv};
+  const AttentionRows of_rows = {dy,   y,          dy_batch, dy_head, dy_token,
+                                 lse,  lse + rows, dlse,     known,   known + rows,
+                                 rows, int(H),     int(Tq),  int(Dv), is_ragged};
+  const Operands x = {{query, D, Tq, H, batch, q_batch, q_head, q_token},
+                      {key, D, Tk, Hkv, batch, k_batch, k_head, k_token},
+                      {value, Dv, Tk, Hkv, batch, v_batch, v_head, v_token},
+                      {dy, Dv, Tq, H, batch, dy_batch, dy_head, dy_token}};
+  if (Dtype(dtype) == Dtype::kFloat16)
+    launch_backward<__half>(of_rows, x, arguments, device, (cudaStream_t)stream);
+  else
+    launch_backward<__nv_bfloat16>(of_rows, x, arguments, device, (cudaStream_t)stream);
+  check_launch("attention_backward", rows, D);
+}
+
+}  // namespace slimkernels
