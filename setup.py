@@ -75,6 +75,11 @@ def gencode(compiler: str) -> str:
     return " ".join(flags)
 
 
+def built_for(compiler: str) -> str:
+    """What the extension says it has code for; backends/cuda refuses other devices."""
+    return f'-DSLIM_CUDA_ARCHITECTURES="{" ".join(architectures(compiler))}"'
+
+
 def in_ninja(path: object) -> str:
     """A path where build.ninja takes one."""
     return re.sub(r"([$ :])", r"$\1", str(path))
@@ -126,7 +131,7 @@ def cuda_objects(sources: list[str], cxx: str) -> tuple[list[tuple[str, str, str
         raise CompileError(f"the CUDA toolkit in {home} has no libcudart_static.a")
     commands = {
         ".cu": f"{in_command(compiler)} {NVCCFLAGS} {gencode(compiler)}",
-        ".cpp": f"{cxx} {in_command(f'-I{home}/include')}",
+        ".cpp": f"{cxx} {in_command(f'-I{home}/include', built_for(compiler))}",
     }
     objects = [(f"{Path(s).name}.o", s, commands[Path(s).suffix]) for s in sources]
     return objects, f"{in_command(f'-L{library[0]}')} -lcudart_static -ldl -lrt -lpthread"

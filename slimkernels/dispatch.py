@@ -71,6 +71,11 @@ def use_backend(name: str | None) -> Iterator[None]:
         _forced = previous
 
 
+def _is_transformed() -> bool:
+    """Whether a transform of torch.func surrounds the call: it hides that a gradient is due."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
 def _load(backend: str, op: str) -> ModuleType | str:
     """The backend's module for `op`, or the sentence saying why it is missing."""
     try:
@@ -113,6 +118,8 @@ class Op:
         module = self.modules.get(backend)
         if module is None:
             return f"{self.name} has no {backend} kernel"
+        if _is_transformed():
+            return "a kernel cannot be seen through by torch.func (vmap, grad, jvp and the like)"
         return module if isinstance(module, str) else module.unsupported(*args)
 
     def _refusal(self, backend: str, *args) -> str | None:

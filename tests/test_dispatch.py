@@ -377,3 +377,26 @@ def test_one_tensor_given_twice_compiles():
     gradient, w.grad = w.grad, None
     sk.layer_norm(X, 8, w, w).sum().backward()
     assert torch.equal(gradient, w.grad)
+
+
+def test_transforms_of_torch_func_take_the_definition():
+    pytest.importorskip("slimkernels._cpu")
+    x, dy = torch.randn(700, 384), torch.randn(700, 384)
+    expected = torch.autograd.functional.vjp(lambda x: sk.rms_norm(x, 384), x, dy)[1]
+    actual = torch.func.vjp(lambda x: sk.rms_norm(x, 384), x)[1](dy)[0]
+    torch.testing.assert_close(actual, expected)
+    weight = torch.randn(2, 384, requires_grad=True)
+    each = torch.vmap(lambda w: sk.rms_norm(x, 384, w))(weight)
+    (gradient,) = torch.autograd.grad(each, weight, torch.stack((dy, dy)))
+    (alone,) = torch.autograd.grad(sk.rms_norm(x, 384, weight[0]), weight, dy)
+    torch.testing.assert_close(gradient[0], alone[0])
+
+
+def test_vectorised_gradients_of_a_kernel_are_refused():
+    pytest.importorskip("slimkernels._cpu")
+    x = torch.randn(3, 6)
+    hidden = torch.zeros(6, dtype=torch.bool)
+    with pytest.raises(RuntimeError, match="softmax: a kernel's gradient cannot be vectorised"):
+        torch.autograd.functional.jacobian(
+            lambda x: sk.softmax(x, mask=hidden, backend="cpu"), x, vectorize=True
+        )

@@ -33,7 +33,7 @@ void activation_backward(const void* dy, const void* x, const void* bias, void* 
 // Enough for eight blocks, of 256 columns and 8 rows at a time, on each multiprocessor.
 int64_t activation_shares(int64_t M, int64_t N, int device) {
   const int64_t most = 8 * 256 * int64_t(multiprocessors(device)) / N;
-  return std::max<int64_t>(1, std::min((M + 7) / 8, most));
+  return std::max<int64_t>(1, std::min({(M + 7) / 8, most, kMostBlocksDown}));
 }
 
 }  // namespace slimkernels

@@ -1,7 +1,6 @@
 // y = f(x + bias) with an optional bias: gelu, silu, relu_squared.
 //
-// Tiling   A block covers some columns, up to 32 packs of 16 bytes of a row, and walks down the
-// rows:
+// Tiling   A block covers some columns, up to 32 packs of 16 bytes of a row, and walks down rows:
 //          the columns' bias is loaded once, and backward keeps their dbias in registers. Without a
 //          bias the tensor is cut anywhere, into rows as long as all threads side by side.
 // Traffic  Forward reads and writes each element once, backward reads two and writes one; the
@@ -16,6 +15,8 @@
 #include "curves.cuh"
 
 namespace slimkernels {
+
+constexpr int64_t kMostBlocksDown = 65535;  // of a grid: its y
 
 constexpr int kTileThreads = 256;
 
@@ -137,7 +138,7 @@ void launch_activation_forward(const T* x, T* y, const Tile& tile, Stream stream
   TileLaunch launch(tile, kVec, 2);
   if (tile.bias) {  // four rows a thread share a load of it
     const int64_t rows = 4 * tile.N * launch.block.y;
-    launch.grid.y = unsigned(std::min<int64_t>((tile.size + rows - 1) / rows, 65535));
+    launch.grid.y = unsigned(std::min<int64_t>((tile.size + rows - 1) / rows, kMostBlocksDown));
   }
   LAUNCH((activation_forward_kernel<T, kVec>), launch.grid, launch.block, stream, x, y,
          launch.tile);

@@ -36,9 +36,10 @@ struct AttentionTile {
   static constexpr int kN = kD == 256 ? 80 : 128;
   static constexpr int kStages = 2;
   static constexpr int kThreads = kWarpGroup * (kGroups + 1);
-  // 65536 registers a multiprocessor; the producer leaves the consumers what it does not need.
+  // Of the registers that the block starts with, the producer leaves the consumers what it can.
   static constexpr int kProducerRegisters = kGroups == 3 ? 32 : 40;
   static constexpr int kConsumerRegisters = kGroups == 3 ? 160 : 232;
+  static_assert(fits_registers(kGroups, kProducerRegisters, kConsumerRegisters));
 
   static constexpr int kQueryBytes = tile_bytes(kM, kD);
   static constexpr int kKeyBytes = tile_bytes(kN, kD);

@@ -46,9 +46,7 @@ struct AttentionBackwardArguments {
   void *dq, *dk, *dv;  // (B, heads, T, width), or (T, heads, width)
 };
 
-// ---- What is known of a row
-// ----------------------------------------------------------------------
-
+// What is known of a row.
 struct AttentionRows {
   const void *dy, *y;                   // any strides; without gaps
   int64_t dy_batch, dy_head, dy_token;  // of dy, in elements
@@ -92,8 +90,7 @@ __global__ void __launch_bounds__(kDeltaThreads) attention_delta_kernel(Attentio
   x.delta[at] = is_empty ? 0.f : sum - (x.dlse == nullptr ? 0.f : x.dlse[at]);
 }
 
-// ---- What both walks do with scores
-// --------------------------------------------------------------
+// What both walks do with scores.
 
 // A statistic of the two elements of a word (pack_pair's) where queries are columns, and where they
 // are this thread's rows.
@@ -124,10 +121,10 @@ __device__ void weigh(float (&s)[kCount], float scale, float softcap, const Stat
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         float& x = s[2 * word + e];
-        const float t = tanh_of(x * inner);
-        p[e] = exp2_approximate(fmaf(t, outer, -(e ? known.y : known.x)));
+        const Cap cap = cap_of(x * inner);
+        p[e] = exp2_approximate(fmaf(cap.tanh, outer, -(e ? known.y : known.x)));
         if (x == -INFINITY) p[e] = 0.f;
-        x = p[e] * fmaf(-t, t, 1.f);
+        x = p[e] * cap.slope;
       }
       keep(word, p[0], p[1]);
     }

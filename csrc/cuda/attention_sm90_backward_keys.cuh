@@ -14,6 +14,7 @@ struct KeyGradientTile {
   static constexpr int kThreads = kWarpGroup * (kGroups + 1);
   // Of the 168 a thread that 384 threads start with.
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+  static_assert(fits_registers(kGroups, kProducerRegisters, kConsumerRegisters));
 
   static constexpr int kKeyBytes = tile_bytes(kN, kD);
   static constexpr int kQueryBytes = tile_bytes(kM, kD);
@@ -167,6 +168,7 @@ struct KeyGradientConsumer {
   RingPlace ring;
 
   __device__ void free_stage(int stage) {
+    __syncwarp();  // all lanes have read the stage's lse and delta, which no wgmma waits for
     if (threadIdx.x % 32 == 0) mbarrier_arrive(&shared.barriers().empty[stage]);
   }
 
@@ -284,6 +286,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     registers_grow<Tile::kConsumerRegisters>();
     KeyGradientConsumer<Tile>{arguments, int(threadIdx.x / kWarpGroup) - 1, shared}(work);
   }
+#else
+  __trap();
 #endif
 }
 

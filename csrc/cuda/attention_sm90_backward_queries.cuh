@@ -8,13 +8,13 @@ struct QueryGradientTile {
   using T = Element;
   static constexpr int kWidth = kD;
   static constexpr int kGroups = 2;
-  static constexpr int kM = 64 * kGroups;  // queries
-  static constexpr int kN =
-      kD == 64 ? 128 : 96;  // keys: of 128, ptxas would run short of registers
+  static constexpr int kM = 64 * kGroups;         // queries
+  static constexpr int kN = kD == 64 ? 128 : 96;  // keys; of 128, ptxas would run short
   static constexpr int kStages = 3;
   static constexpr int kThreads = kWarpGroup * (kGroups + 1);
   // Of the 168 a thread that 384 threads start with.
   static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+  static_assert(fits_registers(kGroups, kProducerRegisters, kConsumerRegisters));
 
   static constexpr int kQueryBytes = tile_bytes(kM, kD);
   static constexpr int kKeyBytes = tile_bytes(kN, kD);
@@ -219,6 +219,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     registers_grow<Tile::kConsumerRegisters>();
     QueryGradientConsumer<Tile>{arguments, int(threadIdx.x / kWarpGroup) - 1, shared}(work);
   }
+#else
+  __trap();
 #endif
 }
 

@@ -29,6 +29,7 @@ void bind(py::module_& m, const char* name, void (*entry)(Args...)) {
 
 PYBIND11_MODULE(_cuda, m) {
   using namespace slimkernels;
+  m.attr("architectures") = SLIM_CUDA_ARCHITECTURES;  // as TORCH_CUDA_ARCH_LIST names them
   m.def("no_device", &no_device);
   m.def("activation_shares", &activation_shares);
   m.def("norm_programs", &norm_programs);

@@ -146,6 +146,7 @@ void with_type(int dtype, Run run) {
     case Dtype::kBFloat16:
       return run(__nv_bfloat16{});
   }
+  throw std::invalid_argument("no dtype has the number " + std::to_string(dtype));
 }
 
 #ifdef __CUDACC__
@@ -207,9 +208,9 @@ class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
     check(cudaGetDevice(&previous_), "cudaGetDevice");
-    if (previous_ == device) return;
+    // Of the same device, too: on a new thread it gives the driver a context.
     check(cudaSetDevice(device), "cudaSetDevice(" + std::to_string(device) + ")");
-    changed_ = true;
+    changed_ = previous_ != device;
   }
   ~DeviceGuard() {
     if (changed_) cudaSetDevice(previous_);

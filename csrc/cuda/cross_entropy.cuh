@@ -9,8 +9,7 @@
 //          exchange (max, sum) pairs. lse stays in two float32, the maximum and the logarithm of
 //          the sum: in one it would be wrong by 5e-4 at logits of 1e4. A sum of u (lse - z) is kept
 //          as the sums of u (max - z), whose terms have one sign, and of u.
-// Launch   forward: a team a row; backward: grid = segments of rows, block = (32 to 256, 256 /
-// that).
+// Launch   forward: a team a row; backward: grid = segments of rows, 256 threads, 32 to 256 a row.
 #pragma once
 #include <algorithm>
 

@@ -54,7 +54,9 @@ int capability(int device) {
 int max_cluster(int device) {
   const int major = capability(device) / 10;
   if (major < 9) return 1;
-  return major <= 10 ? 16 : 8;  // 8 is what all promise; the data centre's devices take 16
+  // 8 is what all promise, and the data centre's devices take 16: where one of their 8 groups of
+  // multiprocessors must have as many, as it need not in a smaller device or a slice of one.
+  return major <= 10 && multiprocessors(device) > 8 * 15 ? 16 : 8;
 }
 
 }  // namespace slimkernels

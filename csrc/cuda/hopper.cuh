@@ -2,8 +2,8 @@
 // and, in wgmma.cuh, matrix products. Each names the heading of the PTX ISA that defines it.
 //
 // A kernel includes this file only. Compiled by g++, the same names come from
-// tests/hopper_on_cpu.h, which does what those headings say to bytes of shared memory, so that
-// kernels run unchanged on a CPU.
+// tests/cuda_on_cpu/hopper_on_cpu.h, which does what those headings say to bytes of shared memory,
+// so that kernels run unchanged on a CPU.
 //
 // Tiles in shared memory are PANELS: 64 columns of a 16-bit type, 128 bytes a row, rows following
 // one another, each panel on a 1024-byte boundary. TMA writes a panel with 128-byte swizzle (the
@@ -17,7 +17,7 @@
 #ifdef __CUDACC__
 #include <cudaTypedefs.h>
 
-// Code for other architectures has empty kernels: a host must ask runs_hopper() first.
+// Code for other architectures has kernels that trap: backends/cuda refuses what would run them.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define SLIM_HOPPER 1
 #endif
@@ -33,6 +33,13 @@ constexpr int kPanelColumns = 64;  // of 16-bit elements
 constexpr int kPanelRowBytes = 128;
 constexpr int kPanelAlignment = 1024;     // where the swizzle's pattern starts
 constexpr int kMostSharedBytes = 232448;  // a block's, on sm_90
+
+// Whether a block's producer and consumers ask setmaxnreg for no more registers than the launch
+// gives it, whole steps of 8 a thread: it would wait for them forever.
+constexpr bool fits_registers(int groups, int producer, int consumer) {
+  const int threads = kWarpGroup * (groups + 1);
+  return producer + groups * consumer <= 65536 / threads / 8 * 8 * (groups + 1);
+}
 
 // Bytes of a tile of `rows` by `columns` 16-bit elements, in panels.
 __host__ __device__ constexpr int panel_bytes(int rows) { return rows * kPanelRowBytes; }
@@ -211,9 +218,14 @@ inline PFN_cuTensorMapEncodeTiled_v12000 map_encoder() {
   static const auto encoder = [] {
     void* found = nullptr;
     cudaDriverEntryPointQueryResult result{};
-    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000,
-                                           cudaEnableDefault, &result),
-          "cuTensorMapEncodeTiled");
+#if CUDART_VERSION >= 12050
+    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found,
+                                                               12000, cudaEnableDefault, &result);
+#else
+    const cudaError_t error =
+        cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result);
+#endif
+    check(error, "cuTensorMapEncodeTiled");
     if (result != cudaDriverEntryPointSuccess || found == nullptr)
       throw std::runtime_error("the CUDA driver has no cuTensorMapEncodeTiled: it needs 12.0");
     return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(found);

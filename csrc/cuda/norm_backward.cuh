@@ -5,9 +5,9 @@
 // Tiling   rows.cuh. A few teams a multiprocessor stride over the rows and keep their share of
 //          dweight and dbias in registers; of rows walked in pieces, in memory. column_sums.cu adds
 //          the shares: no atomics, so the sum is the same on every run.
-// Traffic  reads 2 N elements a row (dsum: 3 N) and writes N, or 2 N where dx is its own; the roof
-// is
-//          DRAM bandwidth. Shares add 2 * programs * N float32. Dropout draws its bits again.
+// Traffic  reads 2 N elements a row (dsum: 3 N) and writes N, or 2 N where dx is its own; DRAM
+//          bandwidth is the roof. Shares add 2 * programs * N float32. Dropout draws its bits
+//          again.
 // Numerics dx comes from dresidual before it is rounded.
 // Launch   min(norm_programs, rows) teams.
 #pragma once

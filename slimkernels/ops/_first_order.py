@@ -25,6 +25,11 @@ def first_order(op: str) -> Callable[[Callable], Callable]:
         @functools.wraps(backward)
         def run(ctx, *dys):
             saved = ctx.saved_tensors
+            if not torch.compiler.is_compiling() and any(map(_is_wrapped, dys)):
+                raise RuntimeError(
+                    f"{op}: a kernel's gradient cannot be vectorised or transformed by torch.func; "
+                    f'that of the same call inside use_backend("torch") can'
+                )
             # A compiled backward is recorded as a whole, and torch.compile's own autograd refuses a
             # second; its backend="eager", for debugging, says nothing.
             if torch.compiler.is_compiling() or not torch.is_grad_enabled():
@@ -37,6 +42,15 @@ def first_order(op: str) -> Callable[[Callable], Callable]:
         return run
 
     return decorate
+
+
+def _is_wrapped(dy: Tensor | None) -> bool:
+    """Whether a tensor is one of torch.func's, which has no memory of its own."""
+    if dy is None:
+        return False
+    functorch = torch._C._functorch
+    # autograd's own vectorising, is_grads_batched, makes the legacy kind.
+    return functorch.is_functorch_wrapped_tensor(dy) or functorch.is_legacy_batchedtensor(dy)
 
 
 class _NotAgain(torch.autograd.Function):

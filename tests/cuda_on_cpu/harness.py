@@ -86,6 +86,7 @@ def _build(cache: Path, include: str) -> Path:
         for process in running:
             _finish(process)
         command = ["g++", *FLAGS, *includes, f"-I{pybind11()}", f"-I{get_paths()['include']}"]
+        command += ['-DSLIM_CUDA_ARCHITECTURES="9.0a"']
         command += [*bindings, "-o", making / "_cuda.so", f"-L{making}", "-Wl,--no-as-needed"]
         command += [*(f"-l{source.stem}" for source in kernels), "-Wl,-rpath,$ORIGIN"]
         _finish(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import Tensor
 
@@ -20,13 +22,37 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 MAX_ROW = 1 << 30
 
 
+def _architecture(name: str) -> tuple[int, int, bool, bool]:
+    """Major and minor; whether it is for this very device ("a"); whether newer ones compile it."""
+    major, minor, suffix, ptx = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", name).groups()
+    return int(major), int(minor), suffix == "a", ptx is not None
+
+
+# What setup.py compiled for.
+ARCHITECTURES = tuple(_architecture(name) for name in _cuda.architectures.split())
+
+
 def unsupported_tensor(x: Tensor) -> str | None:
-    """The refusals that do not depend on the op: device and dtype."""
+    """The refusals that do not depend on the op: device, dtype and compute capability."""
     if x.device.type != "cuda":
         return f"it needs CUDA tensors and input is on {x.device}"
     if x.dtype not in DTYPES:
         return f"it computes in float32 and input is {x.dtype}"
+    major, minor = capability(x)
+    if not has_code_for(major, minor):
+        return f"it was built for {_cuda.architectures} and {x.device} has {major}.{minor}"
     return None
+
+
+def has_code_for(major: int, minor: int) -> bool:
+    """Whether the extension has machine code for such a device, or PTX that its driver compiles."""
+    for built_major, built_minor, is_exact, is_ptx in ARCHITECTURES:
+        built, device = (built_major, built_minor), (major, minor)
+        if built == device or (is_ptx and not is_exact and built <= device):
+            return True
+        if built_major == major and built_minor <= minor and not is_exact:
+            return True
+    return False
 
 
 def unsupported_row(x: Tensor) -> str | None:
@@ -58,12 +84,14 @@ def dtype_number(x: Tensor | None) -> int:
 
 
 __all__ = [
+    "ARCHITECTURES",
     "DTYPES",
     "_cuda",
     "address",
     "capability",
     "dense",
     "dtype_number",
+    "has_code_for",
     "launch_place",
     "pointers",
     "unsupported_row",

@@ -7,6 +7,7 @@ import torch
 
 from slimkernels.backends._attention import with_whole_rows
 from slimkernels.backends.cuda._common import (
+    ARCHITECTURES,
     DTYPES,
     _cuda,
     capability,
@@ -20,7 +21,9 @@ except ImportError:
     _triton = None
 
 MAX_WIDTH = 256
+_LEAST_SCALE = 2.0**-149
 MAX_GRADIENT_WIDTH = 128  # of 64 keys, dk and dv 256 wide would fill all of a thread's registers
+IS_BUILT = any(built[:3] == (9, 0, True) for built in ARCHITECTURES)
 _MOST_TOKENS = 2**29  # csrc/cuda/attention_tiles.cuh adds three such numbers in 32 bits
 
 
@@ -47,6 +50,8 @@ def unsupported(query, key, value, call):
     major, minor = capability(query)
     if (major, minor) != (9, 0):
         return f"it is written for compute capability 9.0 and {query.device} has {major}.{minor}"
+    if not IS_BUILT:
+        return f"it needs code for 9.0a and the extension was built for {_cuda.architectures}"
     return None
 
 
@@ -58,7 +63,7 @@ def forward(query, key, value, call):
     lse = query.new_empty((2, *rows), dtype=torch.float32)
     if not y.numel():
         return y, lse
-    if not key.numel():
+    if not _has_pairs(query, key, call):
         lse[0], lse[1] = -torch.inf, 0.0
         return y.zero_(), lse
     integers = _integers(call)
@@ -79,7 +84,7 @@ def backward(dy, dlse, query, key, value, output, lse, call, wanted):
         torch.empty_like(t, memory_format=torch.contiguous_format) if is_wanted else None
         for t, is_wanted in ((query, wanted[0]), (key, wants_keys), (value, wants_keys))
     )
-    if query.numel() and key.numel():
+    if _has_pairs(query, key, call):
         _launch_backward(dy, dlse, query, key, value, output, lse, call, (dq, dk, dv))
     else:
         for gradient in (dq, dk, dv):
@@ -101,6 +106,12 @@ def _launch_backward(dy, dlse, query, key, value, output, lse, call, gradients):
         *(*_strides(dy), call.left, call.right, call.causal_offset, scale, call.scale),
         *(call.softcap, DTYPES[query.dtype], *launch_place(query)),
     )
+
+
+def _has_pairs(query, key, call):
+    """Whether any sequence can have a query and a key; nothing is launched for none."""
+    is_any = not call.ragged or call.cu_seqlens_q.shape[0] > 1
+    return is_any and query.numel() > 0 and key.numel() > 0
 
 
 def _has_gradients(query, value):
@@ -127,10 +138,10 @@ def _unsupported_call(call):
 
 def _with_positive_scale(query, scale):
     """The kernel takes the maximum of products, that of scores only if the scale is above 0."""
+    if abs(scale) < _LEAST_SCALE:  # would be 0 in float32, and make NaN of -inf, a hidden score
+        return query * 0.0, 1.0
     if scale < 0:
         return -query, -scale
-    if scale == 0:  # would make NaN of -inf, a hidden score
-        return query * 0.0, 1.0
     return query, scale
 
 

@@ -1,0 +1,61 @@
+"""What the CUDA backend makes of the device that it is given."""
+
+import os
+
+import pytest
+import torch
+
+import slimkernels as sk
+from slimkernels.backends.cuda import _common
+
+
+@pytest.mark.parametrize(
+    "built, device, has_code",
+    [
+        ("9.0a", (9, 0), True),
+        ("9.0a", (9, 1), False),
+        ("8.0", (8, 6), True),
+        ("8.6", (8, 0), False),
+        ("8.0", (9, 0), False),
+        ("8.0+PTX", (12, 0), True),
+        ("9.0a 8.0 10.0+PTX", (7, 5), False),
+        ("10.0f", (10, 3), True),
+    ],
+)
+def test_code_for_a_device(built, device, has_code):
+    known = _common.ARCHITECTURES
+    try:
+        _common.ARCHITECTURES = tuple(_common._architecture(name) for name in built.split())
+        assert _common.has_code_for(*device) == has_code
+    finally:
+        _common.ARCHITECTURES = known
+
+
+def test_attention_without_code_for_hopper_is_refused():
+    from slimkernels.backends.cuda import scaled_dot_product_attention as attention
+
+    query = torch.randn(1, 1, 8, 64).bfloat16()
+    attention.IS_BUILT = False
+    try:
+        with pytest.raises(sk.BackendError, match="needs code for 9.0a and the extension"):
+            sk.scaled_dot_product_attention(query, query, query, backend="cuda")
+    finally:
+        attention.IS_BUILT = True
+
+
+def test_shares_of_tall_narrow_inputs_fit_a_grid():
+    os.environ["CUDA_ON_CPU_MULTIPROCESSORS"] = "132"
+    try:
+        assert _common._cuda.activation_shares(600_000, 1, 0) == 65535
+        assert _common._cuda.activation_shares(600_000, 768, 0) == 352
+    finally:
+        del os.environ["CUDA_ON_CPU_MULTIPROCESSORS"]
+
+
+def test_ragged_attention_of_no_sequences():
+    none = torch.zeros(1, dtype=torch.int32)
+    query = torch.randn(5, 1, 64).bfloat16().requires_grad_()
+    y, lse = sk.scaled_dot_product_attention(
+        query, query, query, cu_seqlens=none, return_lse=True, backend="cuda"
+    )
+    assert not y.any() and (lse == -torch.inf).all()
