@@ -13,6 +13,7 @@ need is compiled at once, in processes of its own: this file run as a script.
 from __future__ import annotations
 
 import ast
+import fcntl
 import importlib
 import inspect
 import json
@@ -104,9 +105,22 @@ PROCESSES = 2
 
 
 @pytest.fixture(scope="module")
-def reports(request):
+def reports(request, tmp_path_factory):
     """The report, or the error, of each selected (module, index, architecture)."""
-    tests = [item for item in request.session.items if item.path == Path(__file__)]
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    with open(folder / "aot_reports.json", "a+") as shared:  # one process of xdist's compiles
+        fcntl.flock(shared, fcntl.LOCK_EX)
+        shared.seek(0)
+        known = shared.read()
+        if not known:
+            known = json.dumps(compile_selected(request.session.items))
+            shared.write(known)
+    return {tuple(task): report for task, report in json.loads(known)}
+
+
+def compile_selected(items):
+    tests = [item for item in items if item.path == Path(__file__)]
     parameters = [item.callspec.params for item in tests if hasattr(item, "callspec")]
     tasks = [(p["name"], p["index"], p["arch"]) for p in parameters if "arch" in p]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -115,11 +129,11 @@ def reports(request):
         subprocess.Popen([sys.executable, __file__, json.dumps(tasks[part::PROCESSES])], **options)
         for part in range(PROCESSES)
     ]
-    found = {}
+    found = []
     for process in started:
         output, errors = process.communicate(timeout=1200)
         assert process.returncode == 0, errors[-3000:]
-        found |= {tuple(task): report for task, report in json.loads(output.splitlines()[-1])}
+        found += json.loads(output.splitlines()[-1])
     return found
 
 
