@@ -24,26 +24,20 @@ __device__ uint32_t pack_pair(float low, float high) {
   return word;
 }
 
-struct Cap {
-  float tanh, slope;
-};
-
-// tanh to about 2e-7, near 0 by its series, since 1 - e^-2x cancels there; and its slope, for which
-// 1 - tanh^2 cancels where tanh is almost 1.
-__device__ inline Cap cap_of(float x) {
+// tanh to about 2e-7: near 0 by its series, since 1 - 2 / (e^2x + 1) cancels there.
+__device__ inline float tanh_of(float x) {
   const float square = x * x;
   const float series =
       x * (1.f + square * (-1.f / 3 + square * (2.f / 15 + square * (-17.f / 315))));
-  const float e = exp2_approximate(-2 * kLog2E * fabsf(x)), r = reciprocal_approximate(1.f + e);
-  const float exact = copysignf((1.f - e) * r, x);
-  return {fabsf(x) < 0.2f ? series : exact, 4.f * e * r * r};
+  const float exact = 1.f - 2.f * reciprocal_approximate(1.f + exp2_approximate(2 * kLog2E * x));
+  return fabsf(x) < 0.2f ? series : exact;
 }
 
 template <int kCount>
 __device__ void cap_scores(float (&s)[kCount], float scale, float softcap) {
   const float inner = scale / softcap;
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) s[i] = softcap * cap_of(s[i] * inner).tanh;
+  for (int i = 0; i < kCount; ++i) s[i] = softcap * tanh_of(s[i] * inner);
 }
 
 // `keys` are those that the two rows see, counted from this thread's first column.
