@@ -22,14 +22,7 @@ def first_order(op: str) -> Callable[[Callable], Callable]:
     """
 
     def decorate(backward: Callable) -> Callable:
-        @functools.wraps(backward)
-        def run(ctx, *dys):
-            saved = ctx.saved_tensors
-            if not torch.compiler.is_compiling() and any(map(_is_wrapped, dys)):
-                raise RuntimeError(
-                    f"{op}: a kernel's gradient cannot be vectorised or transformed by torch.func; "
-                    f'that of the same call inside use_backend("torch") can'
-                )
+        def recorded(ctx, saved, *dys):
             # A compiled backward is recorded as a whole, and torch.compile's own autograd refuses a
             # second; its backend="eager", for debugging, says nothing.
             if torch.compiler.is_compiling() or not torch.is_grad_enabled():
@@ -38,6 +31,19 @@ def first_order(op: str) -> Callable[[Callable], Callable]:
                 gradients = backward(ctx, saved, *dys)
             gradients = gradients if isinstance(gradients, tuple) else (gradients,)
             return _NotAgain.apply(op, gradients, *dys, *saved)
+
+        @functools.wraps(backward)
+        def run(ctx, *dys):
+            saved = ctx.saved_tensors
+            if torch.compiler.is_compiling() or not any(map(_is_wrapped, dys)):
+                return recorded(ctx, saved, *dys)
+            try:
+                return recorded(ctx, saved, *dys)
+            except RuntimeError as error:
+                raise RuntimeError(
+                    f"{op}: a kernel's gradient cannot be vectorised or transformed by torch.func; "
+                    f'that of the same call inside use_backend("torch") can'
+                ) from error
 
         return run
 
