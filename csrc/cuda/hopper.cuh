@@ -31,8 +31,7 @@ namespace slimkernels {
 constexpr int kWarpGroup = 128;    // threads that issue a wgmma together
 constexpr int kPanelColumns = 64;  // of 16-bit elements
 constexpr int kPanelRowBytes = 128;
-constexpr int kPanelAlignment = 1024;     // where the swizzle's pattern starts
-constexpr int kMostSharedBytes = 232448;  // a block's, on sm_90
+constexpr int kPanelAlignment = 1024;  // where the swizzle's pattern starts
 
 // Whether a block's producer and consumers ask setmaxnreg for no more registers than the launch
 // gives it, whole steps of 8 a thread: it would wait for them forever.
