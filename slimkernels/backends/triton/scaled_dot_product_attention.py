@@ -293,7 +293,15 @@ COMPILES = [
         for name, kernel in (_KERNELS | {"dq": _row_sums_kernel}).items()
         for D in (64, 128)
     ),
-    *(compiled(_dq_kernel, "dq", D, _FP32, scoring=_FEATURES[1], registers=255) for D in (64, 128)),
+    *(
+        compiled(
+            *(_dq_kernel, "dq", D, _FP32),
+            scoring=_FEATURES[1],
+            registers=255,
+            narrow=dict(load=1 if D == 64 else 0, why="a bias may have any stride between keys"),
+        )
+        for D in (64, 128)
+    ),
     *(
         compiled(
             *(_attention_decode._split_kernel, "forward", D, _BF16),
