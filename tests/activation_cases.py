@@ -172,7 +172,7 @@ class ActivationTests:
             (dict(input=x, bias=bias[:3]), r"bias must have shape \(8,\), the last .*; got \(3,\)"),
             (
                 dict(input=x[0, 0], bias=bias[:1]),
-                r"bias must have shape \(\), the last .*; got \(1,\)",
+                r"input must have a dimension for bias to lie along; got shape \(\)",
             ),
             (dict(input=x, bias=bias.half()), "bias must be torch.float32 like input, or float32;"),
             (dict(input=x, bias=bias.to("meta")), "bias must be on cpu like input; got meta"),

@@ -226,12 +226,14 @@ def aot_check(
 def _pieces(ttgir: str, way: str, threads: int) -> int:
     """How many accesses of 128 bits the blocks that a kernel loads (stores) are for one thread.
 
-    Only blocks that have so much for each thread: scalars and short vectors have not.
+    At least one for a block that has so much for each thread of four warps, however many there
+    are; none for scalars and short vectors.
     """
-    pieces = 0
-    for shape, bits in re.findall(BLOCKS[way], ttgir):
-        pieces += math.prod(map(int, shape.split("x"))) * int(bits) // (128 * threads)
-    return pieces
+    sizes = [
+        math.prod(map(int, shape.split("x"))) * int(bits)
+        for shape, bits in re.findall(BLOCKS[way], ttgir)
+    ]
+    return sum(max(size // (128 * threads), size >= 128 * 128) for size in sizes)
 
 
 def _source(kernel, signature, constexprs) -> ASTSource:

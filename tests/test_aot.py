@@ -150,6 +150,7 @@ def test_compiles_as_declared(name, index, arch, reports):
     if IS_DECLARED and arch == 90 and not config.get("wgmma"):  # memory is what others wait for
         narrow = {way: max(n - report["wide"][way], 0) for way, n in report["pieces"].items()}
         declared = config.get("narrow", {})
+        assert report["wide"]["load"] or declared, described
         assert narrow == {way: declared.get(way, 0) for way in narrow}, described
     assert report["smem"] <= min(config.get("smem", report["smem_limit"]), report["smem_limit"])
     if config.get("wgmma"):

@@ -268,14 +268,14 @@ def test_a_wrong_call_gets_the_same_sentence_from_every_backend(op, wrong):
 
 
 NUMBERS = {
-    "layer_norm": {"normalized_shape": 8.0, "eps": "a"},
-    "add_layer_norm": {"normalized_shape": [True], "eps": None, "dropout_p": "x"},
-    "group_norm": {"num_groups": 2.0, "eps": "a"},
+    "layer_norm": {"normalized_shape": 8.0, "eps": -1e-5},
+    "add_layer_norm": {"normalized_shape": [True], "eps": -1e-5, "dropout_p": "x"},
+    "group_norm": {"num_groups": 2.0, "eps": -1e-5},
     "rms_norm": {"normalized_shape": 8.0, "eps": "a", "zero_centered": 1},
-    "add_rms_norm": {"normalized_shape": [True], "eps": "a", "dropout_p": "x"},
+    "add_rms_norm": {"normalized_shape": [True], "eps": -1e-5, "dropout_p": "x"},
     "cross_entropy": {"ignore_index": 1.5, "label_smoothing": "a", "z_loss": "a", "softcap": "a"},
     "bias_dropout_add": {"dropout_p": "x"},
-    "embedding": {"padding_idx": 0.5, "eps": "a", "dropout_p": "x"},
+    "embedding": {"padding_idx": 0.5, "eps": -1e-5, "dropout_p": "x"},
     "rotary": {"offset": 0.5},
     "linear_cross_entropy": {"ignore_index": 1.5, "label_smoothing": "a", "z_loss": "a"},
     "softmax": {"dim": 0.5, "scale": "a", "dropout_p": "a", "training": 1},
@@ -313,7 +313,7 @@ def test_meta_tensors_give_shapes(op):
 @every_op
 def test_an_unknown_backend_is_one_sentence(op):
     args, kwargs = sample_inputs[op](torch.device("cpu"), torch.float32)
-    with pytest.raises(ValueError, match="unknown backend 'tpu'; the backends are cuda, triton"):
+    with pytest.raises(ValueError, match=f"^{op}: unknown backend 'tpu'; the backends are "):
         getattr(slimkernels, op)(*args, **kwargs, backend="tpu")
 
 

@@ -111,14 +111,21 @@ def test_a_backend_without_the_kernel_says_so(op):
 
 
 def test_unknown_names():
-    with pytest.raises(ValueError, match="^unknown backend 'tpu'; the backends are cuda, triton,"):
+    with pytest.raises(
+        ValueError, match="^layer_norm: unknown backend 'tpu'; the backends are cuda,"
+    ):
         sk.layer_norm(X, 8, backend="tpu")
-    with pytest.raises(ValueError, match="^unknown backend 'tpu'"), sk.use_backend("tpu"):
+    with (
+        pytest.raises(ValueError, match="^use_backend: unknown backend 'tpu'"),
+        sk.use_backend("tpu"),
+    ):
         pass
     with pytest.raises(
         ValueError, match="^explain: unknown op 'layer_nrom'; the ops are add_layer"
     ):
         sk.explain("layer_nrom", X)
+    with pytest.raises(ValueError, match="^explain: unknown op 'None'; the ops are"):
+        sk.explain(None)
     with pytest.raises(
         ValueError,
         match=r"^explain: unknown op 'torch\.nn\.functional\.layer_norm'.*slimkernels\.layer_norm",
@@ -150,7 +157,7 @@ def test_environment_variable_with_an_unknown_name():
     done = run_python(ASK, SLIMKERNELS_BACKEND="tpu")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith(
-        "ValueError: unknown backend 'tpu' in SLIMKERNELS_BACKEND; the backends"
+        "ValueError: layer_norm: unknown backend 'tpu' in SLIMKERNELS_BACKEND; the backends"
     )
     told = run_python("import slimkernels; print(slimkernels.info())", SLIMKERNELS_BACKEND="tpu")
     assert told.returncode == 0 and "  forced  tpu\n" in told.stdout

@@ -297,6 +297,20 @@ def test_same_bits_every_time(backend, dtype, monkeypatch):
         assert torch.equal(second[name], expected), name
 
 
+def test_without_features_logits_are_the_bias():
+    x, weight, target, bias = inputs_of((9, 0, 37), torch.float32, "cpu")
+    tensors = x, weight, bias
+
+    def eager(x, weight, bias):
+        return F.cross_entropy(F.linear(x, weight, bias), target)
+
+    assert_op_matches(
+        lambda x, w, b: sk.linear_cross_entropy(x, w, target, b), eager, eager, tensors
+    )
+    with pytest.raises(sk.BackendError, match="but input has no features"):
+        sk.linear_cross_entropy(x, weight, target, bias, backend="cpu")
+
+
 def test_the_definition_is_torchs():
     x, weight, target, bias = inputs_of((9, 24, 37), torch.float64, "cpu")
     theirs = F.cross_entropy(F.linear(x, weight, bias), target, label_smoothing=0.1)

@@ -256,7 +256,7 @@ def test_sparse_gradients_are_refused_in_a_sentence(make, backend):
 
 
 WRONG = {
-    "lr": (-0.1, "x", float("nan"), torch.ones(2)),
+    "lr": (-0.1, "x", float("nan"), torch.ones(2), *map(torch.tensor, (-0.1, float("nan"), 1))),
     "betas": ((0.9, 1.0), (-0.1, 0.9), 0.9, (torch.tensor(0.9), 0.9)),
     "eps": (-1e-9,),
     "weight_decay": (-1.0, None),
@@ -287,6 +287,49 @@ def test_a_group_with_a_wrong_number_is_not_added(make):
     with pytest.raises(ValueError, match="lr must be"):
         optimizer.add_param_group({"params": params[2:], "lr": -1.0})
     assert len(optimizer.param_groups) == 1
+
+
+@every_optimizer
+def test_options_of_the_whole_optimizer_are_refused_in_a_group(make):
+    own = dict(max_grad_norm=1.0, skip_nonfinite=True, master_weights=False, backend="torch")
+    for name, value in own.items():
+        with pytest.raises(ValueError, match=f"^{make.__name__}: {name} must be given for the"):
+            make([{"params": parameters(SHAPES, torch.float32), name: value}])
+
+
+@every_optimizer
+def test_a_parameter_given_twice_is_refused(make):
+    param = torch.nn.Parameter(torch.ones(3, 3))
+    optimizer = make(parameters(SHAPES, torch.float32))
+    with (
+        pytest.warns(UserWarning, match="duplicate parameters"),  # torch's own
+        pytest.raises(ValueError, match=f"^{make.__name__}: a group must hold each parameter once"),
+    ):
+        optimizer.add_param_group({"params": [param, param]})
+    assert len(optimizer.param_groups) == 1
+
+
+@every_optimizer
+def test_another_optimizers_state_dict_is_refused(make):
+    params = parameters(SHAPES, torch.float32)
+    optimizer = make(params)
+    train(params, optimizer)
+    before = snapshot(optimizer)
+    others = [
+        torch.optim.SGD(params, momentum=0.9),
+        torch.optim.SGD(params),
+        torch.optim.RMSprop(params),
+        (torch.optim.AdamW if make is Muon else torch.optim.Muon)(params),
+    ]
+    for other in others:
+        other.step()
+        with pytest.raises(ValueError, match=f"^{make.__name__}: the state dict is another .* no "):
+            optimizer.load_state_dict(other.state_dict())
+    assert (
+        optimizer.state[params[0]].keys()
+        == make(params)._state_of(optimizer.param_groups[0], params[0]).keys()
+    )
+    assert_same_bits(before[len(params) :], snapshot(optimizer)[len(params) :])
 
 
 # Memory: where tensors lie

@@ -315,6 +315,7 @@ COMPILES = [
         *(_attention_decode._merge_kernel, "forward", 128, _BF16),
         blocks=dict(BLOCK_DV=128),
         registers=64,
+        narrow=dict(why="a row of one head is a float a lane"),
     ),
     compiled(_delta_kernel, "dq", 128, _BF16, blocks=dict(BLOCK_M=32), registers=80),
 ]
