@@ -108,8 +108,9 @@ def cross_entropy(
     Saves            input, target, weight and three float32 a row; the softmax is not stored
     Errors           ValueError naming the argument that is wrong. A label out of range is one too
                      on the CPU; on a GPU, where looking would cost a synchronisation, its row's
-                     loss and gradient are NaN. In compiled code the same where a kernel runs, and
-                     torch's own error where the backend is "torch".
+                     loss and gradient are NaN. In compiled code the same where a kernel runs; where
+                     the backend is "torch" its own error, which ends the process if it comes in one
+                     of Inductor's threads, as that of torch's cross_entropy does.
     """
     args = _arguments(
         *(input, target, weight),
