@@ -308,6 +308,10 @@ COMPILES = [
             scoring=_FEATURES[1],
             blocks=dict(BLOCK_M=16, BLOCK_N=64),
             registers=255,
+            narrow=dict(
+                load=2 if D == 64 else 1,
+                why="a step's few queries are 8 bytes a thread; a bias may have any stride",
+            ),
         )
         for D in (64, 128)
     ),
