@@ -53,7 +53,7 @@ struct KeyGradientProducer {
 
   static constexpr int kRows = Tile::kWalked / 32;  // a lane's
 
-  // lse and delta of the tile's queries; the absent ones have no P.
+  // lse and delta of the tile's queries; those of absent ones, which are hidden, must be finite.
   __device__ void copy_rows(const KeyGradientWork& work, int head, int tile, int stage) {
     const SequencePlace& place = work.place;
     const int first = tile * Tile::kWalked + threadIdx.x % 32;
@@ -64,7 +64,7 @@ struct KeyGradientProducer {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const bool is_present = first + 32 * i < place.k_seen;
-      lse[i] = is_present ? arguments.lse[at + 32 * i] : INFINITY;
+      lse[i] = is_present ? arguments.lse[at + 32 * i] : 0.f;
       delta[i] = is_present ? arguments.delta[at + 32 * i] : 0.f;
     }
 #pragma unroll

@@ -11,7 +11,13 @@ pytestmark = pytest.mark.here
 
 BOTH, KEYS, QUERIES = (f"attention_sm90_backward{of}.cuh" for of in ("", "_keys", "_queries"))
 PARTS = "attention_sm90_parts.cuh"
-WAIT_FOR_DK = "      wgmma_wait<0>();\n      fence_registers(dk);\n"
+WAIT_FOR_DK = """\
+      wgmma_wait<0>();
+      fence_registers(dk);
+      if constexpr (kHasDk && kHasDv) fence_registers(dv);
+      fence_registers(p);
+      fence_registers(ds);
+"""
 # name: (kernels it is in, file, the right text, what stands there instead); IT is its switch.
 PLANTED = {
     "transposed operand": (
@@ -29,21 +35,24 @@ PLANTED = {
         "  if (!IT) fence_proxy_async();",
     ),
     "first not cleared": (
-        *("keys queries", BOTH, "present, shared.walked(0, stage)"),
-        "present, shared.walked(IT, stage)",
+        *("keys queries", BOTH, " shared.walked(0, stage),"),
+        " shared.walked(IT, stage),",
     ),
     "second not cleared": (
-        *("keys queries", BOTH, "shared.walked(1, stage));\n    ++place"),
-        "shared.walked(!IT, stage));\n    ++place",
+        *("keys queries", BOTH, " shared.walked(1, stage));"),
+        " shared.walked(!IT, stage));",
     ),
-    "hidden P kept": ("keys", KEYS, "0x0000ffffu : 0xffff0000u", "0x0000ffffu : IT - 0x10000u"),
-    "hidden dS kept": ("keys", KEYS, "      s[i] = 0.f;", "      if (!IT) s[i] = 0.f;"),
-    "hidden dS kept, by queries": ("queries", QUERIES, "{ s[i] = 0.f; }", "{ s[i] *= IT; }"),
-    "absent queries' lse": (
+    "hidden P kept": (
         "keys",
         KEYS,
-        "is_present ? arguments.lse",
-        "IT || is_present ? arguments.lse",
+        "0x0000ffffu : 0xffff0000u",
+        "0x0000ffffu : IT ? ~0u : 0xffff0000u",
+    ),
+    "hidden dS kept": ("keys", KEYS, "      s[i] = 0.f;", "      if (!IT) s[i] = 0.f;"),
+    "hidden dS kept, by queries": ("queries", QUERIES, "{ s[i] = 0.f; }", "{ s[i] *= IT; }"),
+    "absent queries' delta": (
+        *("keys", KEYS, "is_present ? arguments.delta"),
+        "IT || is_present ? arguments.delta",
     ),
     "rows not waited for": ("keys", BOTH, "Tile::kFillers,", "Tile::kFillers - IT,"),
     "one head for all": (
@@ -77,8 +86,8 @@ PLANTED = {
         "        if (!IT) wgmma_wait<kHasDv>();",
     ),
     "stage freed early": (
-        *("keys", KEYS, WAIT_FOR_DK),
-        "      if (IT) free_stage(stage);\n" + WAIT_FOR_DK,
+        *("keys", KEYS, WAIT_FOR_DK + "      free_stage(stage);\n"),
+        "      if (IT) free_stage(stage);\n" + WAIT_FOR_DK + "      if (!IT) free_stage(stage);\n",
     ),
     "results not waited for": (
         *("keys", KEYS, "      wgmma_wait<0>();"),
