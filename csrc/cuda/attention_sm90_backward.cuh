@@ -10,25 +10,28 @@
 //          the queries of every head that reads it. dq (attention_sm90_backward_queries.cuh): a
 //          block has a tile of queries and walks the keys. In both a producer warp loads the tiles
 //          that are walked through a ring of stages, by TMA, and each of two consumer warpgroups
-//          has 64 rows of the block's tile. Scores and dP come with the rows of the result as rows
+//          has 64 rows of the block's tile; of keys 256 wide both have the same 64, and one makes
+//          their dk, the other their dv. Scores and dP come with the rows of the result as rows
 //          (transposed for dk and dv), so that P and dS stay in the registers that their next
 //          product reads: nothing but loads goes through shared memory.
 // Writers  Every result has one, so there are no atomics, no sums in memory and no waiting for
 //          other blocks, and bits are the same on every run; for that the two walks take 7 products
-//          a pair of tiles. One walk takes 5, but must write dS to shared memory and add dq up in
-//          global memory, in float32 and in a fixed order: blocks wait for one another, by rules
-//          that a test on a CPU cannot try. docs/attention.md has what that costs and saves.
+//          a pair of tiles, or 8 of heads 256 wide. One walk takes 5, but must write dS to shared
+//          memory and add dq up in global memory, in float32 and in a fixed order: blocks wait for
+//          one another, by rules that a test on a CPU cannot try. docs/attention.md has what that
+//          costs and saves.
 // Traffic  dk, dv: k, v once, q and dy once a tile of keys. dq: q, dy once, k and v once a tile of
-//          queries. Both mostly from L2. The roof is the tensor cores: 14 * D operations a score.
+//          queries. Both mostly from L2. The roof is the tensor cores: 14 or 16 * D operations
+//          a score.
 // Numerics P comes from lse, in base 2 and rounded to float32, and delta from y as it was rounded:
 //          below the roundings of P and dS to the operands' dtype. All sums are float32.
-// Masks    As the forward's (attention_tiles.cuh): only tiles at an edge compare. A query that sees
-//          nothing or is past the end has an lse of +inf here, so that its P is 0. What follows the
+// Masks    As the forward's (attention_tiles.cuh): only tiles at an edge compare, and P of what is
+//          hidden becomes 0. A query that sees nothing has an lse of +inf here. What follows the
 //          last query or key of the tiles that are walked, and belongs to another sequence, is
 //          overwritten with zeros.
 // Launch   One tile a block, the heaviest first: what a block waits for at its start is small
 //          beside a tile, and the hardware gives the next one to whoever is free. 384 threads, 83
-//          to 209 KiB of dynamic shared memory. sm_90a only.
+//          to 225 KiB of dynamic shared memory. sm_90a only.
 #pragma once
 #include "attention_sm90_parts.cuh"
 

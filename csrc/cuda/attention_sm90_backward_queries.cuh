@@ -9,7 +9,8 @@ struct QueryGradientTile {
   static constexpr int kWidth = kD;
   static constexpr int kGroups = 2;
   static constexpr int kOwn = 64 * kGroups;  // queries
-  // Keys; of 128 and of 64, the wider heads' would run short of registers.
+  // Keys: of 128, ptxas would run short of registers where heads are 128 wide; two stages of more
+  // than 48 would not fit beside 256 wide queries.
   static constexpr int kWalked = kD == 64 ? 128 : kD == 128 ? 96 : 48;
   static constexpr int kStages = kD == 256 ? 2 : 3;
   static constexpr int kStatistics = 0, kFillers = 1;

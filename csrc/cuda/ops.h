@@ -16,12 +16,12 @@ enum class Curve : int { kGelu = 0, kGeluTanh = 1, kSilu = 2, kReluSquared = 3 }
 // activation.cu: y = curve(x + bias), bias (N,) or null; without one M is 1.
 void activation_forward(const void* x, const void* bias, void* y, int64_t M, int64_t N, int curve,
                         int dtype, int bias_dtype, int device, void* stream);
-// With a bias, partials (shares, N) and dbias (N,) in bias_dtype.
+// With a bias, partials (parts, N) and dbias (N,) in bias_dtype.
 void activation_backward(const void* dy, const void* x, const void* bias, void* dx, void* dbias,
-                         float* partials, int64_t shares, int64_t M, int64_t N, int curve,
-                         int dtype, int bias_dtype, int device, void* stream);
-// Into how many shares activation_backward's rows go.
-int64_t activation_shares(int64_t M, int64_t N, int device);
+                         float* partials, int64_t parts, int64_t M, int64_t N, int curve, int dtype,
+                         int bias_dtype, int device, void* stream);
+// Into how many parts activation_backward's rows go.
+int64_t activation_parts(int64_t M, int64_t N, int device);
 
 // cross_entropy.cu: x (M, V), labels (M,), weight (V,) or null, stats (3, M), correct (M,) of bool
 // or null. losses (M,): of x's dtype if total is null, else float32, and total is their sum or
@@ -57,8 +57,8 @@ void norm_backward(const void* dy, const void* dsum, const void* total, const vo
                    const float* row_scale, int64_t M, int64_t N, float weight_offset,
                    int64_t threshold, float dropout_scale, int dtype, int residual_dtype,
                    int weight_dtype, int bias_dtype, int device, void* stream);
-// The teams of threads that norm_backward's rows are shared among.
-int64_t norm_programs(int64_t M, int64_t N, int device);
+// The teams of threads that norm_backward's rows of `dtype` are shared among.
+int64_t norm_programs(int64_t M, int64_t N, int dtype, int device);
 
 // softmax.cu: x, y (M, N); mask and sinks or null; shares (M,), what the sinks are of their rows.
 // problem: struct SoftmaxProblem.

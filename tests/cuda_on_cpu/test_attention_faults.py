@@ -8,7 +8,7 @@ import shutil
 import subprocess
 
 import pytest
-from cuda_on_cpu.harness import HERE, SOURCES, cuda_include
+from cuda_on_cpu.harness import HERE, SANITIZE, SOURCES, cuda_include
 
 pytestmark = pytest.mark.here
 
@@ -72,9 +72,9 @@ def program(tmp_path_factory):
     return compiled("attention_fault", headers, folder)
 
 
-def compiled(name, headers, folder):
+def compiled(name, headers, folder, *flags):
     includes = [f"-I{path}" for path in (headers, HERE, cuda_include())]
-    command = ["g++", "-std=c++17", "-O1", "-w", *includes, HERE / f"{name}.cpp"]
+    command = ["g++", "-std=c++17", "-O1", "-w", *flags, *includes, HERE / f"{name}.cpp"]
     subprocess.run([*command, "-o", folder / name], check=True)
     return folder / name
 
@@ -100,7 +100,7 @@ def test_a_fault_is_found(program, fault):
 
 def test_tiles(tmp_path):
     """The index arithmetic by itself, for every small shape."""
-    assert run(compiled("attention_tiles_test", SOURCES, tmp_path), "") == ""
+    assert run(compiled("attention_tiles_test", SOURCES, tmp_path, *SANITIZE), "") == ""
 
 
 def test_wrappers(tmp_path):

@@ -43,10 +43,17 @@ def test_attention_without_code_for_hopper_is_refused():
         attention.IS_BUILT = True
 
 
-def test_shares_of_tall_narrow_inputs_fit_a_grid():
+def test_parts_of_tall_narrow_inputs_fit_a_grid():
     os.environ["CUDA_ON_CPU_MULTIPROCESSORS"] = "132"
     try:
-        assert _common._cuda.activation_shares(600_000, 1, 0) == 65535
-        assert _common._cuda.activation_shares(600_000, 768, 0) == 352
+        assert _common._cuda.activation_parts(600_000, 1, 0) == 65535
+        assert _common._cuda.activation_parts(600_000, 768, 0) == 352
     finally:
         del os.environ["CUDA_ON_CPU_MULTIPROCESSORS"]
+
+
+def test_programs_of_unaligned_rows_are_as_few_as_their_registers_allow():
+    float32, bfloat16 = (_common.DTYPES[dtype] for dtype in (torch.float32, torch.bfloat16))
+    assert _common._cuda.norm_programs(1000, 128, bfloat16, 0) == 4
+    assert _common._cuda.norm_programs(1000, 130, bfloat16, 0) == 2
+    assert _common._cuda.norm_programs(1000, 132, float32, 0) == 4
