@@ -1,10 +1,10 @@
-// Every wrapper of hopper.cuh and wgmma.cuh in one small kernel, against plain loops: products with
-// each operand in each place and order, TMA of four and five dimensions. Prints the largest error,
-// or what failed.
-#include "hopper.cuh"
-
+// Every wrapper of hopper.cuh and wgmma.cuh in one small kernel, against plain loops, and tanh:
+// products with each operand in each place and order, TMA of four and five dimensions. Prints the
+// largest error, or what failed.
 #include <cstdio>
 #include <random>
+
+#include "attention_sm90_parts.cuh"
 
 using namespace slimkernels;
 
@@ -112,8 +112,21 @@ void check_product() {
   if (!(worst < 1e-3)) throw std::runtime_error("wrong product");
 }
 
+// softcap: tanh and, from its gap, its slope, which 1 - tanh^2 would lose where tanh is almost 1.
+void check_tanh() {
+  for (double x = -30; x <= 30; x += 1e-3) {
+    const float given = float(x), gap = tanh_gap(given);
+    const double tanh = std::tanh(double(given)), cosh = std::cosh(double(given));
+    const double slope = double(gap) * (2 - gap) * cosh * cosh;
+    if (!(std::abs(tanh_of(given, gap) - tanh) <= 1e-6 * std::abs(tanh) &&
+          std::abs(slope - 1) < 1e-5))
+      throw std::runtime_error("tanh or its slope is wrong at " + std::to_string(x));
+  }
+}
+
 int main() {
   try {
+    check_tanh();
     check_product<__nv_bfloat16, 64, 0>();
     check_product<__half, 80, 0>();
     check_product<__nv_bfloat16, 128, 1>();
