@@ -17,8 +17,8 @@
 //          another sequence are overwritten with zeros: 0 * NaN would be NaN.
 // Heads    Where queries are few, a tile has rows for all heads that read a key head, of each token
 //          one after another: TMA gathers them, and row r is head r % packed of token r / packed.
-// Launch   grid = min(multiprocessors, tiles), 128 threads more than the consumers have, about
-//          220 KB of dynamic shared memory. sm_90a only.
+// Launch   grid = min(multiprocessors, tiles), 128 threads more than the consumers have, 89 to 225
+//          KiB of dynamic shared memory. sm_90a only.
 #pragma once
 #include "attention_sm90_parts.cuh"
 

@@ -55,6 +55,10 @@ PLANTED = {
         "IT || is_present ? arguments.delta",
     ),
     "rows not waited for": ("keys", BOTH, "Tile::kFillers,", "Tile::kFillers - IT,"),
+    "rows stored early": (
+        *("keys", KEYS, "    __syncwarp();  // the stage is empty"),
+        "    if (!IT) __syncwarp();  // the stage is empty",
+    ),
     "one head for all": (
         "keys",
         KEYS,
