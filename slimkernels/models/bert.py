@@ -24,7 +24,7 @@ from slimkernels.models.checks import (
     check_padded,
 )
 from slimkernels.models.config import TransformerConfig
-from slimkernels.models.embedding import Embedding
+from slimkernels.models.embedding import Embedded, Embedding
 from slimkernels.nn import LayerNorm
 from slimkernels.ops.cross_entropy import cross_entropy
 from slimkernels.ops.linear import linear
@@ -66,10 +66,10 @@ class Bert(nn.Module):
             raise ValueError(
                 "Bert: key_lengths must be None with cu_seqlens, which has the lengths"
             )
-        hidden, _ = self.embed(input_ids, segment_ids, position_ids, cu_seqlens)
-        return self.encode(hidden, cu_seqlens=cu_seqlens, key_lengths=key_lengths)
+        embedded = self.embed(input_ids, segment_ids, position_ids, cu_seqlens)
+        return self.encode(embedded, cu_seqlens=cu_seqlens, key_lengths=key_lengths)
 
-    def embed(self, input_ids, segment_ids, position_ids, cu_seqlens) -> tuple[Tensor, Tensor]:
+    def embed(self, input_ids, segment_ids, position_ids, cu_seqlens) -> Embedded:
         """Hidden states before the first block, and the token table for the tied decoder."""
         return self.embedding(*self.ids(input_ids, segment_ids, position_ids, cu_seqlens))
 
@@ -88,13 +88,14 @@ class Bert(nn.Module):
         return input_ids, segment_ids, position_ids
 
     def encode(
-        self, hidden: Tensor, wanted: Wanted | None = None, **lengths: Tensor | None
+        self, embedded: Embedded, wanted: Wanted | None = None, **lengths: Tensor | None
     ) -> Tensor:
         """Hidden states after the last block; `wanted` and `lengths` are what Block.forward takes.
 
         Returns  (T, C) or (B, T, C); (Q, C), in the order of wanted.positions, if that is given
         """
-        residual, last = hidden, len(self.layers) - 1
+        hidden, residual, _ = embedded
+        last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):
             only = wanted if i == last else None
             hidden, residual = layer(hidden, residual, wanted=only, **lengths)
@@ -161,20 +162,20 @@ class BertForPreTraining(nn.Module):
         tokens, sequences = len(input_ids), len(cu_seqlens) - 1
         check_masked(self.config, tokens, masked_positions, masked_labels)
         check_next_sentences("next_sentence_labels", next_sentence_labels, sequences)
-        hidden, decoder_weight = self.bert.embedding(*ids)
+        embedded = self.bert.embedding(*ids)
         # Each sequence's first token, for the pair, and the masked ones: nobody reads the others.
         read = masked_positions
         if next_sentence_labels is not None:
             read = torch.cat([cu_seqlens[:-1].to(read.dtype), read])
         ascending, order = read.sort()
         ends = torch.searchsorted(ascending, cu_seqlens.to(read.dtype)).to(torch.int32)
-        hidden = self.bert.encode(hidden, Wanted(ascending, ends), cu_seqlens=cu_seqlens)
+        hidden = self.bert.encode(embedded, Wanted(ascending, ends), cu_seqlens=cu_seqlens)
         hidden = hidden.index_select(0, order.argsort())  # in the order of `read`
         first, masked = hidden.tensor_split([len(read) - len(masked_positions)])
         # Not linear_cross_entropy: on the CPU, forward and backward with C = 768 and V = 30522, it
         # takes the same processor time (1.00 and 1.01 at K = 160 and 640 in float32, 1.01 and 0.98
         # under bfloat16 autocast), and below its kernel's limit more; on a GPU nobody has measured.
-        mlm_loss = cross_entropy(self.mlm_logits(masked, decoder_weight), masked_labels)
+        mlm_loss = cross_entropy(self.mlm_logits(masked, embedded.table), masked_labels)
         if next_sentence_labels is None:
             nsp_loss = mlm_loss.new_zeros(())
         else:
