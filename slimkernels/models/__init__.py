@@ -1,1 +1,27 @@
 """Models assembled from the library's ops: one config, one block, thin assemblies."""
+
+from slimkernels.models.bert import Bert, BertForPreTraining
+from slimkernels.models.bert_heads import (
+    BertForMaskedLM,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+)
+from slimkernels.models.config import TransformerConfig
+from slimkernels.models.tokenizer import AutoTokenizer
+
+BertTokenizer = AutoTokenizer
+
+__all__ = [
+    "AutoTokenizer",
+    "Bert",
+    "BertForMaskedLM",
+    "BertForPreTraining",
+    "BertForQuestionAnswering",
+    "BertForSequenceClassification",
+    "BertForTokenClassification",
+    "BertModel",
+    "BertTokenizer",
+    "TransformerConfig",
+]

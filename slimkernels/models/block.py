@@ -275,3 +275,10 @@ def initialise(model: nn.Module, std: float) -> None:
             module.weight.normal_(0.0, std)
         if isinstance(module, nn.Linear) and module.bias is not None:
             module.bias.zero_()
+
+
+def initial(parameter: Tensor, name: str, std: float) -> Tensor:
+    """`parameter`, filled as initialise() would fill the one of this name."""
+    if parameter.dim() > 1:
+        return parameter.normal_(0.0, std)
+    return parameter.fill_(0.0 if name.endswith("bias") else 1.0)
