@@ -34,8 +34,10 @@ class _Padded(BertBased):
     def _embed(self, input_ids, attention_mask, token_type_ids, position_ids):
         check_padded(input_ids, attention_mask, token_type_ids)
         ragged = unpad(input_ids, attention_mask)
-        places = ragged.position_ids if position_ids is None else ragged.take(
-            position_ids.expand(input_ids.shape)
+        places = (
+            ragged.position_ids
+            if position_ids is None
+            else ragged.take(position_ids.expand(input_ids.shape))
         )
         ids = ragged.take(input_ids), ragged.take(token_type_ids), places
         return ragged, self.bert.embed(*ids, ragged.cu_seqlens)

@@ -153,9 +153,8 @@ def _check_labels(model, name, labels, limit):
         return
     wrong = ((labels < 0) | (labels >= limit)) & (labels != -100)
     if wrong.any():
-        raise ValueError(
-            f"{model}: {name} must be in [0, {limit}), or -100 for none; got {int(labels[wrong][0])}"
-        )
+        got = int(labels[wrong][0])
+        raise ValueError(f"{model}: {name} must be in [0, {limit}), or -100 for none; got {got}")
 
 
 def _readable(ids: Tensor) -> bool:

@@ -100,12 +100,12 @@ def config_to_hugging_face(config: TransformerConfig) -> dict[str, object]:
         activation=config.activation, **{ours: getattr(config, ours) for ours in _FIELDS}
     )
     if is_bert != config or config.activation not in _ACTIVATIONS.values():
-        raise ValueError("config_to_hugging_face: Hugging Face's BERT has no such model; got "
-                         f"{config}")
+        raise ValueError(
+            f"config_to_hugging_face: Hugging Face's BERT has no such model; got {config}"
+        )
     theirs = {name: getattr(config, ours) for ours, name in _FIELDS.items()}
     return theirs | {
         "hidden_act": next(t for t, ours in _ACTIVATIONS.items() if ours == config.activation),
-        "position_embedding_type": "absolute",
         "tie_word_embeddings": True,
     }
 

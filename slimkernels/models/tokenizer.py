@@ -90,7 +90,9 @@ class AutoTokenizer:
             try:
                 inner = library.Tokenizer.from_file(str(folder / TOKENIZER))
             except Exception as error:  # the library's own kind
-                raise ValueError(f"{caller}: {folder / TOKENIZER} cannot be read: {error}") from error
+                raise ValueError(
+                    f"{caller}: {folder / TOKENIZER} cannot be read: {error}"
+                ) from error
         elif (folder / _VOCABULARY).exists():
             inner, names = _wordpiece(library, folder / _VOCABULARY, settings)
             settings = names | settings
@@ -156,7 +158,9 @@ class AutoTokenizer:
         if return_tensors == "pt":
             return Encoding({name: _tensor(rows) for name, rows in fields.items()})
         if return_tensors is not None:
-            raise ValueError(f"tokenizer: return_tensors must be 'pt' or None; got {return_tensors!r}")
+            raise ValueError(
+                f"tokenizer: return_tensors must be 'pt' or None; got {return_tensors!r}"
+            )
         return Encoding({name: rows[0] if is_one else rows for name, rows in fields.items()})
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -190,9 +194,9 @@ class AutoTokenizer:
         self.inner.no_padding()
         if truncation:
             if truncation not in _STRATEGIES:
+                known = " or ".join(list(_STRATEGIES)[1:])
                 raise ValueError(
-                    f"tokenizer: truncation must be a bool or {' or '.join(list(_STRATEGIES)[1:])}; "
-                    f"got {truncation!r}"
+                    f"tokenizer: truncation must be a bool or {known}; got {truncation!r}"
                 )
             if limit is not None:
                 self.inner.enable_truncation(limit, strategy=_STRATEGIES[truncation])
@@ -216,7 +220,9 @@ class AutoTokenizer:
 
 def _tensor(rows: list[list[int]]) -> Tensor:
     if len({len(row) for row in rows}) > 1:
-        raise ValueError("tokenizer: the texts differ in length: a tensor of them needs padding=True")
+        raise ValueError(
+            "tokenizer: the texts differ in length: a tensor of them needs padding=True"
+        )
     return torch.tensor(rows, dtype=torch.int64)
 
 
