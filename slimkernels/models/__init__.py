@@ -9,12 +9,15 @@ from slimkernels.models.bert_heads import (
     BertModel,
 )
 from slimkernels.models.config import TransformerConfig
+from slimkernels.models.gpt import GPT2LMHeadModel, LlamaForCausalLM
+from slimkernels.models.seq2seq import BartForConditionalGeneration, T5ForConditionalGeneration
 from slimkernels.models.tokenizer import AutoTokenizer
 
 BertTokenizer = AutoTokenizer
 
 __all__ = [
     "AutoTokenizer",
+    "BartForConditionalGeneration",
     "Bert",
     "BertForMaskedLM",
     "BertForPreTraining",
@@ -23,5 +26,8 @@ __all__ = [
     "BertForTokenClassification",
     "BertModel",
     "BertTokenizer",
+    "GPT2LMHeadModel",
+    "LlamaForCausalLM",
+    "T5ForConditionalGeneration",
     "TransformerConfig",
 ]

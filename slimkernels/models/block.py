@@ -82,7 +82,7 @@ class Block(nn.Module):
             self.memory_key_value = nn.Linear(C, sum(widths[1:]), config.bias)
             self.memory_output = nn.Linear(widths[0], C, config.bias)
             self.memory_norm = norm_of(config)
-        gates = 2 if config.activation in GATED else 1
+        gates = 2 if config.is_gated else 1
         self.intermediate = nn.Linear(C, gates * config.intermediate_size, config.bias)
         self.output = nn.Linear(config.intermediate_size, C, config.bias)
         self.output_norm = norm_of(config)
@@ -279,6 +279,6 @@ def initialise(model: nn.Module, std: float) -> None:
 
 def initial(parameter: Tensor, name: str, std: float) -> Tensor:
     """`parameter`, filled as initialise() would fill the one of this name."""
-    if parameter.dim() > 1:
-        return parameter.normal_(0.0, std)
-    return parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+    if name.endswith("bias"):
+        return parameter.zero_()
+    return parameter.normal_(0.0, std) if parameter.dim() > 1 else parameter.fill_(1.0)

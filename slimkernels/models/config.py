@@ -23,7 +23,7 @@ PRESETS = {
     "large": (24, 1024, 16),
 }
 
-_MAY_BE_ZERO = ("num_layers", "type_vocab_size", "num_decoder_layers")
+_MAY_BE_ZERO = ("num_layers", "type_vocab_size", "num_decoder_layers", "position_offset")
 _POSITIVE = ("layer_norm_eps", "initializer_std", "rotary_base")
 _CHOICES = {"activation": ACTIVATIONS, "norm": NORMS, "positions": POSITIONS}
 
@@ -53,11 +53,13 @@ class TransformerConfig:
     bias                   whether linear layers have one
     positions              "learned", one vector each; "rotary", pairs of each query and key turned;
                            or "relative", T5's bias, learned by distance
+    position_offset        rows of the table of learned positions before that of position 0
     rotary_base            of rotary positions' wavelengths
     relative_buckets       rows in the table of relative positions
     relative_max_distance  distances from here on share a row
     attention_scale        multiplies scores; None for 1 / sqrt(head_size)
     activation_dropout_p   inside the feed-forward layer, after the activation
+    output_dropout_p       of the last hidden states
     embedding_scale        multiplies the token embedding
     logit_scale            multiplies hidden states before the vocabulary's matrix
     tie_embeddings         the vocabulary's matrix is the token embedding
@@ -83,11 +85,13 @@ class TransformerConfig:
     norm: str = "layer_norm"
     bias: bool = True
     positions: str = "learned"
+    position_offset: int = 0
     rotary_base: float = 10000.0
     relative_buckets: int = 32
     relative_max_distance: int = 128
     attention_scale: float | None = None
     activation_dropout_p: float = 0.0
+    output_dropout_p: float = 0.0
     embedding_scale: float = 1.0
     logit_scale: float = 1.0
     tie_embeddings: bool = True
@@ -122,6 +126,11 @@ class TransformerConfig:
     def head_size(self) -> int:
         """D, the width of one attention head."""
         return self.head_width or self.hidden_size // self.num_heads
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the feed-forward layer has a second product, which gates the first."""
+        return self.activation in GATED
 
     @property
     def key_heads(self) -> int:

@@ -8,7 +8,7 @@ end; where theirs is a Conv1D, its matrix is transposed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -44,6 +44,7 @@ class Family:
     to_theirs    the entries of config.json that are ours to say
     ties         of a config: their names of one tensor's second places, and the first
     constants    the ends of names that are no parameters
+    untied       their name of the vocabulary's matrix, where it may be one of its own
     today        a name in an old checkpoint to the one it has now
     """
 
@@ -54,7 +55,20 @@ class Family:
     to_theirs: Callable[[TransformerConfig], dict]
     ties: Callable[[TransformerConfig], Mapping[str, str]]
     constants: tuple[str, ...] = ()
+    untied: str | None = None
     today: Callable[[str], str] = str
+
+    def as_stored(
+        self, config: TransformerConfig, state: Mapping[str, Tensor]
+    ) -> TransformerConfig:
+        """The config of what is in `state`: its vocabulary's matrix may be another than the tied
+        one, whatever config.json says.
+        """
+        first = self.ties(config).get(self.untied)
+        if first in state and self.untied in state:
+            is_tied = torch.equal(state[first], state[self.untied])
+            return replace(config, tie_embeddings=is_tied)
+        return config
 
 
 class Converted(NamedTuple):
@@ -78,6 +92,20 @@ def table(entries: Mapping[str, str | tuple[str, ...]], layers: int | None = Non
             filled = tuple(theirs.format(layer) for theirs in source.names)
             names[ours.format(layer)] = source._replace(names=filled)
     return names
+
+
+def norm_chain(stack: str, layers: int, each: str, last: str) -> Names:
+    """The norms before their blocks and the one after the last, which with us are the norm of the
+    embedding and those that end a block.
+    """
+    ours = [f"{stack}.embedding.norm", *(f"{stack}.layers.{i}.output_norm" for i in range(layers))]
+    theirs = [*(each.format(i) for i in range(layers)), last]
+    return table(dict(zip(ours, theirs, strict=True)))
+
+
+def tied(config: TransformerConfig, name: str, first: str) -> dict[str, str]:
+    """The one tie of a language model, if it has it."""
+    return {name: first} if config.tie_embeddings else {}
 
 
 def to_ours(state: Mapping[str, Tensor], names: Names, wanted: Iterable[str]) -> Converted:
@@ -139,6 +167,27 @@ def chosen(caller: str, name: str, value: object, known: Mapping[str, str]) -> s
     if value not in known:
         raise ValueError(f"{caller}: {name} must be {' or '.join(known)}; got {value!r}")
     return known[value]
+
+
+def name_of(value: str, known: Mapping[str, str]) -> str:
+    """Theirs for a value of ours: the first of those that mean it."""
+    for theirs, ours in known.items():
+        if ours == value:
+            return theirs
+    raise ValueError(f"to Hugging Face: it has {' or '.join(known.values())}; got {value!r}")
+
+
+def taken(caller: str, theirs: Mapping, fields: Mapping[str, str]) -> dict:
+    """Our fields from entries of config.json, or a ValueError that names the one missing."""
+    for name in fields.values():
+        if name not in theirs:
+            raise ValueError(f"{caller}: config.json must have {name}; it has not")
+    return {ours: theirs[name] for ours, name in fields.items()}
+
+
+def given(config: TransformerConfig, fields: Mapping[str, str]) -> dict:
+    """Entries of config.json from our fields."""
+    return {name: getattr(config, ours) for ours, name in fields.items()}
 
 
 def require(caller: str, theirs: Mapping, **wanted: object) -> None:

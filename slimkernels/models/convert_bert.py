@@ -12,8 +12,11 @@ from slimkernels.models.convert import (
     Family,
     Names,
     chosen,
+    given,
+    name_of,
     require,
     table,
+    taken,
     to_ours,
     to_theirs,
     without_ties,
@@ -71,9 +74,7 @@ def config_from_hugging_face(config) -> TransformerConfig:
             f"{caller}: tie_word_embeddings must be True, as our decoder's matrix "
             "is the token embedding; got False"
         )
-    return TransformerConfig(
-        activation=activation, **{ours: theirs[name] for ours, name in _FIELDS.items()}
-    )
+    return TransformerConfig(activation=activation, **taken(caller, theirs, _FIELDS))
 
 
 _FIELDS = {
@@ -92,20 +93,9 @@ _FIELDS = {
 
 
 def config_to_hugging_face(config: TransformerConfig) -> dict[str, object]:
-    """The entries of a BertConfig that our config has.
-
-    Errors  ValueError for what Hugging Face's BERT cannot be
-    """
-    is_bert = TransformerConfig(
-        activation=config.activation, **{ours: getattr(config, ours) for ours in _FIELDS}
-    )
-    if is_bert != config or config.activation not in _ACTIVATIONS.values():
-        raise ValueError(
-            f"config_to_hugging_face: Hugging Face's BERT has no such model; got {config}"
-        )
-    theirs = {name: getattr(config, ours) for ours, name in _FIELDS.items()}
-    return theirs | {
-        "hidden_act": next(t for t, ours in _ACTIVATIONS.items() if ours == config.activation),
+    """The entries of a BertConfig that our config has."""
+    return given(config, _FIELDS) | {
+        "hidden_act": name_of(config.activation, _ACTIVATIONS),
         "tie_word_embeddings": True,
     }
 

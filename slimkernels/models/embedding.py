@@ -36,7 +36,7 @@ class Embedding(nn.Module):
         self.config = config
         self.token = nn.Embedding(config.vocab_size, C) if token is None else token
         if config.positions == "learned":
-            self.position = nn.Embedding(config.max_positions, C)
+            self.position = nn.Embedding(config.max_positions + config.position_offset, C)
         if config.type_vocab_size:
             self.segment = nn.Embedding(config.type_vocab_size, C)
         self.norm = norm_of(config)
@@ -56,6 +56,8 @@ class Embedding(nn.Module):
         each = torch.arange(input_ids.numel(), device=input_ids.device)
         parts = {"dropout_p": config.dropout_p, "training": self.training}
         if config.positions == "learned":
+            if config.position_offset:
+                position_ids = position_ids + config.position_offset
             parts |= {"position_ids": position_ids, "position_weight": self.position.weight}
         if config.type_vocab_size:
             parts |= {"segment_ids": segment_ids, "segment_weight": self.segment.weight}

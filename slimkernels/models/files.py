@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 CONFIG = "config.json"
+GENERATION = "generation_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = WEIGHTS + ".index.json"
 _OLD_WEIGHTS = "pytorch_model.bin"

@@ -18,6 +18,14 @@ class LogitsOutput(NamedTuple):
     logits: Tensor | None
 
 
+class Seq2SeqOutput(NamedTuple):
+    """LogitsOutput's fields, and encoder_last_hidden_state (B, S, C), or (N, C) if ragged."""
+
+    loss: Tensor | None
+    logits: Tensor | None
+    encoder_last_hidden_state: Tensor
+
+
 class PoolingOutput(NamedTuple):
     """last_hidden_state (B, T, C), 0 where there is padding; pooler_output (B, C)."""
 

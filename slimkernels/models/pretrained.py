@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -17,17 +18,27 @@ from slimkernels.models.convert import Converted, Family, to_ours, to_theirs, wi
 class Pretrained(nn.Module):
     """A model of a family that Hugging Face has, too.
 
-    family  how they write it
-    body    the beginning of the names of what every model of the family has. The rest is the head,
-            which a folder may lack: it is then new
-    bare    a model without a head, whose parameters have no prefix in its own folders
-    theirs  config.json as it was read; save_pretrained keeps what is not ours to say
+    family      how they write it
+    body        how the names begin of what every model of the family has. The rest is the head,
+                which a folder may lack: it is then new
+    bare        a model without a head, whose parameters have no prefix in its own folders
+    theirs      config.json as it was read; save_pretrained keeps what is not ours to say
+    generation  generation_config.json as it was read, if there is one
     """
 
     family: ClassVar[Family]
-    body: ClassVar[str] = ""
+    body: ClassVar[str | tuple[str, ...]] = ""
     bare: ClassVar[bool] = False
-    theirs: dict
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.theirs: dict = {}
+        self.generation: dict = {}
+
+    @property
+    def settings(self) -> dict:
+        """Both files' entries, such as the ids of special tokens."""
+        return self.theirs | self.generation
 
     @classmethod
     def from_pretrained(
@@ -58,16 +69,18 @@ class Pretrained(nn.Module):
                 f"{caller}: model_type in {folder / files.CONFIG} must be "
                 f"{family.model_type!r}; got {theirs.get('model_type')!r}"
             )
-        config = family.from_theirs(theirs)
+        state = files.read_weights(folder, caller, str(device or "cpu"))
+        config = family.as_stored(family.from_theirs(theirs), state)
         with torch.device("meta"):
             model = cls(config, **cls._options(theirs, options))
-        state = files.read_weights(folder, caller, str(device or "cpu"))
         converted = model._converted(state, caller)
         model._check(converted, caller)
         _fill(model, converted.state, dtype, device)
         if converted.missing or converted.unused:
             _report(caller, converted)
         model.theirs = theirs
+        if (folder / files.GENERATION).exists():
+            model.generation = files.read_json(folder / files.GENERATION, caller)
         return model.eval()
 
     def save_pretrained(self, path: str | Path, *, max_shard_size: int | None = None) -> Path:
@@ -79,7 +92,12 @@ class Pretrained(nn.Module):
         """
         folder, family = Path(path), self.family
         caller = f"{type(self).__name__}.save_pretrained"
-        config = getattr(self, "theirs", {}) | family.to_theirs(self.config)
+        config = self.theirs | family.to_theirs(self.config)
+        read = family.from_theirs(config)
+        if replace(read, initializer_std=self.config.initializer_std) != self.config:
+            raise ValueError(
+                f"{caller}: Hugging Face's {family.model_type} has no such model; got {self.config}"
+            )
         dtype = str(next(self.parameters()).dtype).removeprefix("torch.")
         config |= {"architectures": [type(self).__name__], "dtype": dtype}
         config |= {"model_type": family.model_type, **self._entries()}
@@ -89,6 +107,8 @@ class Pretrained(nn.Module):
             state = {name.removeprefix(family.prefix): tensor for name, tensor in state.items()}
         folder.mkdir(parents=True, exist_ok=True)
         files.write_weights(folder, state, caller, max_shard_size)
+        if self.generation:
+            files.write_json(folder / files.GENERATION, self.generation)
         files.write_json(folder / files.CONFIG, config)
         return folder
 

@@ -311,7 +311,7 @@ def test_a_name_that_is_no_folder_is_one_sentence(monkeypatch):
 
 def test_what_hugging_face_has_not_is_refused(tmp_path):
     config = models.TransformerConfig.preset("tiny", vocab_size=64, norm_first=True)
-    with pytest.raises(ValueError, match="Hugging Face's BERT has no such model"):
+    with pytest.raises(ValueError, match="Hugging Face's bert has no such model"):
         models.BertForMaskedLM(config).save_pretrained(tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
