@@ -8,7 +8,7 @@ end; where theirs is a Conv1D, its matrix is transposed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -44,6 +44,7 @@ class Family:
     to_theirs    the entries of config.json that are ours to say
     ties         of a config: their names of one tensor's second places, and the first
     constants    the ends of names that are no parameters
+    defaults     entries of config.json for a model that comes from no folder
     untied       their name of the vocabulary's matrix, where it may be one of its own
     today        a name in an old checkpoint to the one it has now
     """
@@ -55,6 +56,7 @@ class Family:
     to_theirs: Callable[[TransformerConfig], dict]
     ties: Callable[[TransformerConfig], Mapping[str, str]]
     constants: tuple[str, ...] = ()
+    defaults: Mapping[str, object] = field(default_factory=dict)
     untied: str | None = None
     today: Callable[[str], str] = str
 

@@ -130,6 +130,8 @@ def _t5_ties(config: TransformerConfig) -> dict[str, str]:
     return {name: "shared.weight" for name in seconds}
 
 
+# Of the published models.
+_T5_TOKENS = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
 T5 = Family(
     model_type="t5",
     prefix="",
@@ -137,6 +139,7 @@ T5 = Family(
     from_theirs=_t5_config,
     to_theirs=_t5_entries,
     ties=_t5_ties,
+    defaults=_T5_TOKENS,
     # The first checkpoints have a table of distances that no model reads.
     constants=("EncDecAttention.relative_attention_bias.weight",),
     untied="lm_head.weight",
@@ -238,6 +241,13 @@ def _bart_ties(config: TransformerConfig) -> dict[str, str]:
     return {name: "model.shared.weight" for name in seconds}
 
 
+_BART_TOKENS = {
+    "bos_token_id": 0,
+    "pad_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+    "forced_eos_token_id": 2,
+}
 BART = Family(
     model_type="bart",
     prefix="model.",
@@ -245,5 +255,6 @@ BART = Family(
     from_theirs=_bart_config,
     to_theirs=_bart_entries,
     ties=_bart_ties,
+    defaults=_BART_TOKENS,
     untied="lm_head.weight",
 )

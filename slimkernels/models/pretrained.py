@@ -38,7 +38,7 @@ class Pretrained(nn.Module):
     @property
     def settings(self) -> dict:
         """Both files' entries, such as the ids of special tokens."""
-        return self.theirs | self.generation
+        return {**self.family.defaults, **self.theirs, **self.generation}
 
     @classmethod
     def from_pretrained(
@@ -92,7 +92,7 @@ class Pretrained(nn.Module):
         """
         folder, family = Path(path), self.family
         caller = f"{type(self).__name__}.save_pretrained"
-        config = self.theirs | family.to_theirs(self.config)
+        config = {**family.defaults, **self.theirs, **family.to_theirs(self.config)}
         read = family.from_theirs(config)
         if replace(read, initializer_std=self.config.initializer_std) != self.config:
             raise ValueError(
