@@ -113,6 +113,17 @@ def test_without_padding_and_ragged_are_the_same(pair, batch):
     assert_model_no_worse(*fields)
 
 
+def test_padding_on_the_left_moves_positions_as_theirs(pair, batch):
+    ours, theirs, path = pair
+    ids, mask = batch["input_ids"].flip(1), batch["attention_mask"].flip(1)
+    with torch.no_grad():
+        fields = (
+            {"logits": m(input_ids=ids, attention_mask=mask).logits[mask.bool()]}
+            for m in (ours, theirs, in_float64(theirs, path))
+        )
+        assert_model_no_worse(*fields)
+
+
 def test_greedy_text_is_hugging_faces(pair):
     """Of prompts padded on the left, as transformers wants them; and with padding on the right."""
     ours, theirs, _ = pair

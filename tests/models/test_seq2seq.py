@@ -116,6 +116,16 @@ def test_without_padding_and_ragged_are_the_same(pair, batch):
     assert_model_no_worse(*fields)
 
 
+def test_labels_may_be_missing_anywhere(pair, batch):
+    ours, theirs, _ = pair
+    labels = batch["labels"].clone()
+    labels[0, 2], labels[1] = -100, -100
+    with torch.no_grad():
+        actual = ours(**(batch | {"labels": labels})).loss
+        expected = theirs(**(batch | {"labels": labels})).loss
+    torch.testing.assert_close(actual, expected)
+
+
 def test_a_source_may_have_its_padding_anywhere(pair, batch):
     """BART counts columns, so its padding on the left moves nothing; T5 knows distances alone."""
     ours, theirs, _ = pair
