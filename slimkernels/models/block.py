@@ -212,8 +212,11 @@ class Block(nn.Module):
 
     def _add_norm(self, branch, residual, norm):
         config = self.config
-        # Under autocast products come in its dtype; the residual stream decides.
-        args = branch.to(residual.dtype), residual, norm.normalized_shape, norm.weight
+        # Under autocast products come in its dtype. The residual stream decides, unless it is the
+        # float32 one of pre-norm, beside which the branch, and so the output, may be narrow.
+        if not config.norm_first or residual.dtype != torch.float32:
+            branch = branch.to(residual.dtype)
+        args = branch, residual, norm.normalized_shape, norm.weight
         dropout_p = config.dropout_p if self.training else 0.0
         if config.norm == "rms_norm":
             y, total = add_rms_norm(*args, norm.eps, dropout_p=dropout_p)

@@ -46,7 +46,8 @@ class Embedding(nn.Module):
     ) -> Embedded:
         """What the first block reads, of ids (...); segments and positions where there are any.
 
-        Under autocast the hidden states, and so the whole residual stream, are in its dtype.
+        Under autocast the hidden states are in its dtype, and so is the whole residual stream; but
+        with norm_first, where the stream adds up what all blocks give, it stays in the table's.
         """
         config = self.config
         # _TiedEmbedding looks the tokens up, and its rows are a table in which each is used once.
@@ -66,8 +67,8 @@ class Embedding(nn.Module):
             parts |= {"norm_weight": norm.weight, "norm_bias": norm.bias, "eps": norm.eps}
             hidden = residual = _cast(embedding(each.view(input_ids.shape), tokens, **parts))
         else:
-            residual = _cast(embedding(each.view(input_ids.shape), tokens, **parts))
-            hidden = self.norm(residual)
+            residual = embedding(each.view(input_ids.shape), tokens, **parts)
+            hidden = _cast(self.norm(residual))
             residual = residual if config.norm_first else hidden
         return Embedded(hidden, residual, table)
 

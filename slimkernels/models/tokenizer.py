@@ -20,6 +20,8 @@ _VOCABULARY = "vocab.txt"
 _SPECIAL = ("pad", "unk", "cls", "sep", "mask", "bos", "eos")
 # What stands in for "no limit" in tokenizer_config.json is around 1e30.
 _NO_LIMIT = 10**9
+# Classes that do not say whose inputs they make.
+_OF_ANY_MODEL = (None, "PreTrainedTokenizerFast", "TokenizersBackend")
 _STRATEGIES = {
     True: "longest_first",
     "longest_first": "longest_first",
@@ -82,7 +84,7 @@ class AutoTokenizer:
         for name in ("special_tokens_map.json", _SETTINGS):
             if (folder / name).exists():
                 settings |= files.read_json(folder / name, caller)
-        if "tokenizer_class" not in settings and (folder / files.CONFIG).exists():
+        if settings.get("tokenizer_class") in _OF_ANY_MODEL and (folder / files.CONFIG).exists():
             kind = files.read_json(folder / files.CONFIG, caller).get("model_type", "")
             settings["tokenizer_class"] = "BertTokenizer" if kind == "bert" else kind
         library = _tokenizers(caller)

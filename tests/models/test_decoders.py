@@ -113,6 +113,17 @@ def test_without_padding_and_ragged_are_the_same(pair, batch):
     assert_model_no_worse(*fields)
 
 
+def test_autocast_loses_no_more_than_theirs(pair, batch):
+    ours, theirs, path = pair
+
+    def logits(model, enabled=True):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            return {"logits": model(batch["input_ids"]).logits.float()}
+
+    truth = logits(in_float64(theirs, path), enabled=False)
+    assert_model_no_worse(logits(ours), logits(theirs), truth)
+
+
 def test_padding_on_the_left_moves_positions_as_theirs(pair, batch):
     ours, theirs, path = pair
     ids, mask = batch["input_ids"].flip(1), batch["attention_mask"].flip(1)

@@ -86,6 +86,15 @@ def test_vocabulary_makes_the_same_tokenizer(folder, saved, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path)(TEXTS) == from_json(TEXTS)
 
 
+@pytest.mark.parametrize("kind, has_types", [("bert", True), ("llama", False)])
+def test_inputs_are_those_of_the_model(saved, tmp_path, kind, has_types):
+    for file in saved.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "TokenizersBackend"}')
+    (tmp_path / "config.json").write_text(f'{{"model_type": "{kind}"}}')
+    assert ("token_type_ids" in AutoTokenizer.from_pretrained(tmp_path)("the")) == has_types
+
+
 def test_padding_on_the_left(saved):
     tokenizer = AutoTokenizer.from_pretrained(saved)
     tokenizer.padding_side = "left"

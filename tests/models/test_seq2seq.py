@@ -8,6 +8,7 @@ from module_cases import assert_model_no_worse
 from pretrained_cases import assert_written_as_read, randomised, results
 
 from slimkernels import models
+from slimkernels.models.seq2seq import _up_to_last
 
 transformers = pytest.importorskip("transformers")
 
@@ -124,6 +125,11 @@ def test_labels_may_be_missing_anywhere(pair, batch):
         actual = ours(**(batch | {"labels": labels})).loss
         expected = theirs(**(batch | {"labels": labels})).loss
     torch.testing.assert_close(actual, expected)
+
+
+def test_the_decoder_goes_no_further_than_the_last_label():
+    counts = torch.tensor([[0, 0, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]]).bool()
+    assert _up_to_last(counts).int().tolist() == [[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]]
 
 
 def test_a_source_may_have_its_padding_anywhere(pair, batch):
