@@ -121,7 +121,12 @@ def test_autocast_loses_no_more_than_theirs(pair, batch):
             return {"logits": model(batch["input_ids"]).logits.float()}
 
     truth = logits(in_float64(theirs, path), enabled=False)
+    streams = []
+    hook = ours.decoder.layers[0].register_forward_hook(lambda _, __, both: streams.extend(both))
     assert_model_no_worse(logits(ours), logits(theirs), truth)
+    hook.remove()
+    # What blocks read is narrow, what they add up is not.
+    assert [stream.dtype for stream in streams] == [torch.bfloat16, torch.float32]
 
 
 def test_padding_on_the_left_moves_positions_as_theirs(pair, batch):
