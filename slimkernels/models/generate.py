@@ -8,6 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from slimkernels.models.cache import Cache
+from slimkernels.models.checks import check_padded
+
 
 class Sampling(NamedTuple):
     """How a token is chosen from its logits, in this order.
@@ -106,3 +109,69 @@ def new_tokens(
         if len(tokens) == ending.max_new_tokens or has_ended.all():
             return torch.stack(tokens, 1)
         logits = step(token)
+
+
+class Begun(NamedTuple):
+    """A model about to make tokens.
+
+    prompt  (B, T): what generate() returns before the new tokens
+    tokens  what the first step reads: the prompts, ragged
+    cache   for this step's keys and values
+    logits  (B, V) after the last token of each row, from a step's tokens
+    """
+
+    prompt: Tensor
+    tokens: Tensor
+    cache: Cache
+    logits: Callable[[Tensor], Tensor]
+
+
+class Generates:
+    """A model with generate(). What is its own is in _begin."""
+
+    def _begin(
+        self, input_ids: Tensor, attention_mask: Tensor | None, max_new_tokens: int, caller: str
+    ) -> Begun:
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        max_new_tokens: int = 20,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
+    ) -> Tensor:
+        """The text that follows, at most max_new_tokens a row.
+
+        input_ids       (B, T) int64: the prompts; an encoder-decoder's sources
+        attention_mask  (B, T): 0 where there is padding. Of a prompt the real tokens are counted
+                        from 0, so it may stand left or right, and what follows comes after it
+        do_sample       draw tokens; otherwise the most likely one, whatever the next three say
+        temperature     divides the logits
+        top_k, top_p    draw from the k most likely, and the fewest that have probability top_p
+        eos_token_id    one or several, at which a row ends; None for the folder's
+        pad_token_id    fills an ended row; None for the folder's, or eos_token_id
+        Returns         (B, T + n), the prompts and n new tokens; of an encoder-decoder (B, 1 + n),
+                        the start token first
+        Errors          ValueError for what is out of range, such as more tokens than positions
+        Caution         drops out in training mode: call eval() before. Waits for the device once a
+                        token, to see whether all rows have ended
+        """
+        name = f"{type(self).__name__}.generate"
+        check_padded(input_ids, attention_mask, model=name)
+        ending = ending_of(self.settings, max_new_tokens, eos_token_id, pad_token_id, name)
+        sampling = Sampling(do_sample, temperature, top_k, top_p).checked(name)
+        prompt, tokens, cache, logits = self._begin(input_ids, attention_mask, max_new_tokens, name)
+
+        def step(tokens):
+            cache.advance()
+            return logits(tokens)
+
+        return torch.cat([prompt, new_tokens(logits(tokens), step, sampling, ending)], 1)

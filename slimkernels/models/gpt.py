@@ -6,8 +6,6 @@ it comes, and generation goes on from a ragged prompt with a cache of keys and v
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -17,7 +15,7 @@ from slimkernels.models.cache import Cache
 from slimkernels.models.checks import check_batch, check_ids, check_labels, check_padded
 from slimkernels.models.config import TransformerConfig
 from slimkernels.models.convert_gpt import GPT2, LLAMA
-from slimkernels.models.generate import Sampling, ending_of, new_tokens
+from slimkernels.models.generate import Begun, Generates
 from slimkernels.models.outputs import LogitsOutput
 from slimkernels.models.padding import unpad
 from slimkernels.models.pretrained import Pretrained
@@ -25,7 +23,7 @@ from slimkernels.models.stack import Stack
 from slimkernels.models.vocabulary import Vocabulary
 
 
-class CausalLM(Pretrained):
+class CausalLM(Generates, Pretrained):
     """A decoder with scores of every token for the place after each token."""
 
     def __init__(self, config: TransformerConfig) -> None:
@@ -98,55 +96,22 @@ class CausalLM(Pretrained):
         check_ids("position_ids", position_ids, config.max_positions, shape, model=name)
         return self.decoder(input_ids, position_ids, cu_seqlens=cu_seqlens, cache=cache)
 
-    @torch.no_grad()
-    def generate(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        max_new_tokens: int = 20,
-        do_sample: bool = False,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        eos_token_id: int | Sequence[int] | None = None,
-        pad_token_id: int | None = None,
-    ) -> Tensor:
-        """The prompts (B, T) and what follows, (B, T + n) with n at most max_new_tokens.
-
-        attention_mask  (B, T): 0 where there is padding; the tokens that are real are counted
-                        from 0, so it may stand left or right, and what follows comes after it
-        do_sample       draw tokens; otherwise the most likely one, whatever the next three say
-        temperature     divides the logits
-        top_k, top_p    draw from the k most likely, and the fewest that have probability top_p
-        eos_token_id    one or several, at which a row ends; None for config.json's
-        pad_token_id    fills an ended row; None for config.json's, or eos_token_id
-        Errors          ValueError for what is out of range, such as more tokens than positions
-        Caution         drops out in training mode: call eval() before
-        """
-        name = f"{type(self).__name__}.generate"
-        check_padded(input_ids, attention_mask, model=name)
-        ending = ending_of(self.settings, max_new_tokens, eos_token_id, pad_token_id, name)
-        sampling = Sampling(do_sample, temperature, top_k, top_p).checked(name)
-        ragged, T = unpad(input_ids, attention_mask), input_ids.shape[1]
-        if T + max_new_tokens - 1 > self.config.max_positions:
+    def _begin(self, input_ids, attention_mask, max_new_tokens, caller):
+        ragged, most = unpad(input_ids, attention_mask), self.config.max_positions
+        T = input_ids.shape[1]
+        if T + max_new_tokens - 1 > most:
             raise ValueError(
-                f"{name}: {T} tokens and max_new_tokens must fit in max_positions, "
-                f"{self.config.max_positions}; got {max_new_tokens}"
+                f"{caller}: {T} tokens and max_new_tokens must fit in max_positions, "
+                f"{most}; got {max_new_tokens}"
             )
         cache = Cache(self.config.num_layers, ragged.cu_seqlens, T, max_new_tokens)
 
-        def logits_after(tokens):
+        def logits(tokens):
             ends = cache.cu_seqlens
             hidden, table = self._hidden(tokens, cache.places, ends, cache)
             return self.vocabulary(hidden.index_select(0, ends[1:] - 1), table)
 
-        def step(tokens):
-            cache.advance()
-            return logits_after(tokens)
-
-        first = logits_after(ragged.take(input_ids))
-        return torch.cat([input_ids, new_tokens(first, step, sampling, ending)], 1)
+        return Begun(input_ids, ragged.take(input_ids), cache, logits)
 
 
 def _next(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:

@@ -6,8 +6,6 @@ label, and generation keeps the keys and values of its own tokens and of the enc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -17,7 +15,7 @@ from slimkernels.models.cache import Cache
 from slimkernels.models.checks import check_batch, check_ids, check_labels, check_padded
 from slimkernels.models.config import TransformerConfig
 from slimkernels.models.convert_seq2seq import BART, T5
-from slimkernels.models.generate import Sampling, ending_of, new_tokens
+from slimkernels.models.generate import Begun, Generates
 from slimkernels.models.outputs import Seq2SeqOutput
 from slimkernels.models.padding import unpad
 from slimkernels.models.pretrained import Pretrained
@@ -25,7 +23,7 @@ from slimkernels.models.stack import Stack
 from slimkernels.models.vocabulary import Vocabulary
 
 
-class Seq2SeqLM(Pretrained):
+class Seq2SeqLM(Generates, Pretrained):
     """An encoder, and a decoder that reads it and scores every token for each next place."""
 
     body = ("encoder.", "decoder.")
@@ -152,33 +150,11 @@ class Seq2SeqLM(Pretrained):
             raise ValueError(f"{type(self).__name__}: config.json must have {name}; it has not")
         return found
 
-    @torch.no_grad()
-    def generate(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        max_new_tokens: int = 20,
-        do_sample: bool = False,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        eos_token_id: int | Sequence[int] | None = None,
-        pad_token_id: int | None = None,
-    ) -> Tensor:
-        """The targets of sources (B, S): (B, 1 + n) tokens, the start token first.
-
-        The arguments are those of CausalLM.generate, with n at most max_new_tokens; the start
-        token, and the first and last that some models force, are the folder's.
-        """
-        name = f"{type(self).__name__}.generate"
-        check_padded(input_ids, attention_mask, model=name)
-        ending = ending_of(self.settings, max_new_tokens, eos_token_id, pad_token_id, name)
-        sampling = Sampling(do_sample, temperature, top_k, top_p).checked(name)
+    def _begin(self, input_ids, attention_mask, max_new_tokens, caller):
         most = self.config.max_positions
         if self.config.positions != "relative" and max_new_tokens > most:
             raise ValueError(
-                f"{name}: max_new_tokens must be at most max_positions, {most}; "
+                f"{caller}: max_new_tokens must be at most max_positions, {most}; "
                 f"got {max_new_tokens}"
             )
         source = unpad(input_ids, attention_mask)
@@ -186,18 +162,12 @@ class Seq2SeqLM(Pretrained):
         B, device = len(input_ids), input_ids.device
         each = torch.arange(B + 1, dtype=torch.int32, device=device)
         cache = Cache(self.config.num_decoder_layers, each, 1, max_new_tokens)
-
-        def logits_after(tokens):
-            hidden, table = self._decoded(tokens, cache.places, each, memory, cache)
-            return self.vocabulary(hidden, table)
-
-        def step(tokens):
-            cache.advance()
-            return logits_after(tokens)
-
         start = torch.full((B,), self._entry("decoder_start_token_id"), device=device)
-        tokens = new_tokens(logits_after(start), step, sampling, ending)
-        return torch.cat([start[:, None], tokens], 1)
+
+        def logits(tokens):
+            return self.vocabulary(*self._decoded(tokens, cache.places, each, memory, cache))
+
+        return Begun(start[:, None], start, cache, logits)
 
 
 def _up_to_last(counts: Tensor) -> Tensor:
