@@ -100,6 +100,8 @@ def test_goes_there_and_back():
     back = bert_to_hugging_face(ours_of(theirs).state_dict())
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], tensor) for name, tensor in state.items())
+    own = [tensor for name, tensor in back.items() if "cls.predictions.decoder" not in name]
+    assert len({tensor.untyped_storage().data_ptr() for tensor in own}) == len(own)
     other = hugging_face(initializer_range=0.5)
     other.load_state_dict(back)
 
