@@ -55,6 +55,9 @@ class TransformerConfig:
                            or "relative", T5's bias, learned by distance
     position_offset        rows of the table of learned positions before that of position 0
     rotary_base            of rotary positions' wavelengths
+    rotary_stretch         Llama 3.1's (factor, low, high, positions): wavelengths above positions /
+                           low are factor times as long, those below positions / high stay as they
+                           are, and between the two the frequency changes in proportion; or None
     relative_buckets       rows in the table of relative positions
     relative_max_distance  distances from here on share a row
     attention_scale        multiplies scores; None for 1 / sqrt(head_size)
@@ -87,6 +90,7 @@ class TransformerConfig:
     positions: str = "learned"
     position_offset: int = 0
     rotary_base: float = 10000.0
+    rotary_stretch: tuple[float, float, float, float] | None = None
     relative_buckets: int = 32
     relative_max_distance: int = 128
     attention_scale: float | None = None
@@ -98,6 +102,8 @@ class TransformerConfig:
     num_decoder_layers: int = 0
 
     def __post_init__(self) -> None:
+        if isinstance(self.rotary_stretch, list):  # as JSON gives it
+            object.__setattr__(self, "rotary_stretch", tuple(self.rotary_stretch))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type == "int" or (field.type == "int | None" and value is not None):

@@ -106,6 +106,9 @@ _LLAMA_FIELDS = {
 }
 
 
+_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
 def _llama_names(config: TransformerConfig) -> Names:
     count, layer = config.num_layers, "model.layers.{}."
     attention = tuple(f"{layer}self_attn.{which}_proj" for which in "qkv")
@@ -134,8 +137,9 @@ def _llama_config(theirs: Mapping) -> TransformerConfig:
     require(caller, theirs, mlp_bias=bias)
     rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ValueError(f"{caller}: rope_type must be 'default'; got {kind!r}")
+    if kind not in ("default", "llama3"):
+        raise ValueError(f"{caller}: rope_type must be 'default' or 'llama3'; got {kind!r}")
+    stretch = tuple(rope[name] for name in _LLAMA3) if kind == "llama3" else None
     return TransformerConfig(
         type_vocab_size=0,
         dropout_p=0.0,
@@ -145,6 +149,7 @@ def _llama_config(theirs: Mapping) -> TransformerConfig:
         bias=bias,
         positions="rotary",
         rotary_base=rope.get("rope_theta", theirs.get("rope_theta", 10000.0)),
+        rotary_stretch=stretch,
         num_key_heads=theirs.get("num_key_value_heads"),
         head_width=theirs.get("head_dim"),
         activation=chosen(caller, "hidden_act", theirs["hidden_act"], _LLAMA_ACTIVATIONS),
@@ -155,12 +160,18 @@ def _llama_config(theirs: Mapping) -> TransformerConfig:
 
 
 def _llama_entries(config: TransformerConfig) -> dict:
+    rope = {"rope_type": "default", "rope_theta": config.rotary_base}
+    if config.rotary_stretch is not None:
+        stretch = zip(_LLAMA3, config.rotary_stretch, strict=True)
+        rope |= {"rope_type": "llama3", **dict(stretch)}
     return given(config, _LLAMA_FIELDS) | {
         "attention_dropout": config.attention_dropout_p,
         "attention_bias": config.bias,
         "mlp_bias": config.bias,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rotary_base},
-        "rope_theta": config.rotary_base,  # where versions before 5 look for it
+        "rope_parameters": rope,
+        # Where versions before 5 look for them.
+        "rope_theta": config.rotary_base,
+        "rope_scaling": None if config.rotary_stretch is None else rope,
         "num_key_value_heads": config.key_heads,
         "head_dim": config.head_size,
         "hidden_act": name_of(config.activation, _LLAMA_ACTIVATIONS),

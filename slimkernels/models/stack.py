@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -93,9 +95,11 @@ class Rotary(nn.Module):
     def make_tables(self, device: torch.device | str | None) -> None:
         """The tables on `device`; None for torch's default."""
         config = self.config
-        tables = rotary_tables(
-            config.max_positions, config.head_size, config.rotary_base, device=device
-        )
+        T, D, base = config.max_positions, config.head_size, config.rotary_base
+        if config.rotary_stretch is None:
+            tables = rotary_tables(T, D, base, device=device)
+        else:
+            tables = _stretched_tables(T, D, base, *config.rotary_stretch, device=device)
         self.cos, self.sin = (nn.Buffer(table, persistent=False) for table in tables)
 
     def _apply(self, fn, recurse=True):
@@ -107,3 +111,13 @@ class Rotary(nn.Module):
             if moved.dtype != torch.float32:
                 setattr(self, name, nn.Buffer(table.to(moved.device), persistent=False))
         return self
+
+
+def _stretched_tables(T, D, base, factor, low, high, trained, *, device):
+    """rotary_tables(), the slow wavelengths stretched, as TransformerConfig.rotary_stretch says."""
+    wide = {"dtype": torch.float64, "device": device}
+    frequencies = base ** -(torch.arange(0, D, 2, **wide) / D)
+    turns = trained * frequencies / (2 * math.pi)  # in the sequences seen in training
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    angles = torch.outer(torch.arange(T, **wide), frequencies * (kept + (1 - kept) / factor))
+    return angles.cos().float(), angles.sin().float()

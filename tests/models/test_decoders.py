@@ -24,15 +24,23 @@ LLAMA = {
     "intermediate_size": 48,
     "max_position_embeddings": 40,
 }
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 100.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 3.0,
+    "original_max_position_embeddings": 12,
+}
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 CASES = {
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", GPT2 | NO_DROPOUT),
     "llama": ("LlamaForCausalLM", "LlamaConfig", LLAMA),
-    "llama, tied, with biases, wide heads": (
+    "llama 3, tied, with biases, wide heads": (
         "LlamaForCausalLM",
         "LlamaConfig",
         LLAMA
-        | {"attention_bias": True, "mlp_bias": True, "head_dim": 12, "rope_theta": 500.0}
+        | {"attention_bias": True, "mlp_bias": True, "head_dim": 12, "rope_parameters": LLAMA3}
         | {"tie_word_embeddings": True},
     ),
 }
@@ -62,11 +70,12 @@ def batch():
 class ExactRotary(torch.nn.Module):
     """Theirs rounds angles to float32 in a float64 model, too."""
 
-    def __init__(self, config):
+    def __init__(self, theirs):
         super().__init__()
-        D = config.head_dim
-        base = config.rope_parameters["rope_theta"]
-        self.frequencies = base ** -(torch.arange(0, D, 2, dtype=torch.float64) / D)
+        D, rope = theirs.config.head_dim, theirs.config.rope_parameters
+        self.frequencies = rope["rope_theta"] ** -(torch.arange(0, D, 2).double() / D)
+        if rope["rope_type"] == "llama3":
+            self.frequencies = theirs.model.rotary_emb.inv_freq.double()
 
     def forward(self, x, position_ids):
         angles = position_ids[..., None].double() * self.frequencies
@@ -77,7 +86,7 @@ class ExactRotary(torch.nn.Module):
 def in_float64(theirs, path):
     wide = type(theirs).from_pretrained(path, dtype=torch.float64)
     if hasattr(wide, "model"):
-        wide.model.rotary_emb = ExactRotary(wide.config)
+        wide.model.rotary_emb = ExactRotary(theirs)
     return wide
 
 
@@ -263,7 +272,11 @@ def test_bad_batches_are_one_sentence(pair, changes, sentence):
     [
         ("hidden_act", "relu", "hidden_act must be silu or gelu or .*; got 'relu'"),
         ("mlp_bias", True, "mlp_bias must be False; got True"),
-        ("rope_parameters", {"rope_type": "yarn"}, "rope_type must be 'default'; got 'yarn'"),
+        (
+            "rope_parameters",
+            {"rope_type": "yarn"},
+            "rope_type must be 'default' or 'llama3'; got 'yarn'",
+        ),
         ("rms_norm_eps", None, "config.json must have rms_norm_eps"),
     ],
 )
