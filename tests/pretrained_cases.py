@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from slimkernels.models import files
 from slimkernels.models.convert import to_theirs
 from slimkernels.models.pretrained import Pretrained
 
@@ -43,6 +44,8 @@ def assert_written_as_read(library, path, ours, tmp_path):
     """transformers reads what `ours` writes: the tensors and the config of the folder `path`."""
     kind = getattr(library, type(ours).__name__)
     ours.save_pretrained(tmp_path)
+    written, read = (files.read_weights(folder, "") for folder in (tmp_path, path))
+    assert written.keys() == read.keys()
     first = kind.from_pretrained(path)
     theirs, report = kind.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values()), report

@@ -1,5 +1,14 @@
 """Models assembled from the library's ops: one config, one block, thin assemblies."""
 
+from slimkernels.models.auto import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 from slimkernels.models.bert import Bert, BertForPreTraining
 from slimkernels.models.bert_heads import (
     BertForMaskedLM,
@@ -16,6 +25,13 @@ from slimkernels.models.tokenizer import AutoTokenizer
 BertTokenizer = AutoTokenizer
 
 __all__ = [
+    "AutoModel",
+    "AutoModelForCausalLM",
+    "AutoModelForMaskedLM",
+    "AutoModelForQuestionAnswering",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
     "AutoTokenizer",
     "BartForConditionalGeneration",
     "Bert",

@@ -179,6 +179,7 @@ def test_a_row_ends_at_eos_and_is_padded(pair):
 
 def test_folders_go_back(pair, tmp_path):
     ours, _, path = pair
+    assert type(models.AutoModelForCausalLM.from_pretrained(path)) is type(ours)
     assert_written_as_read(transformers, path, ours, tmp_path)
 
 

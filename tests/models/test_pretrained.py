@@ -130,6 +130,22 @@ def test_transformers_reads_what_we_write(folders, tmp_path, head):
     assert not list(tmp_path.glob("*partial*"))
 
 
+AUTO = [name for name in models.__all__ if name.startswith("AutoModel")]
+
+
+@pytest.mark.parametrize("name", AUTO)
+def test_auto_classes_choose_by_the_folder(folders, name):
+    head = name.replace("AutoModel", "Bert") if "For" in name else "BertModel"
+    if head not in HEADS:
+        with pytest.raises(ValueError, match=f"^{name}.from_pretrained: model_type .*got 'bert'"):
+            getattr(models, name).from_pretrained(folders / "BertModel")
+        return
+    model = getattr(models, name).from_pretrained(folders / head, dtype=torch.float64)
+    assert type(model) is getattr(models, head)
+    theirs = getattr(transformers, name).from_pretrained(folders / head)
+    assert type(model).__name__ == type(theirs).__name__
+
+
 def test_shards_are_read_and_written(folders, tmp_path):
     """And weights that the folder had in another form are removed."""
     path = folders / "BertModel"

@@ -163,6 +163,7 @@ def test_forced_tokens_come_first_and_last(pair, batch, monkeypatch):
 
 def test_folders_go_back(pair, tmp_path):
     ours, _, path = pair
+    assert type(models.AutoModelForSeq2SeqLM.from_pretrained(path)) is type(ours)
     assert_written_as_read(transformers, path, ours, tmp_path)
 
 
