@@ -100,6 +100,11 @@ def test_heads_are_hugging_faces(folders, inputs, head):
     truth = outputs(theirs.double(), inputs, labels)
     assert not ours.training
     assert_model_no_worse(actual, eager, truth)
+    padding = inputs["attention_mask"] == 0
+    nothing = -torch.inf if head == "BertForQuestionAnswering" else 0.0
+    for y in ours(**inputs):
+        if y is not None and y.shape[:2] == padding.shape:
+            assert (y[padding] == nothing).all()
 
 
 def test_the_readmes_example_is_the_published_one(folders):
@@ -163,6 +168,22 @@ def test_shards_are_read_and_written(folders, tmp_path):
     ours = models.BertModel.from_pretrained(tmp_path).state_dict()
     assert all(torch.equal(theirs[name], tensor) for name, tensor in expected.items())
     assert all(torch.equal(ours[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_folder_is_whole_when_writing_fails(folders, tmp_path, monkeypatch):
+    model = models.BertModel.from_pretrained(folders / "BertModel")
+    model.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with torch.no_grad():
+        model.pooler.weight.zero_()
+    with pytest.raises(OSError, match="no space left"):
+        model.save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_a_head_that_is_not_there_is_new_and_named(folders):
