@@ -268,6 +268,23 @@ def changed(folder, tmp_path, file, change):
     return tmp_path
 
 
+@pytest.mark.filterwarnings("ignore:BertForSequenceClassification.from_pretrained")
+def test_labels_have_the_names_of_the_folder_or_the_caller(folders, tmp_path):
+    names = {"0": "bad", "1": "good"}
+    path = changed(
+        folders / "BertModel", tmp_path, "config.json", lambda c: c.update(id2label=names)
+    )
+    classifier = models.BertForSequenceClassification
+    assert classifier.from_pretrained(path).id2label == {0: "bad", 1: "good"}
+    assert classifier.from_pretrained(path, num_labels=3).id2label[2] == "LABEL_2"
+    model = classifier.from_pretrained(path, num_labels=1, id2label={0: "stars"})
+    model.save_pretrained(tmp_path / "saved")
+    config = transformers.BertConfig.from_pretrained(tmp_path / "saved")
+    assert (config.id2label, config.label2id) == ({0: "stars"}, {"stars": 0})
+    with pytest.raises(ValueError, match="id2label must name 2 labels; got 1$"):
+        classifier.from_pretrained(path, num_labels=2, id2label={0: "stars"})
+
+
 @pytest.mark.parametrize(
     "file, change, sentence",
     [
