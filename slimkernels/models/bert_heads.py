@@ -20,16 +20,7 @@ from slimkernels.ops.cross_entropy import cross_entropy
 
 
 class _Padded(BertBased):
-    """What the heads share: a padded batch through the encoder.
-
-    input_ids       (B, T) int64
-    attention_mask  (B, T): 0 where there is padding, wherever it stands; none if None
-    token_type_ids  (B, T) int64; 0 everywhere if None
-    position_ids    (B, T) int64; each token's column if None
-    Errors          ValueError for a wrong shape, an empty row or, on the CPU, an id out of range
-    Caution         waits for the device if there is a mask: the host must know how many tokens are
-                    real. Without one torch.compile gets one graph
-    """
+    """What the heads share: a padded batch through the encoder."""
 
     def _embed(self, input_ids, attention_mask, token_type_ids, position_ids):
         check_padded(input_ids, attention_mask, token_type_ids)
@@ -73,7 +64,17 @@ class BertModel(_Padded):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
     ) -> PoolingOutput:
-        """Hidden states of every token and a vector a row; arguments and errors as above."""
+        """Hidden states of every token and a vector a row.
+
+        input_ids       (B, T) int64
+        attention_mask  (B, T): 0 where there is padding, wherever it stands; none if None
+        token_type_ids  (B, T) int64; 0 everywhere if None
+        position_ids    (B, T) int64; each token's column if None
+        Errors          ValueError for a wrong shape, an empty row or, on the CPU, an id out of
+                        range
+        Caution         waits for the device if there is a mask: the host must know how many tokens
+                        are real. Without one torch.compile gets one graph
+        """
         inputs = input_ids, attention_mask, token_type_ids, position_ids
         ragged, hidden = self._hidden(*inputs)
         first = hidden.index_select(0, ragged.cu_seqlens[:-1])
@@ -98,7 +99,8 @@ class BertForMaskedLM(_Padded):
         *,
         skip_logits: bool = False,
     ) -> LogitsOutput:
-        """Logits (B, T, V), and with labels (B, T), -100 for none, the loss.
+        """Logits (B, T, V), and with labels (B, T), -100 for none, the loss; the rest is as in
+        BertModel.forward.
 
         skip_logits  with labels: logits are None, and the vocabulary's matrix and most of the last
                      block meet only the places that have a label, some 15 % of all in training
@@ -192,6 +194,7 @@ class BertForSequenceClassification(_Classifier):
     ) -> LogitsOutput:
         """Logits (B, num_labels), and the loss if there are labels: (B,) classes; (B,) numbers for
         regression; or (B, num_labels) of 0 and 1, in floating point, for several classes at once.
+        The rest is as in BertModel.forward.
         """
         inputs = input_ids, attention_mask, token_type_ids, position_ids
         logits = self._scores(self._pooled(*inputs))
@@ -226,7 +229,7 @@ class BertForTokenClassification(_Classifier):
     ) -> LogitsOutput:
         """Logits (B, T, num_labels), 0 on padding, and with labels (B, T), -100 for none, the loss.
 
-        A label on padding is not counted.
+        A label on padding is not counted. The rest is as in BertModel.forward.
         """
         inputs = input_ids, attention_mask, token_type_ids, position_ids
         ragged, hidden = self._hidden(*inputs)
@@ -257,7 +260,8 @@ class BertForQuestionAnswering(_Padded):
         """Start and end logits (B, T), and the mean of their losses if both columns (B,) are given.
 
         A column outside [0, T) is left out of the mean. Padding is -inf: it can be no answer, and
-        takes no part in the loss, in which Hugging Face's has the scores of padding as well.
+        takes no part in the loss, in which Hugging Face's has the scores of padding as well. The
+        rest is as in BertModel.forward.
         """
         inputs = input_ids, attention_mask, token_type_ids, position_ids
         ragged, hidden = self._hidden(*inputs)

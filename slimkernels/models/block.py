@@ -115,11 +115,11 @@ class Block(nn.Module):
         Returns      (hidden, residual) for the next block, of the wanted tokens if they are given
         Errors       ValueError for two of these that do not go together
         """
-        _check_options(cu_seqlens, key_lengths, is_causal, wanted, cache)
+        _check_options(cu_seqlens, key_lengths, is_causal, wanted, places, cache)
         if wanted is None:
             branch = self._attend(hidden, cu_seqlens, key_lengths, is_causal, places, cache)
         else:
-            branch = self._attend_from(wanted, hidden, cu_seqlens, places)
+            branch = self._attend_from(wanted, hidden, cu_seqlens)
             residual = residual.index_select(0, wanted.positions)
         branch = affine(self.attention_output, branch)
         hidden, residual = self._add_norm(branch, residual, self.attention_norm)
@@ -151,15 +151,12 @@ class Block(nn.Module):
             variant=variant,
         )
 
-    def _attend_from(self, wanted, hidden, cu_seqlens, places):
+    def _attend_from(self, wanted, hidden, cu_seqlens):
         """Attention of the wanted tokens to all keys of their sequences."""
-        if places != NOWHERE:
-            raise ValueError("Block: places must be none with wanted")
-        widths = self.config.qkv_widths
-        weights = self.qkv.weight.split([widths[0], widths[1] + widths[2]])
-        biases = (None, None)
-        if self.qkv.bias is not None:
-            biases = self.qkv.bias.split([widths[0], widths[1] + widths[2]])
+        widths, bias = self.config.qkv_widths, self.qkv.bias
+        rows = [widths[0], widths[1] + widths[2]]
+        weights = self.qkv.weight.split(rows)
+        biases = (None, None) if bias is None else bias.split(rows)
         q = self._heads(linear(hidden.index_select(0, wanted.positions), weights[0], biases[0]))
         k, v = self._heads(linear(hidden, weights[1], biases[1])).chunk(2, -2)  # (T, Hkv, D)
         return self._attention(q, k, v, (wanted.cu_seqlens, cu_seqlens))
@@ -225,13 +222,15 @@ class Block(nn.Module):
         return y, total if config.norm_first else y
 
 
-def _check_options(cu_seqlens, key_lengths, is_causal, wanted, cache):
+def _check_options(cu_seqlens, key_lengths, is_causal, wanted, places, cache):
     if cu_seqlens is not None and key_lengths is not None:
         raise ValueError("Block: key_lengths must be None with cu_seqlens, which has the lengths")
     if wanted is not None and cu_seqlens is None:
         raise ValueError("Block: cu_seqlens must be given with wanted; got None")
     if wanted is not None and is_causal:
         raise ValueError("Block: is_causal must be False with wanted; got True")
+    if wanted is not None and places != NOWHERE:
+        raise ValueError("Block: places must be none with wanted")
     if cache is not None and (cu_seqlens is None or wanted is not None):
         raise ValueError("Block: cache must come with cu_seqlens and without wanted")
 

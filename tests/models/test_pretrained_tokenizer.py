@@ -82,6 +82,7 @@ def test_vocabulary_makes_the_same_tokenizer(folder, saved, tmp_path):
     assert from_text.convert_tokens_to_ids(["the", "nowhere"]) == [5, 1]
     assert from_text.batch_decode([ids], skip_special_tokens=True) == ["the cats."]
     from_text(TEXTS, padding=True, truncation=True, max_length=4)
+    assert from_text(TEXTS) == from_json(TEXTS)  # nothing is left of the call before
     from_text.save_pretrained(tmp_path)
     assert AutoTokenizer.from_pretrained(tmp_path)(TEXTS) == from_json(TEXTS)
 
