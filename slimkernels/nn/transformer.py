@@ -162,7 +162,7 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
 
 def _is_small(src):
     """Whether torch's own path for evaluation is the faster one, if torch has one for the call."""
-    if torch.compiler.is_compiling() or is_nested(src):
+    if torch.compiler.is_compiling() or is_nested(src) or torch.is_autocast_enabled("cpu"):
         return False
     return src.is_cpu and src.numel() < MIN_ELEMENTS and not torch.is_grad_enabled()
 
@@ -246,7 +246,9 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
             return False
         if padding is None or padding.dtype != torch.bool or is_nested(src) or src.dim() != 3:
             return False
-        if torch.is_autocast_enabled() or not torch.backends.mha.get_fastpath_enabled():
+        # Under autocast on the CPU torch's path raises.
+        is_autocast = src.is_cuda and torch.is_autocast_enabled("cuda")
+        if is_autocast or not torch.backends.mha.get_fastpath_enabled():
             return False
         tensors = (src, *self.layers[0].parameters())
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):

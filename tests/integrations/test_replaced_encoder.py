@@ -11,6 +11,8 @@ from slimkernels import replace
 from slimkernels.nn import transformer
 from slimkernels.testing import assert_no_worse
 
+pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+
 B, T, C = 4, 11, 48
 ENDS = torch.arange(T) >= torch.tensor([[11], [4], [0], [7]])
 HOLES = (ENDS & (torch.arange(T) > 0)) | (torch.arange(T) == 2)
@@ -29,7 +31,7 @@ def encoder(cls=nn.TransformerEncoder, activation="gelu"):
     return stack
 
 
-def check(theirs, padding, calls=None):
+def check(theirs, padding):
     x = torch.randn(B, T, C)
     ours = replace(theirs, inplace=False).model
     truth = copy.deepcopy(theirs).double()
@@ -62,23 +64,55 @@ def test_padding_is_left_out_and_gives_zeros(activation, calls):
     assert calls == [22, 22] and (y[ENDS] == zeros).all()
 
 
-def test_only_where_torch_does_so(calls, monkeypatch):
-    """Holes, training, gradients, autocast, masks: as torch's ordinary path, padded rows too."""
-    theirs = encoder()
-    check(theirs, HOLES)
-    ours, x = replace(theirs, inplace=False).model, torch.randn(B, T, C)
-    mask = torch.zeros(T, T, dtype=torch.bool)
-    padding = ENDS & (torch.arange(T) > 0)  # all hidden is NaN in torch's ordinary path
-    assert_rows = lambda y: torch.testing.assert_close(*y)  # noqa: E731
-    assert_rows([m(x, src_key_padding_mask=padding) for m in (ours, theirs)])
-    with torch.no_grad():
-        assert_rows([m(x, mask, src_key_padding_mask=padding) for m in (ours, theirs)])
+class NoFastPath:
+    """torch's own switch, as a context."""
+
+    def __enter__(self):
         torch.backends.mha.set_fastpath_enabled(False)
-        try:
-            assert_rows([m(x, src_key_padding_mask=padding) for m in (ours, theirs)])
-        finally:
-            torch.backends.mha.set_fastpath_enabled(True)
+
+    def __exit__(self, *_):
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
+@pytest.mark.parametrize(
+    "where, padding, mask",
+    [
+        (torch.no_grad, HOLES, None),
+        (torch.enable_grad, ENDS, None),
+        (torch.no_grad, ENDS, torch.zeros(T, T, dtype=torch.bool)),
+        (NoFastPath, ENDS, None),
+    ],
+    ids=["holes", "gradients", "a mask", "switched off"],
+)
+def test_elsewhere_padded_rows_are_as_from_torchs_ordinary_path(where, padding, mask, calls):
+    padding = padding & (torch.arange(T) > 0)  # a row of padding alone is NaN there
+    theirs, x = encoder(), torch.randn(B, T, C)
+    ours = replace(theirs, inplace=False).model
+    truth = copy.deepcopy(theirs).double()
+    with where():
+        results = (m(x, mask, padding) for m in (ours, theirs))
+        assert_no_worse(*results, truth(x.double(), mask, padding))
     assert calls == []
+
+
+def test_training_keeps_padding(calls):
+    ours, x = replace(encoder(), inplace=False).model, torch.randn(B, T, C)
+    with torch.no_grad():
+        ours.train()(x, src_key_padding_mask=ENDS)
+    assert calls == []
+
+
+@pytest.mark.parametrize("smallest", [0, 65536])
+def test_autocast_where_torchs_path_raises(smallest, monkeypatch):
+    monkeypatch.setattr(transformer, "MIN_ELEMENTS", smallest)
+    theirs, x = encoder(), torch.randn(B, T, C)
+    ours = replace(theirs, inplace=False).model
+    truth = copy.deepcopy(theirs).double()(x.double(), src_key_padding_mask=ENDS)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        y = ours(x, src_key_padding_mask=ENDS)
+        with NoFastPath():
+            eager = theirs(x, src_key_padding_mask=ENDS)
+    assert_no_worse(y[~ENDS], eager[~ENDS], truth[~ENDS])
 
 
 def test_a_hook_on_a_layer_sees_it_padded(calls):
@@ -87,9 +121,10 @@ def test_a_hook_on_a_layer_sees_it_padded(calls):
     seen = []
     ours.layers[1].register_forward_hook(lambda _, __, y: seen.append(y.shape))
     x = torch.randn(B, T, C)
+    truth = copy.deepcopy(theirs).double()
     with torch.no_grad():
-        y, expected = (m(x, src_key_padding_mask=ENDS) for m in (ours, theirs))
-    torch.testing.assert_close(y, expected)
+        y, eager = (m(x, src_key_padding_mask=ENDS) for m in (ours, theirs))
+        assert_no_worse(y, eager, truth(x.double(), src_key_padding_mask=ENDS))
     assert seen == [x.shape] and calls == []
 
 
@@ -110,7 +145,6 @@ def test_small_calls_take_torchs_path(monkeypatch, calls):
 
 
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_nested_tensors_go_to_torch(layout):
     rows = [torch.randn(3, 8), torch.randn(5, 8)]
     x = torch.nested.nested_tensor(rows, layout=layout)

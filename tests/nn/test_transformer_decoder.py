@@ -53,15 +53,17 @@ def inputs(batch_first=True):
 
 def check(ours, theirs, xs, masks=None, compiled=False):
     masks = masks or {}
-    wide = {k: m.double() if torch.is_tensor(m) and m.dtype.is_floating_point else m
-            for k, m in masks.items()}  # fmt: skip
+    wide = {
+        name: mask.double() if torch.is_tensor(mask) and mask.is_floating_point() else mask
+        for name, mask in masks.items()
+    }
     function = maybe_compiled(ours, compiled)
     eager = outputs_and_gradients(theirs, lambda m, *xs: m(*xs, **masks), xs)
     double = copy.deepcopy(theirs).double()
     truth = outputs_and_gradients(
         double, lambda m, *xs: m(*xs, **wide), tuple(x.double() for x in xs)
     )
-    for backend in (None, "torch"):
+    for backend in (None,) if compiled else (None, "torch"):
         with use_backend(backend):
             actual = outputs_and_gradients(ours, lambda _, *xs: function(*xs, **masks), xs)
         assert_model_no_worse(actual, eager, truth)
