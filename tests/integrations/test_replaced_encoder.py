@@ -64,14 +64,16 @@ def test_padding_is_left_out_and_gives_zeros(activation, norm, calls):
     assert calls == [22, 22] and (y[ENDS] == zeros).all()
 
 
-class NoFastPath:
-    """torch's own switch, as a context."""
+class NoFastPath(torch.no_grad):
+    """torch's own switch, as a context without gradients."""
 
     def __enter__(self):
+        super().__enter__()
         torch.backends.mha.set_fastpath_enabled(False)
 
-    def __exit__(self, *_):
+    def __exit__(self, *error):
         torch.backends.mha.set_fastpath_enabled(True)
+        super().__exit__(*error)
 
 
 @pytest.mark.parametrize(
