@@ -162,3 +162,12 @@ def test_nested_tensors_go_to_torch(layout):
         ours = replace(theirs, inplace=False).model
         for y, expected in zip(ours(x).unbind(), theirs(x).unbind(), strict=True):
             assert torch.equal(y, expected)
+
+
+def test_nested_tensors_go_to_torchs_attention():
+    theirs = nn.MultiheadAttention(8, 2, batch_first=True).eval()
+    ours = replace(theirs, inplace=False).model
+    x = torch.nested.nested_tensor([torch.randn(3, 8), torch.randn(5, 8)])
+    with torch.no_grad():
+        y, expected = (m(x, x, x, need_weights=False)[0] for m in (ours, theirs))
+    assert all(map(torch.equal, y.unbind(), expected.unbind()))
