@@ -244,9 +244,8 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         tensors = (src, *self.layers[0].parameters())
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             return False
-        return not (getattr(self, "mask_check", True) and is_readable(padding)) or _ends_rows(
-            padding
-        )
+        is_looked_at = getattr(self, "mask_check", True) and is_readable(padding)
+        return not is_looked_at or _ends_rows(padding)
 
     def _without_padding(self, src, padding):
         kept = ~padding
@@ -272,9 +271,10 @@ def _ends_rows(padding):
 def _is_plain_layer(layer):
     """Whether _unpadded_layer does what a call of `layer` does."""
     attention = layer.self_attn
-    is_torchs = layer.norm_first or not attention.batch_first or attention.in_proj_weight is None
-    classes = is_plain(layer, TransformerEncoderLayer) and is_plain(attention, MultiheadAttention)
-    return classes and not is_torchs
+    if not (is_plain(layer, TransformerEncoderLayer) and is_plain(attention, MultiheadAttention)):
+        return False
+    is_packed = attention.batch_first and attention.in_proj_weight is not None
+    return is_packed and not layer.norm_first and not attention.training
 
 
 def _unpadded_layer(layer, x, cu_seqlens):

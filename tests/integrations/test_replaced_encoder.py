@@ -99,9 +99,11 @@ def test_elsewhere_padded_rows_are_as_from_torchs_ordinary_path(where, padding, 
 
 def test_training_keeps_padding(calls):
     ours, x = replace(encoder(), inplace=False).model, torch.randn(B, T, C)
+    ours.layers[1].self_attn.train().dropout = 0.5  # Monte Carlo dropout
     with torch.no_grad():
+        first, second = (ours(x, src_key_padding_mask=ENDS) for _ in range(2))
         ours.train()(x, src_key_padding_mask=ENDS)
-    assert calls == []
+    assert calls == [] and not torch.equal(first, second)
 
 
 @pytest.mark.parametrize("smallest", [0, 65536])
