@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import torch
 from torch import Tensor, nn
 
@@ -56,8 +54,9 @@ class _TiedEmbedding(torch.autograd.Function):
     """weight[ids], and weight itself for the tied decoder (Press and Wolf 2017), in one node.
 
     Apart, the look-up's gradient is a (V, C) matrix of zeros with a few rows set, which autograd
-    then adds to the decoder's: four passes over a matrix of V rows. Here a few rows go
-    straight into the decoder's gradient.
+    then adds to the decoder's: four passes over a matrix of V rows. Here a few rows are added to a
+    copy of the decoder's gradient: two passes. The gradient itself is not to be written: a hook,
+    another node or a caller of autograd.grad may hold it, or a tensor that shares its memory.
     """
 
     @staticmethod
@@ -72,28 +71,13 @@ class _TiedEmbedding(torch.autograd.Function):
         (ids,) = ctx.saved_tensors
         if drows is None:
             return dweight, None
-        if dweight is None:
-            dweight = drows.new_zeros(ctx.shape)
-        # Out of place where a graph is recorded, and on a GPU, where index_add_ has no fixed order
-        # of sums.
+        # Not where a graph is recorded, nor on a GPU, where index_add_ has no fixed order of sums.
         is_recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
         if drows.device.type == "cpu" and not is_recorded:
-            # As a rule the decoder's product has just made dweight, and nobody else holds it.
-            if not dweight.is_contiguous() or _is_held(dweight, drows):
-                dweight = dweight.clone(memory_format=torch.contiguous_format)
-            return dweight.index_add_(0, ids, drows), None
+            if dweight is None:
+                total = drows.new_zeros(ctx.shape)
+            else:
+                total = dweight.clone(memory_format=torch.contiguous_format)
+            return total.index_add_(0, ids, drows), None
         rows = torch.ops.aten.embedding_dense_backward(drows, ids, ctx.shape[0], -1, False)
-        return dweight + rows, None
-
-
-def _is_held(gradient: Tensor, other: Tensor) -> bool:
-    """Whether somebody besides this backward may look at `gradient`: a caller of autograd.grad who
-    gave it or asked for it, a node that got the same one, a hook that kept it. Autograd asks the
-    same before it adds gradients up in place. `other` came here as `gradient` did: if nobody holds
-    it, it has the references that are autograd's own."""
-    base = gradient._base  # F.linear's is a view of a product that only the view keeps
-    if base is not None and max(base._use_count(), sys.getrefcount(base) - 1) > 2:
-        return True
-    if gradient._use_count() > 1 or other._use_count() > 1:
-        return True
-    return sys.getrefcount(gradient) > sys.getrefcount(other)
+        return rows if dweight is None else dweight + rows, None
