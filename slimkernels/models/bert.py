@@ -66,7 +66,8 @@ class Bert(nn.Module):
             raise ValueError(
                 "Bert: key_lengths must be None with cu_seqlens, which has the lengths"
             )
-        hidden, _ = self.embed(input_ids, segment_ids, position_ids, cu_seqlens)
+        ids = self.ids(input_ids, segment_ids, position_ids, cu_seqlens)
+        hidden, _ = self.embedding(*ids, for_decoder=False)
         return self.encode(hidden, cu_seqlens=cu_seqlens, key_lengths=key_lengths)
 
     def embed(self, input_ids, segment_ids, position_ids, cu_seqlens) -> tuple[Tensor, Tensor]:

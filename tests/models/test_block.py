@@ -10,6 +10,7 @@ from slimkernels.dispatch import use_backend
 from slimkernels.models.block import Block, Wanted
 from slimkernels.models.embedding import _TiedEmbedding
 from slimkernels.ops.linear import linear
+from slimkernels.testing import assert_no_worse
 
 T = 9
 CAUSAL = torch.ones(T, T, dtype=torch.bool).triu(1)
@@ -151,7 +152,7 @@ def test_tied_embedding_has_the_gradients_of_two_uses(used):
     ids = torch.tensor([4, 1, 4, 0])
 
     def call(weight):
-        rows, matrix = _TiedEmbedding.apply(weight, ids)
+        rows, matrix = _TiedEmbedding.apply(weight, ids, weight.dtype)
         # Not linear, so that second derivatives are not zero.
         results = (rows.sin(), (matrix @ matrix.T).sin())
         return {"both": results, "rows": results[0], "matrix": results[1]}[used]
@@ -180,7 +181,7 @@ def test_tied_embedding_writes_no_gradient_that_others_hold(product):
 
     def call(keep=None, pass_on=lambda matrix: matrix, keep_rows=None):
         """What arrived for the matrix, by asking for it where no hook keeps it."""
-        rows, matrix = _TiedEmbedding.apply(weight, ids)
+        rows, matrix = _TiedEmbedding.apply(weight, ids, weight.dtype)
         last = pass_on(matrix)
         if keep is not None:
             last.register_hook(keep)
@@ -202,7 +203,25 @@ def test_tied_embedding_writes_no_gradient_that_others_hold(product):
 
 def test_tied_embedding_writes_no_gradient_that_was_given():
     weight = torch.randn(6, 3, requires_grad=True)
-    rows, matrix = _TiedEmbedding.apply(weight, torch.tensor([4, 1, 4, 0]))
+    rows, matrix = _TiedEmbedding.apply(weight, torch.tensor([4, 1, 4, 0]), weight.dtype)
     given = torch.ones(18)
     torch.autograd.grad((rows.sum(), matrix.view(-1)), weight, (None, given))
     assert torch.equal(given, torch.ones(18))
+
+
+@pytest.mark.parametrize("used", ["both", "rows", "matrix"])
+def test_tied_embedding_under_autocast_has_the_gradients_of_two_uses(used):
+    weight, x = torch.randn(6, 3, requires_grad=True), torch.randn(4, 3)
+    ids, drows, dy = torch.tensor([4, 1, 4, 0]), torch.randn(4, 3), torch.randn(4, 6).bfloat16()
+
+    def gradient(rows, matrix):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = F.linear(x, matrix)
+        pairs = {"both": ((rows, y), (drows, dy)), "rows": (rows, drows), "matrix": (y, dy)}
+        return torch.autograd.grad(*(pairs[used][0], weight), pairs[used][1])[0]
+
+    rows, matrix = _TiedEmbedding.apply(weight, ids, torch.bfloat16)
+    assert rows.dtype == torch.float32 and matrix.dtype == torch.bfloat16
+    expected = gradient(F.embedding(ids, weight), weight)
+    assert expected.dtype == torch.float32
+    assert_no_worse(gradient(rows, matrix), expected, expected.double())
