@@ -24,7 +24,7 @@ PACKAGE = ROOT / "slimkernels"
 KERNEL_BACKENDS = [backend for backend in BACKENDS if backend != "torch"]
 
 PUBLIC_NAMES = {
-    *("BackendError", "explain", "info", "nn", "optim", "use_backend"),
+    *("BackendError", "explain", "info", "nn", "optim", "replace", "restore", "use_backend"),
     *("add_layer_norm", "add_rms_norm", "bias_dropout_add", "cross_entropy", "geglu", "gelu"),
     *("group_norm", "layer_norm", "linear", "linear_cross_entropy", "log_softmax"),
     *("relu_squared", "rms_norm", "rotary", "rotary_tables", "scaled_dot_product_attention"),

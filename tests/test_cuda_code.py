@@ -6,12 +6,15 @@ Read from slimkernels._cuda as it is built here, by the cuobjdump of the toolkit
 
 import functools
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+
+TOOLKIT = "/usr/local/cuda/bin"  # where setup.py looks, too
 
 # What must be in the code of the kernels whose names match; none of them may use local memory. A
 # name has the element type and the elements of a load: Li8 of a 16-bit type are 16 bytes.
@@ -31,15 +34,22 @@ EXPECTED = {
 }
 
 
+def _find(tool: str, *folders: object) -> str | None:
+    found = (shutil.which(tool, path=str(folder)) for folder in folders)
+    return shutil.which(tool) or next(filter(None, found), None)
+
+
 def _cuobjdump(*options: str) -> str:
-    spec = importlib.util.find_spec("slimkernels._cuda")
-    if spec is None:
-        pytest.skip("slimkernels was built without CUDA")
     triton = importlib.util.find_spec("triton")
-    bundled = triton and Path(triton.origin).parent / "backends/nvidia/bin"
-    tool = shutil.which("cuobjdump") or (triton and shutil.which("cuobjdump", path=str(bundled)))
+    bundled = [Path(triton.origin).parent / "backends/nvidia/bin"] if triton else []
+    nvcc, tool = _find("nvcc", TOOLKIT), _find("cuobjdump", TOOLKIT, *bundled)
+    if nvcc is None or os.environ.get("CUDA_HOME") == "":
+        pytest.skip("CUDA is not built here: there is no nvcc, or CUDA_HOME is empty")
     if tool is None:
         pytest.skip("neither the toolkit nor Triton has brought cuobjdump")
+    # Where there is nvcc, an extension that is missing is one that did not compile.
+    spec = importlib.util.find_spec("slimkernels._cuda")
+    assert spec is not None, f"slimkernels was built without CUDA, though {nvcc} is here"
     done = subprocess.run([tool, *options, spec.origin], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -83,41 +93,79 @@ def test_instructions(name):
             assert found != expected.startswith("no "), (body[:80], expected)
 
 
-def test_attention_takes_exponentials_under_its_products():
-    """In the loop they are between the wait for q @ k^T and that for p @ v; none comes later."""
+def _code_of(part: str, count: int) -> dict[str, str]:
+    """{kernel: its code for sm_90a} of attention's kernels of that name, as many as there are."""
     if "sm_90a" not in _resources():
         pytest.skip("the extension was built without sm_90a")
-    kernels = [name for name in _resources()["sm_90a"] if "attention_sm90_forward" in name]
-    assert len(kernels) == 6, "two dtypes, three widths"
+    kernels = [name for name in _resources()["sm_90a"] if f"attention_sm90_{part}" in name]
+    assert len(kernels) == count, kernels
     dump = _cuobjdump("-sass", "-arch", "sm_90a", "-fun", ",".join(kernels))
-    for body in re.split(r"\bFunction : ", dump)[1:]:
+    return {body[: body.index("\n")]: body for body in re.split(r"\bFunction : ", dump)[1:]}
+
+
+def test_attention_takes_exponentials_under_its_products():
+    """In the loop they are between the wait for q @ k^T and that for p @ v; none comes later."""
+    for name, body in _code_of("forward", 6).items():  # two dtypes, three widths
         code = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?(\S.*?) ;", body)
         waits = [i for i, line in enumerate(code) if line.startswith("WARPGROUP.DEPBAR")]
         (scores,) = [i for i in waits if code[i].endswith("0x1")]
         outputs = min(i for i in waits if i > scores)
         loop_end = min(i for i in range(outputs, len(code)) if code[i].startswith("BRA"))
-        of_a_thread = 40 if "Li256E" in body[:200] else 64
-        assert _count(code[scores:outputs], "MUFU.EX2") >= of_a_thread, body[:80]
+        of_a_thread = 40 if "Li256E" in name else 64
+        assert _count(code[scores:outputs], "MUFU.EX2") >= of_a_thread, name
         rest = code[outputs:loop_end]
-        assert _count(rest, "MUFU") == 0 and _count(rest, "FMUL") >= 32, body[:80]
+        assert _count(rest, "MUFU") == 0 and _count(rest, "FMUL") >= 32, name
 
 
 def _count(code, start):
     return sum(instruction.startswith(start) for instruction in code)
 
 
-def test_attentions_gradients_wait_for_whole_products():
+# The walks of each kernel: the products of a step, and how many of them each wait leaves under way.
+WALKS = {
+    "dkdv": [(4, ["0x1", "0x1", "0x0"])],
+    "dkdv of 256": [(3, ["0x1", "0x0", "0x0"]), (2, ["0x0", "0x0"])],  # dk, and dv
+    "dq": [(3, ["0x1", "0x0", "0x0"])],
+}
+
+
+@pytest.mark.parametrize("part", ["dkdv", "dq"])
+def test_attentions_gradients_wait_for_whole_products(part):
     """ptxas waits after each step of a product where it runs short of registers. Where it fences
     between steps it counts each (its mark is gsb0): to wait for all but one takes longer then."""
-    if "sm_90a" not in _resources():
-        pytest.skip("the extension was built without sm_90a")
-    code = {"dkdv": (4, ["0x1", "0x1", "0x0"]), "dq": (3, ["0x1", "0x0", "0x0"])}
-    for name, (products, pending) in code.items():
-        kernels = [
-            kernel for kernel in _resources()["sm_90a"] if f"attention_sm90_{name}" in kernel
+    for name, body in _code_of(part, 6).items():
+        walks = WALKS.get(f"{part} of 256" if "Li256E" in name else part, WALKS[part])
+        pending = [count for _, counts in walks for count in counts]
+        assert sorted(re.findall(r"DEPBAR\.LE gsb0, (0x\d)", body)) == sorted(pending), name
+        products = sum(count for count, _ in walks)
+        assert len(re.findall(r"HGMMA.*gsb0", body)) == products, name
+
+
+def _declared_registers() -> dict[str, set[tuple[int, int]]]:
+    """{kernel: the (producer's, consumers') registers of its tiles}, as csrc/cuda declares them."""
+    sources = Path(__file__).parent.parent / "csrc/cuda"
+    found = {}
+    for part, file in {
+        "forward": "attention_sm90.cuh",
+        "dkdv": "attention_sm90_backward_keys.cuh",
+        "dq": "attention_sm90_backward_queries.cuh",
+    }.items():
+        text = (sources / file).read_text()
+        pairs = [
+            re.search(rf"k{role}Registers = ([^;,]*)", text)[1].split(" ? ")[-1].split(" : ")
+            for role in ("Producer", "Consumer")
         ]
-        assert len(kernels) == 4, "two dtypes, two widths"
-        dump = _cuobjdump("-sass", "-arch", "sm_90a", "-fun", ",".join(kernels))
-        for body in re.split(r"\bFunction : ", dump)[1:]:
-            assert re.findall(r"DEPBAR\.LE gsb0, (0x\d)", body) == pending, body[:80]
-            assert len(re.findall(r"HGMMA.*gsb0", body)) == products, body[:80]
+        found[part] = set(zip(*([int(number) for number in pair] for pair in pairs), strict=True))
+    return found
+
+
+@pytest.mark.parametrize("part, count", [("forward", 6), ("dkdv", 6), ("dq", 6)])
+def test_setmaxnreg_asks_for_what_is_declared(part, count):
+    """One group gives registers away and the others take them, in machine code as in the source."""
+    seen = set()
+    for name, body in _code_of(part, count).items():
+        given = re.findall(r"USETMAXREG\.DEALLOC\S* (0x[0-9a-f]+)", body)
+        taken = re.findall(r"USETMAXREG\.TRY_ALLOC\S* \S+ (0x[0-9a-f]+)", body)
+        assert len(given) == len(taken) == 1, name
+        seen.add((int(given[0], 16), int(taken[0], 16)))
+    assert seen == _declared_registers()[part]

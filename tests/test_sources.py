@@ -24,10 +24,13 @@ LAYERS = {
     "integrations": {"dispatch", "ops", "nn"},
     "data": set(),
     "training": {"dispatch", "ops", "nn", "optim", "models", "data"},
-    "scripts": {"__version__", "dispatch", "info", "ops", "nn", "models", "data", "training"},
+    "scripts": {
+        *("__version__", "dispatch", "info", "ops", "nn", "models", "integrations", "data"),
+        "training",
+    },
     "testing": {"dispatch", "ops"},
     "info": {"__version__", "dispatch"},
-    "__init__": {"dispatch", "info", "ops", "nn", "optim", "models"},
+    "__init__": {"dispatch", "info", "ops", "nn", "optim", "integrations", "models"},
 }
 # dispatch.INTERPRETED is a constant, read once from the environment, which only dispatch reads.
 # backends/_dropout.py is one number, of which definition and kernels must not have two, and

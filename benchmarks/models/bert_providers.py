@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import slimkernels
 from slimkernels.data.batch import Batch
 from slimkernels.models.bert import BertForPreTraining
-from slimkernels.models.convert import bert_from_hugging_face, config_from_hugging_face
+from slimkernels.models.convert_bert import bert_from_hugging_face, config_from_hugging_face
 from slimkernels.testing import assert_no_worse
 from slimkernels.training.loop import ragged_losses
 from slimkernels.training.speed import padded_losses

@@ -4,10 +4,10 @@
 //          the columns' bias is loaded once, and backward keeps their dbias in registers. Without a
 //          bias the tensor is cut anywhere, into rows as long as all threads side by side.
 // Traffic  Forward reads and writes each element once, backward reads two and writes one; the
-//          slope is computed anew. Partials of dbias add 2 * shares * N float32: no atomics, the
+//          slope is computed anew. Partials of dbias add 2 * parts * N float32: no atomics, the
 //          same sum on every run.
 // Numerics x + bias is float32; curves.cuh has the functions.
-// Launch   grid = (columns of blocks, shares of the rows), block = (1 to 256, 256 / that).
+// Launch   grid = (columns of blocks, parts of the rows), block = (1 to 256, 256 / that).
 #pragma once
 #include <algorithm>
 
@@ -146,9 +146,9 @@ void launch_activation_forward(const T* x, T* y, const Tile& tile, Stream stream
 
 template <typename T, int kVec, typename Stream>
 void launch_activation_backward(const T* dy, const T* x, T* dx, float* partials, const Tile& tile,
-                                int64_t shares, Stream stream) {
+                                int64_t parts, Stream stream) {
   TileLaunch launch(tile, kVec, 1);
-  launch.grid.y = unsigned(shares);
+  launch.grid.y = unsigned(parts);
   LAUNCH((activation_backward_kernel<T, kVec>), launch.grid, launch.block, stream, dy, x, dx,
          partials, launch.tile);
 }
@@ -178,14 +178,14 @@ void activation_forward_rows(const T* x, T* y, const Tile& tile, Stream stream) 
 
 template <typename T, typename Stream>
 void activation_backward_rows(const T* dy, const T* x, T* dx, float* partials, const Tile& tile,
-                              int64_t shares, Stream stream) {
+                              int64_t parts, Stream stream) {
   by_alignment<T>(
       tile,
       [&](Tile t) {
-        launch_activation_backward<T, kFullVec<T>>(dy, x, dx, partials, t, shares, stream);
+        launch_activation_backward<T, kFullVec<T>>(dy, x, dx, partials, t, parts, stream);
       },
       [&](int64_t start, Tile t) {
-        launch_activation_backward<T, 1>(dy + start, x + start, dx + start, partials, t, shares,
+        launch_activation_backward<T, 1>(dy + start, x + start, dx + start, partials, t, parts,
                                          stream);
       },
       dy, x, dx);

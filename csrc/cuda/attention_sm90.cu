@@ -29,13 +29,18 @@ template <typename Tile>
 void launch_forward(Tile, const Heads& q, const Heads& k, const Heads& v,
                     AttentionArguments arguments, int device, void* stream) {
   using T = typename Tile::T;
-  const AttentionShape& shape = arguments.shape;
-  const int blocks = smaller(query_tiles(shape, Tile::kM) * shape.heads, multiprocessors(device));
+  const int packed = packed_heads(arguments.shape, Tile::kM), tokens = Tile::kM / packed;
+  const AttentionShape shape = packed_call(arguments.shape, packed);
+  const int blocks = smaller(query_tiles(shape, tokens) * shape.heads, multiprocessors(device));
   const int64_t bytes_of_head = 2 * sizeof(T) * Tile::kWidth * k.tokens;
+  arguments.shape = shape;
   arguments.schedule = {blocks, section_of(shape, blocks, bytes_of_head, kL2Bytes)};
+  arguments.packed = packed;
+  arguments.tokens = tokens;
   LAUNCH_CLUSTER(attention_sm90_forward_kernel<Tile>, dim3(blocks), dim3(Tile::kThreads), 1,
-                 kAttentionSharedBytes<Tile>, (cudaStream_t)stream, head_map<T>(q, Tile::kM),
-                 head_map<T>(k, Tile::kN), head_map<T>(v, Tile::kN), arguments);
+                 kAttentionSharedBytes<Tile>, (cudaStream_t)stream,
+                 packed_map<T>(q, packed, tokens), head_map<T>(k, Tile::kN),
+                 head_map<T>(v, Tile::kN), arguments);
 }
 
 }  // namespace

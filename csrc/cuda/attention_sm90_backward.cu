@@ -21,18 +21,19 @@ void launch_delta(const AttentionRows& x, cudaStream_t stream) {
          stream, x);
 }
 
-// `shape` may be a mirrored one, each of whose key heads reads `bytes_of_head`.
+// `shape` may be a mirrored one, each of whose key heads reads `bytes_of_head`. M, N: queries and
+// keys of a tile.
 template <typename Tile, typename Kernel>
-void launch_walk(Tile, Kernel kernel, const AttentionShape& shape, int rows, int64_t bytes_of_head,
-                 int shared_bytes, const Operands& x, AttentionBackwardArguments arguments,
-                 int device, cudaStream_t stream) {
+void launch_walk(Tile, Kernel kernel, const AttentionShape& shape, int64_t bytes_of_head, int M,
+                 int N, const Operands& x, AttentionBackwardArguments arguments, int device,
+                 cudaStream_t stream) {
   using T = typename Tile::T;
-  const int works = query_tiles(shape, rows) * shape.heads;
+  const int works = query_tiles(shape, Tile::kOwn) * shape.heads;
   const int blocks = smaller(works, multiprocessors(device));
   arguments.section = section_of(shape, blocks, bytes_of_head, kL2Bytes);
-  LAUNCH_CLUSTER(kernel, dim3(works), dim3(Tile::kThreads), 1, shared_bytes, stream,
-                 head_map<T>(x.q, Tile::kM), head_map<T>(x.k, Tile::kN), head_map<T>(x.v, Tile::kN),
-                 head_map<T>(x.dy, Tile::kM), arguments);
+  LAUNCH_CLUSTER(kernel, dim3(works), dim3(Tile::kThreads), 1, WalkShared<Tile>::kBytes, stream,
+                 head_map<T>(x.q, M), head_map<T>(x.k, N), head_map<T>(x.v, N),
+                 head_map<T>(x.dy, M), arguments);
 }
 
 template <typename T, int kD>
@@ -43,13 +44,12 @@ void launch_walks(const Operands& x, const AttentionBackwardArguments& arguments
   const AttentionShape& shape = arguments.shape;
   const int64_t bytes_of_token = 2 * sizeof(T) * kD;  // of k and v, or of q and dy
   if (arguments.dk != nullptr)
-    launch_walk(Keys{}, attention_sm90_dkdv_kernel<Keys>, mirrored(shape), Keys::kN,
-                bytes_of_token * x.q.tokens * shape.group, kKeyGradientSharedBytes<Keys>, x,
-                arguments, device, stream);
-  if (arguments.dq != nullptr)
-    launch_walk(Queries{}, attention_sm90_dq_kernel<Queries>, shape, Queries::kM,
-                bytes_of_token * x.k.tokens, kQueryGradientSharedBytes<Queries>, x, arguments,
+    launch_walk(Keys{}, attention_sm90_dkdv_kernel<Keys>, mirrored(shape),
+                bytes_of_token * x.q.tokens * shape.group, Keys::kWalked, Keys::kOwn, x, arguments,
                 device, stream);
+  if (arguments.dq != nullptr)
+    launch_walk(Queries{}, attention_sm90_dq_kernel<Queries>, shape, bytes_of_token * x.k.tokens,
+                Queries::kOwn, Queries::kWalked, x, arguments, device, stream);
 }
 
 template <typename T>
@@ -58,8 +58,10 @@ void launch_backward(const AttentionRows& rows, const Operands& x,
   launch_delta<T>(rows, stream);
   if (x.width() <= 64)
     launch_walks<T, 64>(x, arguments, device, stream);
-  else
+  else if (x.width() <= 128)
     launch_walks<T, 128>(x, arguments, device, stream);
+  else
+    launch_walks<T, 256>(x, arguments, device, stream);
 }
 
 }  // namespace

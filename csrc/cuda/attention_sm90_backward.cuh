@@ -5,32 +5,35 @@
 //
 // softcap's slope multiplies dS on its way to dq and dk.
 //
-// Tiling   Three launches. attention_delta_kernel: 8 or 16 lanes a row. dk, dv
+// Tiling   Three launches. attention_delta_kernel: 8 to 32 lanes a row. dk, dv
 //          (attention_sm90_backward_keys.cuh): a block has a tile of keys of one key head and walks
 //          the queries of every head that reads it. dq (attention_sm90_backward_queries.cuh): a
 //          block has a tile of queries and walks the keys. In both a producer warp loads the tiles
 //          that are walked through a ring of stages, by TMA, and each of two consumer warpgroups
-//          has 64 rows of the block's tile. Scores and dP come with the rows of the result as rows
+//          has 64 rows of the block's tile; of keys 256 wide both have the same 64, and one makes
+//          their dk, the other their dv. Scores and dP come with the rows of the result as rows
 //          (transposed for dk and dv), so that P and dS stay in the registers that their next
 //          product reads: nothing but loads goes through shared memory.
 // Writers  Every result has one, so there are no atomics, no sums in memory and no waiting for
 //          other blocks, and bits are the same on every run; for that the two walks take 7 products
-//          a pair of tiles. One walk takes 5, but must write dS to shared memory and add dq up in
-//          global memory, in float32 and in a fixed order: blocks wait for one another, by rules
-//          that a test on a CPU cannot try. docs/attention.md has what that costs and saves.
+//          a pair of tiles, or 8 of heads 256 wide. One walk takes 5, but must write dS to shared
+//          memory and add dq up in global memory, in float32 and in a fixed order: blocks wait for
+//          one another, by rules that a test on a CPU cannot try. docs/attention.md has what that
+//          costs and saves.
 // Traffic  dk, dv: k, v once, q and dy once a tile of keys. dq: q, dy once, k and v once a tile of
-//          queries. Both mostly from L2. The roof is the tensor cores: 14 * D operations a score.
+//          queries. Both mostly from L2. The roof is the tensor cores: 14 or 16 * D operations
+//          a score.
 // Numerics P comes from lse, in base 2 and rounded to float32, and delta from y as it was rounded:
 //          below the roundings of P and dS to the operands' dtype. All sums are float32.
-// Masks    As the forward's (attention_tiles.cuh): only tiles at an edge compare. A query that sees
-//          nothing or is past the end has an lse of +inf here, so that its P is 0. What follows the
+// Masks    As the forward's (attention_tiles.cuh): only tiles at an edge compare, and P of what is
+//          hidden becomes 0. A query that sees nothing has an lse of +inf here. What follows the
 //          last query or key of the tiles that are walked, and belongs to another sequence, is
 //          overwritten with zeros.
 // Launch   One tile a block, the heaviest first: what a block waits for at its start is small
 //          beside a tile, and the hardware gives the next one to whoever is free. 384 threads, 83
-//          to 209 KiB of dynamic shared memory. sm_90a only.
+//          to 225 KiB of dynamic shared memory. sm_90a only.
 #pragma once
-#include "attention_sm90.cuh"
+#include "attention_sm90_parts.cuh"
 
 namespace slimkernels {
 
@@ -57,10 +60,14 @@ struct AttentionRows {
   bool is_ragged;
 };
 
+// Any whole number of warps would do: the kernel waits for memory, and eight warps a block let a
+// multiprocessor fill itself with few blocks.
 constexpr int kDeltaThreads = 256;
 
 // Lanes of 16 bytes each that share a row.
-__host__ __device__ inline int delta_lanes(int width) { return width <= 64 ? 8 : 16; }
+__host__ __device__ inline int delta_lanes(int width) {
+  return width <= 64 ? 8 : width <= 128 ? 16 : 32;
+}
 
 template <typename T>
 __global__ void __launch_bounds__(kDeltaThreads) attention_delta_kernel(AttentionRows x) {
@@ -107,103 +114,170 @@ struct OfRows {
   __device__ float2 operator()(int word) const { return {rows[word % 2], rows[word % 2]}; }
 };
 
-// Products become P, which `keep` is shown by the word, and then P times softcap's slope. A product
-// of -inf is hidden.
 template <int kCount, typename Statistic, typename Keep>
-__device__ void weigh(float (&s)[kCount], float scale, float softcap, const Statistic& lse,
-                      const Keep& keep) {
-  if (softcap > 0) {
-    const float inner = scale / softcap, outer = softcap * kLog2E;
+__device__ void weigh_capped(float (&s)[kCount], float scale, float softcap, const Statistic& lse,
+                             const Keep& keep) {
+  const float inner = scale / softcap, outer = softcap * kLog2E;
+  int bits;
+  memcpy(&bits, &softcap, sizeof bits);
+  bool is_capped = true;
 #pragma unroll
-    for (int word = 0; word < kCount / 2; ++word) {
-      const float2 known = lse(word);
-      float p[2];
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        float& x = s[2 * word + e];
-        const float t = tanh_of(x * inner);
-        p[e] = exp2_approximate(fmaf(t, outer, -(e ? known.y : known.x)));
-        if (x == -INFINITY) p[e] = 0.f;
-        // Cancels where t is almost 1, by 1e-3 at 0.9999; a slope of its own does not fit in dq's
-        // registers.
-        x = p[e] * fmaf(-t, t, 1.f);
-      }
-      keep(word, p[0], p[1]);
+  for (int word = 0; word < kCount / 2; ++word) {
+    // Four words a branch that is always taken, as the compiler does not know: side by side, as
+    // ptxas would have them, all words need more registers than there are.
+    if (word % 4 == 0) {
+      asm volatile("" : "+r"(bits));
+      is_capped = bits > 0;
     }
-  } else {
-    const float factor = scale * kLog2E;
+    if (!is_capped) continue;
+    const float2 known = lse(word);
+    float p[2];
 #pragma unroll
-    for (int word = 0; word < kCount / 2; ++word) {
-      const float2 known = lse(word);
-      float &low = s[2 * word], &high = s[2 * word + 1];
-      low = exp2_approximate(fmaf(low, factor, -known.x));
-      high = exp2_approximate(fmaf(high, factor, -known.y));
-      keep(word, low, high);
+    for (int e = 0; e < 2; ++e) {
+      float& x = s[2 * word + e];
+      const float capped = x * inner, gap = tanh_gap(capped);
+      p[e] = exp2_approximate(fmaf(tanh_of(capped, gap), outer, -(e ? known.y : known.x)));
+      x = p[e] * fmaf(-gap, gap, 2.f * gap);  // 1 - tanh^2 would cancel where tanh is almost 1
     }
+    keep(word, p[0], p[1]);
   }
 }
 
-// dS, rounded: an A operand of the next product.
+// Products become P, which `keep` is shown by the word, and then P times softcap's slope; P of what
+// is hidden is set to 0 after.
+template <int kCount, typename Statistic, typename Keep>
+__device__ void weigh(float (&s)[kCount], float scale, float softcap, const Statistic& lse,
+                      const Keep& keep) {
+  if (softcap > 0) return weigh_capped(s, scale, softcap, lse, keep);
+  const float factor = scale * kLog2E;
+#pragma unroll
+  for (int word = 0; word < kCount / 2; ++word) {
+    const float2 known = lse(word);
+    float &low = s[2 * word], &high = s[2 * word + 1];
+    low = exp2_approximate(fmaf(low, factor, -known.x));
+    high = exp2_approximate(fmaf(high, factor, -known.y));
+    keep(word, low, high);
+  }
+}
+
+// dS, rounded: an A operand of the next product. `weights`: what weigh() left.
 template <typename T, int kCount, typename Statistic>
-__device__ void dscores(uint32_t (&ds)[kCount / 8][4], const float (&p)[kCount],
+__device__ void dscores(uint32_t (&ds)[kCount / 8][4], const float (&weights)[kCount],
                         const float (&dp)[kCount], const Statistic& delta) {
 #pragma unroll
   for (int word = 0; word < kCount / 2; ++word) {
     const float2 known = delta(word);
     const int i = 2 * word;
     ds[word / 4][word % 4] =
-        pack_pair<T>(p[i] * (dp[i] - known.x), p[i + 1] * (dp[i + 1] - known.y));
+        narrow_pair(weights[i] * (dp[i] - known.x), weights[i + 1] * (dp[i + 1] - known.y), T{});
   }
 }
 
-// This thread's first row of its warpgroup's 64, the other being 8 below; and its first column.
-__device__ inline int first_row() {
-  return threadIdx.x % kWarpGroup / 32 * 16 + threadIdx.x % 32 / 4;
-}
-__device__ inline int first_column() { return threadIdx.x % 4 * 2; }
-
-// Hides what this thread's rows, from `row` on in `place`, do not see of column tile `tile`.
-template <int kCount>
-__device__ void hide_edge(float (&s)[kCount], const AttentionShape& shape,
-                          const SequencePlace& place, int row, int tile, int columns) {
-  KeyRange seen[2];
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    seen[r] = keys_of_query(shape, place, row + 8 * r);
-    seen[r].first -= tile * columns + first_column();
-    seen[r].end -= tile * columns + first_column();
-  }
-  hide_scores(s, seen);
-}
-
-// Both operands in shared memory, kWidth columns each: d = a[row ...] @ b^T.
-template <typename T, int kWidth, int kCount>
-__device__ void issue_transposed(float (&d)[kCount], uint32_t a, int a_rows, int row, uint32_t b) {
-#pragma unroll
-  for (int k = 0; k < kWidth; k += 16)
-    wgmma<T, kK, kK>(d, operand_k(a, a_rows, row, k), operand_k(b, 2 * kCount, 0, k), k > 0);
-  wgmma_commit();
-}
-
-// d += a @ b, b's rows one for each column of a.
+// d += a @ b, beside products that are under way.
 template <typename T, int kCount, int kSteps>
-__device__ void issue_added(float (&d)[kCount], uint32_t (&a)[kSteps][4], uint32_t b) {
+__device__ void issue_gradient(float (&d)[kCount], uint32_t (&a)[kSteps][4], uint32_t b) {
   fence_registers(a);  // else ptxas fences again between the steps, to pack there: C7519
   wgmma_fence();
-#pragma unroll
-  for (int step = 0; step < kSteps; ++step)
-    wgmma<T, kMN>(d, a[step], operand_mn(b, 16 * kSteps, 0, 16 * step), true);
-  wgmma_commit();
+  issue_added<T>(d, a, b);
 }
 
-// Where row `token` of `head` begins, of `width` columns.
-template <typename T>
-__device__ T* row_of(void* start, const AttentionShape& shape, int batch, int head, int64_t token,
-                     int width) {
-  const bool is_ragged = shape.cu_seqlens_q != nullptr;
-  const int64_t plane = int64_t(batch) * shape.heads + head;
-  return static_cast<T*>(start) +
-         (is_ragged ? token * shape.heads + head : plane * shape.Tq + token) * width;
+// A walk. A block has its own rows of two tensors and walks tiles of the other two, through a ring:
+// k and v against q and dy, or the other way round. Of its own rows' gradients nothing leaves the
+// registers before the end.
+
+template <typename Tile>
+struct WalkBarriers {
+  Mbarrier own, tail;
+  RingBarriers<Tile::kStages> ring;
+
+  __device__ void init() {
+    mbarrier_init(&own, 1);
+    mbarrier_init(&tail, 1);
+    ring.init(Tile::kFillers, 4 * Tile::kGroups);
+  }
+};
+
+// A block's shared memory: its rows, the stages, kStatistics float32 a walked row, the barriers.
+template <typename Tile>
+struct WalkShared {
+  static constexpr int kOwnBytes = tile_bytes(Tile::kOwn, Tile::kWidth);
+  static constexpr int kWalkedBytes = tile_bytes(Tile::kWalked, Tile::kWidth);
+  static constexpr int kStatisticsAt = 2 * kOwnBytes + 2 * Tile::kStages * kWalkedBytes;
+  static constexpr int kBarriersAt =
+      kStatisticsAt + Tile::kStatistics * Tile::kStages * Tile::kWalked * 4;
+  static constexpr int kBytes = kPanelAlignment + kBarriersAt + int(sizeof(WalkBarriers<Tile>));
+
+  unsigned char* start = aligned_shared();
+
+  __device__ unsigned char* own(int which) const { return start + which * kOwnBytes; }
+  __device__ unsigned char* walked(int which, int stage) const {
+    return start + 2 * kOwnBytes + (which * Tile::kStages + stage) * kWalkedBytes;
+  }
+  __device__ float* statistic(int which, int stage) const {
+    return reinterpret_cast<float*>(start + kStatisticsAt) +
+           (which * Tile::kStages + stage) * Tile::kWalked;
+  }
+  __device__ WalkBarriers<Tile>& barriers() const {
+    return *reinterpret_cast<WalkBarriers<Tile>*>(start + kBarriersAt);
+  }
+};
+
+// Where rows begin in a tensor.
+struct RowsAt {
+  int token, head, batch;
+};
+
+// One warp's.
+template <typename Tile>
+struct WalkProducer {
+  WalkShared<Tile> shared;
+  const TensorMap *own[2], *walked[2];
+  RingPlace place;
+  Tail tail;
+
+  __device__ void load_own(const RowsAt& at) {
+    if (!is_first_lane()) return;
+    Mbarrier* const landed = &shared.barriers().own;
+    mbarrier_arrive_expect(landed, 2 * shared.kOwnBytes);
+#pragma unroll
+    for (int which = 0; which < 2; ++which)
+      load_panels<Tile::kWidth>(shared.own(which), own[which], landed, Tile::kOwn, at.token,
+                                at.head, at.batch);
+  }
+
+  // Into the ring's next stage; then finish_walked().
+  __device__ void load_walked(const RowsAt& at, bool is_cut) {
+    if (!is_first_lane()) return;
+    WalkBarriers<Tile>& barriers = shared.barriers();
+    const int stage = place.stage(Tile::kStages);
+    Mbarrier* const landed = is_cut ? &barriers.tail : &barriers.ring.full[stage];
+    barriers.ring.wait_empty(place);
+    mbarrier_arrive_expect(landed, 2 * shared.kWalkedBytes);
+#pragma unroll
+    for (int which = 0; which < 2; ++which)
+      load_panels<Tile::kWidth>(shared.walked(which, stage), walked[which], landed, Tile::kWalked,
+                                at.token, at.head, at.batch);
+  }
+
+  // Behind a cut tile's `present` rows are another sequence's.
+  __device__ void finish_walked(bool is_cut, int present) {
+    const int stage = place.stage(Tile::kStages);
+    if (is_cut)
+      tail.clear<Tile::kWalked, Tile::kWidth>(&shared.barriers().tail,
+                                              &shared.barriers().ring.full[stage], present,
+                                              shared.walked(0, stage), shared.walked(1, stage));
+    ++place.passed;
+  }
+};
+
+// What consumers of both walks issue: the products of their rows, from `row` of the block's on,
+// with a stage's.
+template <typename Tile, int kCount>
+__device__ void issue_own(float (&d)[kCount], const WalkShared<Tile>& shared, int which, int row,
+                          int stage) {
+  issue_transposed<typename Tile::T, Tile::kWidth>(d, shared_address(shared.own(which)), Tile::kOwn,
+                                                   row,
+                                                   shared_address(shared.walked(which, stage)));
 }
 
 }  // namespace slimkernels

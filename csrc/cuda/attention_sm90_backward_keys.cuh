@@ -8,47 +8,17 @@ struct KeyGradientTile {
   using T = Element;
   static constexpr int kWidth = kD;
   static constexpr int kGroups = 2;
-  static constexpr int kN = 64 * kGroups;  // keys
-  static constexpr int kM = 64;            // queries
-  static constexpr int kStages = 3;
+  // dk and dv of 64 keys 256 wide fill a thread's registers: there one group has dk, the other dv.
+  static constexpr bool kIsSplit = kD == 256;
+  static constexpr int kOwn = kIsSplit ? 64 : 64 * kGroups;  // keys
+  static constexpr int kWalked = 64;                         // queries
+  static constexpr int kStages = kIsSplit ? 2 : 3;
+  static constexpr int kStatistics = 2;  // lse and delta
+  static constexpr int kFillers = 2;     // of a stage: loads, and the producer's rows
   static constexpr int kThreads = kWarpGroup * (kGroups + 1);
   // Of the 168 a thread that 384 threads start with.
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
   static_assert(fits_registers(kGroups, kProducerRegisters, kConsumerRegisters));
-
-  static constexpr int kKeyBytes = tile_bytes(kN, kD);
-  static constexpr int kQueryBytes = tile_bytes(kM, kD);
-  static constexpr int kRowsAt = 2 * kKeyBytes + 2 * kStages * kQueryBytes;
-  static constexpr int kBarriersAt = kRowsAt + 2 * kStages * kM * 4;
-};
-
-template <typename Tile>
-struct KeyGradientBarriers {
-  Mbarrier keys, tail;
-  Mbarrier full[Tile::kStages], empty[Tile::kStages];
-};
-
-template <typename Tile>
-constexpr int kKeyGradientSharedBytes =
-    kPanelAlignment + Tile::kBarriersAt + int(sizeof(KeyGradientBarriers<Tile>));
-
-template <typename Tile>
-struct KeyGradientShared {
-  unsigned char* start = aligned_shared();
-
-  __device__ unsigned char* k() const { return start; }
-  __device__ unsigned char* v() const { return start + Tile::kKeyBytes; }
-  __device__ unsigned char* q(int stage) const {
-    return start + 2 * Tile::kKeyBytes + stage * Tile::kQueryBytes;
-  }
-  __device__ unsigned char* dy(int stage) const { return q(Tile::kStages + stage); }
-  __device__ float* lse(int stage) const {
-    return reinterpret_cast<float*>(start + Tile::kRowsAt) + stage * Tile::kM;
-  }
-  __device__ float* delta(int stage) const { return lse(Tile::kStages + stage); }
-  __device__ KeyGradientBarriers<Tile>& barriers() const {
-    return *reinterpret_cast<KeyGradientBarriers<Tile>*>(start + Tile::kBarriersAt);
-  }
 };
 
 // A tile of keys: all is of the mirrored call, but for `seen`.
@@ -64,14 +34,14 @@ template <typename Tile>
 __device__ KeyGradientWork key_gradient_work(const AttentionBackwardArguments& arguments) {
   KeyGradientWork work;
   const AttentionShape shape = mirrored(arguments.shape);
-  work.tile = listed_tile(shape, arguments.section, blockIdx.x, Tile::kN);
+  work.tile = listed_tile(shape, arguments.section, blockIdx.x, Tile::kOwn);
   work.place = mirrored_place(arguments.shape, work.tile.sequence);
-  work.count = smaller(work.place.q_count - work.tile.first, Tile::kN);
+  work.count = smaller(work.place.q_count - work.tile.first, Tile::kOwn);
   const int all_seen = place_of(arguments.shape, work.tile.sequence).k_seen;
   work.seen = smaller(all_seen - work.tile.first, work.count);
   work.queries = {0, 0};
   if (work.seen > 0)
-    work.queries = key_tiles(shape, work.place, work.tile.first, work.seen, Tile::kM);
+    work.queries = key_tiles(shape, work.place, work.tile.first, work.seen, Tile::kWalked);
   return work;
 }
 
@@ -79,79 +49,52 @@ __device__ KeyGradientWork key_gradient_work(const AttentionBackwardArguments& a
 template <typename Tile>
 struct KeyGradientProducer {
   const AttentionBackwardArguments& arguments;
-  const TensorMap *q_map, *k_map, *v_map, *dy_map;
-  KeyGradientShared<Tile> shared;
-  RingPlace ring;
-  uint32_t tail_parity = 0;
+  WalkProducer<Tile> producer;
 
-  __device__ bool is_first_lane() const { return threadIdx.x % 32 == 0; }
+  static constexpr int kRows = Tile::kWalked / 32;  // a lane's
 
-  __device__ void load_keys(const KeyGradientWork& work) {
-    if (!is_first_lane()) return;
-    Mbarrier* const landed = &shared.barriers().keys;
-    const int token = work.place.q_begin + work.tile.first;
-    mbarrier_arrive_expect(landed, 2 * Tile::kKeyBytes);
-    load_panels<Tile>(shared.k(), k_map, landed, Tile::kN, token, work.tile.head, work.place.batch);
-    load_panels<Tile>(shared.v(), v_map, landed, Tile::kN, token, work.tile.head, work.place.batch);
-  }
-
-  static constexpr int kRows = Tile::kM / 32;  // a lane's
-
-  // Of the tile's queries; the absent ones have no P.
-  __device__ void read_rows(float (&lse)[kRows], float (&delta)[kRows], const KeyGradientWork& work,
-                            int head, int tile) {
+  // lse and delta of the tile's queries; those of absent ones, which are hidden, must be finite.
+  __device__ void copy_rows(const KeyGradientWork& work, int head, int tile, int stage) {
     const SequencePlace& place = work.place;
-    const int64_t plane = int64_t(place.batch) * arguments.shape.heads + head;
-    const int first = tile * Tile::kM + threadIdx.x % 32;
-    const int64_t at = plane * arguments.shape.Tq + place.k_begin + first;
+    const int first = tile * Tile::kWalked + threadIdx.x % 32;
+    // In 32 bits, as there are at most 2^29: a register less.
+    const int plane = place.batch * arguments.shape.heads + head;
+    const int at = plane * arguments.shape.Tq + place.k_begin + first;
+    float lse[kRows], delta[kRows];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const bool is_present = first + 32 * i < place.k_seen;
-      lse[i] = is_present ? arguments.lse[at + 32 * i] : INFINITY;
+      lse[i] = is_present ? arguments.lse[at + 32 * i] : 0.f;
       delta[i] = is_present ? arguments.delta[at + 32 * i] : 0.f;
+    }
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      producer.shared.statistic(0, stage)[threadIdx.x % 32 + 32 * i] = lse[i];
+      producer.shared.statistic(1, stage)[threadIdx.x % 32 + 32 * i] = delta[i];
     }
   }
 
   // Two arrivals: that of the tiles, and that of the rows, which all lanes have stored by then.
   __device__ void load_queries(const KeyGradientWork& work, int head, int tile) {
-    KeyGradientBarriers<Tile>& barriers = shared.barriers();
-    const int stage = ring.stage(Tile::kStages);
-    float lse[kRows], delta[kRows];
-    read_rows(lse, delta, work, head, tile);  // they come while this waits for a stage
-    mbarrier_wait(&barriers.empty[stage], ring.parity(Tile::kStages) ^ 1);
-    const bool is_cut = has_foreign_tail(mirrored(arguments.shape), work.place, tile, Tile::kM);
-    Mbarrier* const landed = is_cut ? &barriers.tail : &barriers.full[stage];
-    if (is_first_lane()) {
-      const int token = work.place.k_begin + tile * Tile::kM, batch = work.place.batch;
-      mbarrier_arrive_expect(landed, 2 * Tile::kQueryBytes);
-      load_panels<Tile>(shared.q(stage), q_map, landed, Tile::kM, token, head, batch);
-      load_panels<Tile>(shared.dy(stage), dy_map, landed, Tile::kM, token, head, batch);
-    }
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      shared.lse(stage)[threadIdx.x % 32 + 32 * i] = lse[i];
-      shared.delta(stage)[threadIdx.x % 32 + 32 * i] = delta[i];
-    }
+    const int stage = producer.place.stage(Tile::kStages);
+    const int first = tile * Tile::kWalked;
+    const bool is_cut =
+        has_foreign_tail(mirrored(arguments.shape), work.place, tile, Tile::kWalked);
+    producer.load_walked({work.place.k_begin + first, head, work.place.batch}, is_cut);
+    __syncwarp();  // the stage is empty, as the first lane knows
+    copy_rows(work, head, tile, stage);
     __syncwarp();
-    if (is_cut) {
-      mbarrier_wait(&barriers.tail, tail_parity);
-      tail_parity ^= 1;
-      const int present = work.place.k_seen - tile * Tile::kM;
-      clear_rows<Tile::kM, Tile::kWidth>(shared.q(stage), present);
-      clear_rows<Tile::kM, Tile::kWidth>(shared.dy(stage), present);
-      if (is_first_lane()) mbarrier_arrive(&barriers.full[stage]);
-    }
-    if (is_first_lane()) mbarrier_arrive(&barriers.full[stage]);
-    ++ring.passed;
+    producer.finish_walked(is_cut, work.place.k_seen - first);
+    if (is_first_lane()) mbarrier_arrive(&producer.shared.barriers().ring.full[stage]);
   }
 
   __device__ void operator()(const KeyGradientWork& work) {
     if (work.queries.begin == work.queries.end) return;
-    load_keys(work);
-    const int group = arguments.shape.group;
-    for (int member = 0; member < group; ++member)
+    producer.load_own({work.place.q_begin + work.tile.first, work.tile.head, work.place.batch});
+    const int first = work.tile.head * arguments.shape.group;
+    for (int head = first; head < first + arguments.shape.group; ++head)
       for (int tile = work.queries.begin; tile < work.queries.end; ++tile)
-        load_queries(work, work.tile.head * group + member, tile);
+        load_queries(work, head, tile);
   }
 };
 
@@ -159,65 +102,74 @@ struct KeyGradientProducer {
 template <typename Tile>
 struct KeyGradientConsumer {
   using T = typename Tile::T;
-  static constexpr int kScores = Tile::kM / 2, kOutputs = Tile::kWidth / 2;  // a thread's
-  static constexpr int kSteps = Tile::kM / 16;
+  static constexpr int kScores = Tile::kWalked / 2, kOutputs = Tile::kWidth / 2;  // a thread's
+  static constexpr int kSteps = Tile::kWalked / 16;
 
   const AttentionBackwardArguments& arguments;
   int group;  // among the consumers
-  KeyGradientShared<Tile> shared;
-  RingPlace ring;
+  WalkShared<Tile> shared;
+  RingPlace place;
+
+  // Of its keys, in the tile.
+  __device__ int own_row() const { return Tile::kIsSplit ? 0 : group * 64; }
 
   __device__ void free_stage(int stage) {
     __syncwarp();  // all lanes have read the stage's lse and delta, which no wgmma waits for
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(&shared.barriers().empty[stage]);
+    release(&shared.barriers().ring.empty[stage]);
   }
 
-  __device__ void issue_scores(float (&s)[kScores], float (&dp)[kScores], int stage) {
-    const int row = group * 64;
-    issue_transposed<T, Tile::kWidth>(s, shared_address(shared.k()), Tile::kN, row,
-                                      shared_address(shared.q(stage)));
-    issue_transposed<T, Tile::kWidth>(dp, shared_address(shared.v()), Tile::kN, row,
-                                      shared_address(shared.dy(stage)));
+  // Of this thread's first column of the stage's queries.
+  __device__ OfColumns statistic(int which, int stage) const {
+    return {shared.statistic(which, stage) + first_column()};
   }
 
-  // From products to P times the slope, and P as an operand.
+  // From products to P times the slope, and to P as an operand.
   __device__ void probabilities(float (&s)[kScores], uint32_t (&p)[kSteps][4],
                                 const KeyGradientWork& work, int stage, int tile) {
     const AttentionShape shape = mirrored(arguments.shape);
-    const int first = work.tile.first + group * 64;
-    if (is_edge(shape, work.place, first, 64, tile, Tile::kM))
-      hide_edge(s, shape, work.place, first + first_row(), tile, Tile::kM);
-    weigh(
-        s, arguments.scale, arguments.softcap, OfColumns{shared.lse(stage) + first_column()},
-        [&](int word, float low, float high) { p[word / 4][word % 4] = pack_pair<T>(low, high); });
+    weigh(s, arguments.scale, arguments.softcap, statistic(0, stage),
+          [&](int word, float low, float high) {
+            p[word / 4][word % 4] = narrow_pair(low, high, T{});
+          });
+    const int first = work.tile.first + own_row();
+    if (!is_edge(shape, work.place, first, 64, tile, Tile::kWalked)) return;
+    const int keys[2] = {first + first_row(), first + first_row() + 8};
+    each_hidden<kScores>(shape, work.place, keys, tile, [&](int i) {
+      s[i] = 0.f;
+      p[i / 8][i / 2 % 4] &= i % 2 ? 0x0000ffffu : 0xffff0000u;
+    });
   }
 
-  // dp runs under this group's exponentials, dv under its dS. dk is waited for, though the next
-  // scores could be issued behind it: ptxas has no registers for ds beside them (C7512). The other
-  // group's products fill the gap.
+  // dk and dv, or one of them. dp runs under this group's exponentials, dv under its dS. dk is
+  // waited for, though the next scores could be issued behind it: ptxas has no registers for ds
+  // beside them (C7512). The other group's products fill the gap.
+  template <bool kHasDk, bool kHasDv>
   __device__ void walk(float (&dk)[kOutputs], float (&dv)[kOutputs], const KeyGradientWork& work) {
     float s[kScores], dp[kScores];
     uint32_t p[kSteps][4], ds[kSteps][4];
-    mbarrier_wait(&shared.barriers().keys, 0);
+    mbarrier_wait(&shared.barriers().own, 0);
     const int tiles = work.queries.end - work.queries.begin;
     int tile = work.queries.begin;
     for (int left = tiles * arguments.shape.group; left > 0; --left) {
-      const int stage = ring.stage(Tile::kStages);
-      mbarrier_wait(&shared.barriers().full[stage], ring.parity(Tile::kStages));
-      ++ring.passed;
+      const int stage = place.stage(Tile::kStages);
+      shared.barriers().ring.wait_full(place);
+      ++place.passed;
       wgmma_fence();
-      issue_scores(s, dp, stage);
-      wgmma_wait<1>();
+      issue_own(s, shared, 0, own_row(), stage);
+      if constexpr (kHasDk) issue_own(dp, shared, 1, own_row(), stage);
+      wgmma_wait<kHasDk>();
       fence_registers(s);
       probabilities(s, p, work, stage, tile);
-      issue_added<T>(dv, p, shared_address(shared.dy(stage)));
-      wgmma_wait<1>();
-      fence_registers(dp);
-      dscores<T>(ds, s, dp, OfColumns{shared.delta(stage) + first_column()});
-      issue_added<T>(dk, ds, shared_address(shared.q(stage)));
+      if constexpr (kHasDv) issue_gradient<T>(dv, p, shared_address(shared.walked(1, stage)));
+      if constexpr (kHasDk) {
+        wgmma_wait<kHasDv>();
+        fence_registers(dp);
+        dscores<T>(ds, s, dp, statistic(1, stage));
+        issue_gradient<T>(dk, ds, shared_address(shared.walked(0, stage)));
+      }
       wgmma_wait<0>();
       fence_registers(dk);
-      fence_registers(dv);
+      if constexpr (kHasDk && kHasDv) fence_registers(dv);
       fence_registers(p);
       fence_registers(ds);
       free_stage(stage);
@@ -225,42 +177,49 @@ struct KeyGradientConsumer {
     }
   }
 
-  __device__ void store(float (&dk)[kOutputs], float (&dv)[kOutputs], const KeyGradientWork& work) {
+  __device__ void store(float (&gradient)[kOutputs], void* start, int width, float factor,
+                        const KeyGradientWork& work) {
+    const AttentionShape shape = mirrored(arguments.shape);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int i = group * 64 + first_row() + 8 * r;
+      const int i = own_row() + first_row() + 8 * r;
       // A key past its length may be NaN; it has no gradient.
 #pragma unroll
       for (int e = 0; e < kOutputs; ++e)
-        if (row_of_element(e) == r && i >= work.seen) dk[e] = dv[e] = 0.f;
-      const int64_t token = work.place.q_begin + work.tile.first + i;
-      const auto row = [&](void* start, int width) {
-        return row_of<T>(start, mirrored(arguments.shape), work.place.batch, work.tile.head, token,
-                         width);
-      };
-      const int width = arguments.width, value_width = arguments.value_width;
-      store_row(row(arguments.dk, width), width, dk, r, arguments.scale, i < work.count);
-      store_row(row(arguments.dv, value_width), value_width, dv, r, 1.f, i < work.count);
+        if (row_of_element(e) == r && i >= work.seen) gradient[e] = 0.f;
+      const int64_t row = row_of(shape, shape.heads, work.place.batch, work.tile.head,
+                                 work.place.q_begin + work.tile.first + i);
+      store_row(static_cast<T*>(start) + row * width, width, gradient, r, factor, i < work.count);
     }
   }
 
+  __device__ void store_dk(float (&dk)[kOutputs], const KeyGradientWork& work) {
+    store(dk, arguments.dk, arguments.width, arguments.scale, work);
+  }
+  __device__ void store_dv(float (&dv)[kOutputs], const KeyGradientWork& work) {
+    store(dv, arguments.dv, arguments.value_width, 1.f, work);
+  }
+
   __device__ void operator()(const KeyGradientWork& work) {
-    float dk[kOutputs] = {}, dv[kOutputs] = {};
-    if (work.queries.begin < work.queries.end) walk(dk, dv, work);
-    store(dk, dv, work);
+    const bool is_seen = work.queries.begin < work.queries.end;
+    float dk[kOutputs] = {};
+    if constexpr (Tile::kIsSplit) {
+      if (group == 0) {
+        if (is_seen) walk<true, false>(dk, dk, work);
+        store_dk(dk, work);
+      } else {
+        float (&dv)[kOutputs] = dk;
+        if (is_seen) walk<false, true>(dv, dv, work);
+        store_dv(dv, work);
+      }
+    } else {
+      float dv[kOutputs] = {};
+      if (is_seen) walk<true, true>(dk, dv, work);
+      store_dk(dk, work);
+      store_dv(dv, work);
+    }
   }
 };
-
-template <typename Tile>
-__device__ void init_key_gradient_barriers(KeyGradientBarriers<Tile>& barriers) {
-  mbarrier_init(&barriers.keys, 1);
-  mbarrier_init(&barriers.tail, 1);
-  for (int stage = 0; stage < Tile::kStages; ++stage) {
-    mbarrier_init(&barriers.full[stage], 2);
-    mbarrier_init(&barriers.empty[stage], 4 * Tile::kGroups);
-  }
-  fence_mbarrier_init();
-}
 
 template <typename Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
@@ -270,22 +229,15 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
                                const __grid_constant__ TensorMap dy_map,
                                const __grid_constant__ AttentionBackwardArguments arguments) {
 #ifdef SLIM_HOPPER
-  const KeyGradientShared<Tile> shared;
-  if (threadIdx.x == 0) {
-    for (const TensorMap* map : {&q_map, &k_map, &v_map, &dy_map}) prefetch_map(map);
-    init_key_gradient_barriers<Tile>(shared.barriers());
-  }
-  __syncthreads();
+  const WalkShared<Tile> shared;
+  set_up(shared.barriers(), q_map, k_map, v_map, dy_map);
   const KeyGradientWork work = key_gradient_work<Tile>(arguments);
   if (work.count <= 0) return;  // a tile that ragged sequences leave over
-  if (threadIdx.x < kWarpGroup) {
-    registers_shrink<Tile::kProducerRegisters>();
-    if (threadIdx.x < 32)
-      KeyGradientProducer<Tile>{arguments, &q_map, &k_map, &v_map, &dy_map, shared}(work);
-  } else {
-    registers_grow<Tile::kConsumerRegisters>();
-    KeyGradientConsumer<Tile>{arguments, int(threadIdx.x / kWarpGroup) - 1, shared}(work);
-  }
+  in_roles<Tile>(
+      [&] {
+        KeyGradientProducer<Tile>{arguments, {shared, {&k_map, &v_map}, {&q_map, &dy_map}}}(work);
+      },
+      [&](int group) { KeyGradientConsumer<Tile>{arguments, group, shared}(work); });
 #else
   __trap();
 #endif

@@ -42,7 +42,7 @@ struct SequencePlace {
   int offset;
 };
 
-// A tile of M queries of one head.
+// A tile of M queries of one head; of packed heads, M tokens of one key head.
 struct QueryTile {
   int sequence, head;
   int first;  // in its sequence
@@ -173,6 +173,33 @@ SLIM_BOTH inline int section_of(const AttentionShape& shape, int blocks, int64_t
   const bool is_shared = int64_t(blocks) * shape.group >= 4 * all;
   if (fit >= all || is_shared) return int(all);
   return int(fit > shape.group ? fit : shape.group);
+}
+
+// Heads that share keys.
+
+// A tile has rows for `packed` heads of each token: 1, or all that read a key head, so that short
+// sequences fill tiles, and their keys are loaded once for all of these heads. All functions here
+// take the packed call, with M for a tile's tokens: M / packed of its rows, the rest being idle.
+SLIM_BOTH inline AttentionShape packed_call(AttentionShape shape, int packed) {
+  shape.heads /= packed;
+  shape.group /= packed;
+  return shape;
+}
+
+// How many heads tiles of `rows` rows pack: all that they can if that makes fewer tiles.
+SLIM_BOTH inline int packed_heads(const AttentionShape& shape, int rows) {
+  if (shape.group > rows) return 1;
+  const AttentionShape packed = packed_call(shape, shape.group);
+  const int tiles = query_tiles(packed, rows / shape.group) * packed.heads;
+  return tiles < query_tiles(shape, rows) * shape.heads ? shape.group : 1;
+}
+
+// The query of a row of a tile, and its head in the call that was not packed.
+struct RowQuery {
+  int token, head;  // token: in its sequence
+};
+SLIM_BOTH inline RowQuery query_of_row(const QueryTile& tile, int packed, int row) {
+  return {tile.first + row / packed, tile.head * packed + row % packed};
 }
 
 // Keys.

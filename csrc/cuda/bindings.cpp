@@ -31,7 +31,7 @@ PYBIND11_MODULE(_cuda, m) {
   using namespace slimkernels;
   m.attr("architectures") = SLIM_CUDA_ARCHITECTURES;  // as TORCH_CUDA_ARCH_LIST names them
   m.def("no_device", &no_device);
-  m.def("activation_shares", &activation_shares);
+  m.def("activation_parts", &activation_parts);
   m.def("norm_programs", &norm_programs);
   bind(m, "activation_forward", &activation_forward);
   bind(m, "activation_backward", &activation_backward);

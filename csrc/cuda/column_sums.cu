@@ -11,7 +11,10 @@
 namespace slimkernels {
 namespace {
 
-constexpr int kColumns = 32, kMaxWarps = 32, kRowsOfWarp = 4;
+constexpr int kColumns = 32, kMaxWarps = 32;
+// A warp's loads of as many rows are on their way together, by the unrolled loop: with fewer, more
+// warps would only meet at the barrier.
+constexpr int kRowsOfWarp = 4;
 
 template <typename T>
 __global__ void __launch_bounds__(kColumns* kMaxWarps)
@@ -21,7 +24,7 @@ __global__ void __launch_bounds__(kColumns* kMaxWarps)
   const int64_t col = int64_t(blockIdx.x) * kColumns + threadIdx.x;
   float sum = 0.f;
   if (col < N) {
-#pragma unroll 4
+#pragma unroll kRowsOfWarp
     for (int64_t row = threadIdx.y; row < P; row += blockDim.y) sum += partials[row * N + col];
   }
   sums_of_warps[threadIdx.y * kColumns + threadIdx.x] = sum;

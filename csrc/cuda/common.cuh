@@ -63,6 +63,19 @@ __device__ inline __nv_bfloat16 narrow<__nv_bfloat16>(float x) {
   return __float2bfloat16(x);
 }
 
+// 2^x in one instruction ("ex2" in the PTX ISA), at most 2 units in the last place off; subnormal
+// results are 0.
+__device__ inline float exp2_approximate(float x) {
+#ifdef __CUDACC__
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  const float y = exp2f(x);
+  return y < 1.17549435e-38f ? 0.f : y;
+#endif
+}
+
 // kVec neighbours: as many as 16 bytes, one instruction, hold where rows are aligned, else one. Of
 // float32 beside a 16-bit type as many take two instructions.
 template <typename T, int kVec>

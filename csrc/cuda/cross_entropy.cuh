@@ -44,7 +44,7 @@ struct Loss {
   }
   // u of neighbouring classes: what smoothing spreads over them.
   template <int kVec>
-  __device__ void load_shares(float (&u)[kVec], int64_t col) const {
+  __device__ void load_uniform(float (&u)[kVec], int64_t col) const {
     if (weight) return load(u, weight + col);
 #pragma unroll
     for (int i = 0; i < kVec; ++i) u[i] = 1.f;
@@ -65,14 +65,14 @@ struct Seen {
   }
 
   template <typename T, int kVec>
-  __device__ void add(const float (&z)[kVec], const Loss& p, int64_t col) {
+  __device__ void add(const float (&z)[kVec], const Loss& call, int64_t col) {
     float max = total.max;
 #pragma unroll
     for (int i = 0; i < kVec; ++i) max = fmaxf(max, z[i]);
-    if (p.smoothing > 0.f) {
+    if (call.smoothing > 0.f) {
       const float shift = max == -INFINITY ? 0.f : max;
       float u[kVec];
-      p.load_shares(u, col);
+      call.load_uniform(u, col);
       spread = spread_below(max);
 #pragma unroll
       for (int i = 0; i < kVec; ++i) {
@@ -117,40 +117,41 @@ struct LossOutputs {
 };
 
 // The loss of a row whose sums are known, and its stats.
-__device__ inline float finish_row(const Loss& p, int64_t row, int64_t label, float logit,
+__device__ inline float finish_row(const Loss& call, int64_t row, int64_t label, float logit,
                                    const Seen& s) {
   // NaN for a row whose logits are all -inf, as in torch, and for a label out of range.
-  const bool has_loss = p.is_valid(label) && s.total.max != -INFINITY;
+  const bool has_loss = call.is_valid(label) && s.total.max != -INFINITY;
   const float log_sum = has_loss ? logf(s.total.sum) : NAN;
   const float lse = s.total.max + log_sum;
-  p.stats[row] = s.total.max;
-  p.stats[p.M + row] = log_sum;
-  p.stats[2 * p.M + row] = s.spread.second;
-  if (!p.is_valid(label)) return NAN;
-  float loss = (1.f - p.smoothing) * (log_sum + (s.total.max - p.capped(logit)));
-  if (p.z_loss > 0.f) loss += p.z_loss * lse * lse;
-  loss *= p.weight_of(label);
-  if (p.smoothing > 0.f) loss += p.smoothing / p.V * (s.spread.second * log_sum + s.spread.first);
+  call.stats[row] = s.total.max;
+  call.stats[call.M + row] = log_sum;
+  call.stats[2 * call.M + row] = s.spread.second;
+  if (!call.is_valid(label)) return NAN;
+  float loss = (1.f - call.smoothing) * (log_sum + (s.total.max - call.capped(logit)));
+  if (call.z_loss > 0.f) loss += call.z_loss * lse * lse;
+  loss *= call.weight_of(label);
+  if (call.smoothing > 0.f)
+    loss += call.smoothing / call.V * (s.spread.second * log_sum + s.spread.first);
   return loss;
 }
 
-__device__ inline void ignore_row(const Loss& p, int64_t row, const LossOutputs& out) {
-  p.stats[row] = p.stats[p.M + row] = p.stats[2 * p.M + row] = 0.f;
+__device__ inline void ignore_row(const Loss& call, int64_t row, const LossOutputs& out) {
+  call.stats[row] = call.stats[call.M + row] = call.stats[2 * call.M + row] = 0.f;
   out.store(row, 0.f, false);
 }
 
 // Single elements need more registers than packs of them: more addresses.
 template <typename T, int kVec>
 __global__ void __launch_bounds__(kLossThreads, kVec == 1 ? 2 : 4)
-    cross_entropy_forward_kernel(const T* __restrict__ x, LossOutputs out, Loss p,
+    cross_entropy_forward_kernel(const T* __restrict__ x, LossOutputs out, Loss call,
                                  RowTiling tiling) {
   Team team(tiling);
   const int64_t row = team.first_row();
-  const bool is_row = row < p.M;
-  const int64_t label = is_row ? p.target[row] : p.ignore_index;
-  const int end = label != p.ignore_index ? p.V : 0;  // an ignored row is not read
-  x += row * p.V;
-  const float own = end && p.is_valid(label) ? widen(x[label]) : NAN;
+  const bool is_row = row < call.M;
+  const int64_t label = is_row ? call.target[row] : call.ignore_index;
+  const int end = label != call.ignore_index ? call.V : 0;  // an ignored row is not read
+  x += row * call.V;
+  const float own = end && call.is_valid(label) ? widen(x[label]) : NAN;
   Seen seen;
   bool is_beaten = false;
   Piece<kVec> z;
@@ -159,20 +160,20 @@ __global__ void __launch_bounds__(kLossThreads, kVec == 1 ? 2 : 4)
     team.each_pack<kVec>(start, end, [&](int i, int col) { load(z[i], x + col); });
     team.each_pack<kVec>(start, end, [&](int i, int col) {
       if (out.correct) is_beaten |= any_beats(z[i], col, own, label);
-      if (p.softcap > 0.f) p.cap(z[i]);
-      seen.add<T>(z[i], p, col);
+      if (call.softcap > 0.f) call.cap(z[i]);
+      seen.add<T>(z[i], call, col);
     });
   }
   Seen all;
   all.total = team.reduce(seen.total, combine_max_sum);
-  if (p.smoothing > 0.f)
+  if (call.smoothing > 0.f)
     all.spread = team.reduce(seen.spread_below(all.total.max), combine_sum_pair);
   if (out.correct) is_beaten = team.reduce(float(is_beaten), combine_max) > 0.f;
   if (!is_row || team.rank() > 0) return;
   if (end)
-    out.store(row, finish_row(p, row, label, own, all), p.is_valid(label) && !is_beaten);
+    out.store(row, finish_row(call, row, label, own, all), call.is_valid(label) && !is_beaten);
   else
-    ignore_row(p, row, out);
+    ignore_row(call, row, out);
 }
 
 constexpr int kTotalThreads = 1024;
@@ -180,12 +181,12 @@ constexpr int kTotalThreads = 1024;
 // The loss of all rows, and what their mean divides by, in one block: always the same sum.
 __global__ void __launch_bounds__(kTotalThreads)
     cross_entropy_total_kernel(const float* __restrict__ losses, float* __restrict__ total,
-                               float* __restrict__ divisor, bool is_mean, Loss p) {
+                               float* __restrict__ divisor, bool is_mean, Loss call) {
   SumPair sums = {0.f, 0.f};  // of losses and of weights
-  for (int64_t row = threadIdx.x; row < p.M; row += kTotalThreads) {
+  for (int64_t row = threadIdx.x; row < call.M; row += kTotalThreads) {
     sums.first += losses[row];
-    const int64_t label = p.target[row];
-    if (label != p.ignore_index && p.is_valid(label)) sums.second += p.weight_of(label);
+    const int64_t label = call.target[row];
+    if (label != call.ignore_index && call.is_valid(label)) sums.second += call.weight_of(label);
   }
   sums = block_reduce<kTotalThreads / 32>(sums, combine_sum_pair);
   if (threadIdx.x > 0) return;
@@ -209,16 +210,16 @@ struct Slopes {
 
   // Of kVec neighbouring logits, in their place.
   template <int kVec>
-  __device__ void apply(float (&x)[kVec], int64_t col, int64_t label, const Loss& p) const {
+  __device__ void apply(float (&x)[kVec], int64_t col, int64_t label, const Loss& call) const {
     float outer[kVec], u[kVec] = {};
 #pragma unroll
     for (int i = 0; i < kVec; ++i) outer[i] = 1.f;
-    if (p.softcap > 0.f) {
+    if (call.softcap > 0.f) {
 #pragma unroll
-      for (int i = 0; i < kVec; ++i) outer[i] = slope_of_tanh(x[i] / p.softcap);
-      p.cap(x);
+      for (int i = 0; i < kVec; ++i) outer[i] = slope_of_tanh(x[i] / call.softcap);
+      call.cap(x);
     }
-    if (p.smoothing > 0.f) p.load_shares(u, col);
+    if (call.smoothing > 0.f) call.load_uniform(u, col);
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
       // The maximum first: z - max is nearly exact, where lse in one float32 is not.
@@ -229,16 +230,16 @@ struct Slopes {
   }
 };
 
-__device__ inline Slopes slopes_of(const Loss& p, const LossGradients& g, int64_t row,
+__device__ inline Slopes slopes_of(const Loss& call, const LossGradients& g, int64_t row,
                                    int64_t label) {
   float dy = g.dy[g.per_row ? row : 0];
   if (g.divisor) dy /= *g.divisor;
-  const float max = p.stats[row], log_sum = p.stats[p.M + row];
-  const float scale = p.is_valid(label) ? dy * p.weight_of(label) : 0.f;
-  return {scale * (1.f - p.smoothing),
-          dy * p.smoothing / p.V,
-          2.f * p.z_loss * scale * (max + log_sum) + (g.dlse ? g.dlse[row] : 0.f),
-          p.stats[2 * p.M + row],
+  const float max = call.stats[row], log_sum = call.stats[call.M + row];
+  const float scale = call.is_valid(label) ? dy * call.weight_of(label) : 0.f;
+  return {scale * (1.f - call.smoothing),
+          dy * call.smoothing / call.V,
+          2.f * call.z_loss * scale * (max + log_sum) + (g.dlse ? g.dlse[row] : 0.f),
+          call.stats[2 * call.M + row],
           max,
           log_sum};
 }
@@ -250,25 +251,25 @@ constexpr int kSegmentThreads = 256, kSegmentPacks = 2;
 template <typename T, int kVec>
 __global__ void __launch_bounds__(kSegmentThreads, 4)
     cross_entropy_backward_kernel(const T* __restrict__ x, T* __restrict__ dx, LossGradients g,
-                                  unsigned segments, Loss p) {
+                                  unsigned segments, Loss call) {
   const int64_t row = int64_t(blockIdx.x / segments) * blockDim.y + threadIdx.y;
-  if (row >= p.M) return;
-  const int64_t label = p.target[row];
-  const bool is_kept = label != p.ignore_index;
-  const Slopes s = is_kept ? slopes_of(p, g, row, label) : Slopes{};
+  if (row >= call.M) return;
+  const int64_t label = call.target[row];
+  const bool is_kept = label != call.ignore_index;
+  const Slopes s = is_kept ? slopes_of(call, g, row, label) : Slopes{};
   const int64_t step = blockDim.x * kVec;
   const int64_t begin = (blockIdx.x % segments) * step * kSegmentPacks + threadIdx.x * kVec;
-  x += row * p.V + begin;
-  dx += row * p.V + begin;
+  x += row * call.V + begin;
+  dx += row * call.V + begin;
   const auto each_pack = [&](auto visit) {
 #pragma unroll
     for (int i = 0; i < kSegmentPacks; ++i)
-      if (begin + i * step < p.V) visit(i, i * step);
+      if (begin + i * step < call.V) visit(i, i * step);
   };
   float values[kSegmentPacks][kVec] = {};  // 0 stands in ignored rows, which are not read
   if (is_kept) {
     each_pack([&](int i, int64_t at) { load(values[i], x + at); });
-    each_pack([&](int i, int64_t at) { s.apply(values[i], begin + at, label, p); });
+    each_pack([&](int i, int64_t at) { s.apply(values[i], begin + at, label, call); });
   }
   each_pack([&](int i, int64_t at) { store(dx + at, values[i]); });
 }
@@ -282,49 +283,49 @@ inline RowTiling loss_tiling(int64_t V, int max_cluster) {
 }
 
 template <typename T, int kVec, typename Stream>
-void launch_cross_entropy_forward(const T* x, const LossOutputs& out, const Loss& p,
+void launch_cross_entropy_forward(const T* x, const LossOutputs& out, const Loss& call,
                                   int max_cluster, Stream stream) {
-  const RowTiling tiling = loss_tiling(p.V, max_cluster);
-  LAUNCH_CLUSTER((cross_entropy_forward_kernel<T, kVec>), tiling.grid(p.M), tiling.block(),
-                 tiling.blocks, 0, stream, x, out, p, tiling);
+  const RowTiling tiling = loss_tiling(call.V, max_cluster);
+  LAUNCH_CLUSTER((cross_entropy_forward_kernel<T, kVec>), tiling.grid(call.M), tiling.block(),
+                 tiling.blocks, 0, stream, x, out, call, tiling);
 }
 
 template <typename T, int kVec, typename Stream>
-void launch_cross_entropy_backward(const T* x, T* dx, const LossGradients& g, const Loss& p,
+void launch_cross_entropy_backward(const T* x, T* dx, const LossGradients& g, const Loss& call,
                                    Stream stream) {
   int wide = 32;
-  while (wide < kSegmentThreads && wide * kVec * kSegmentPacks < p.V) wide *= 2;
+  while (wide < kSegmentThreads && wide * kVec * kSegmentPacks < call.V) wide *= 2;
   const int64_t segment = int64_t(wide) * kVec * kSegmentPacks, rows = kSegmentThreads / wide;
-  const int64_t segments = (p.V + segment - 1) / segment;
-  const dim3 grid(unsigned((p.M + rows - 1) / rows * segments)), block(wide, unsigned(rows));
+  const int64_t segments = (call.V + segment - 1) / segment;
+  const dim3 grid(unsigned((call.M + rows - 1) / rows * segments)), block(wide, unsigned(rows));
   LAUNCH((cross_entropy_backward_kernel<T, kVec>), grid, block, stream, x, dx, g,
-         unsigned(segments), p);
+         unsigned(segments), call);
 }
 
 template <typename T, typename Stream>
-void cross_entropy_forward_rows(const T* x, const LossOutputs& out, const Loss& p, int max_cluster,
-                                Stream stream) {
-  if (!p.M) return;
-  if (rows_aligned<T>(p.V, x, p.weight))
-    launch_cross_entropy_forward<T, kFullVec<T>>(x, out, p, max_cluster, stream);
+void cross_entropy_forward_rows(const T* x, const LossOutputs& out, const Loss& call,
+                                int max_cluster, Stream stream) {
+  if (!call.M) return;
+  if (rows_aligned<T>(call.V, x, call.weight))
+    launch_cross_entropy_forward<T, kFullVec<T>>(x, out, call, max_cluster, stream);
   else
-    launch_cross_entropy_forward<T, 1>(x, out, p, max_cluster, stream);
+    launch_cross_entropy_forward<T, 1>(x, out, call, max_cluster, stream);
 }
 
 template <typename Stream>
 void cross_entropy_total(const float* losses, float* total, float* divisor, bool is_mean,
-                         const Loss& p, Stream stream) {
+                         const Loss& call, Stream stream) {
   LAUNCH(cross_entropy_total_kernel, dim3(1), dim3(kTotalThreads), stream, losses, total, divisor,
-         is_mean, p);
+         is_mean, call);
 }
 
 template <typename T, typename Stream>
-void cross_entropy_backward_rows(const T* x, T* dx, const LossGradients& g, const Loss& p,
+void cross_entropy_backward_rows(const T* x, T* dx, const LossGradients& g, const Loss& call,
                                  Stream stream) {
-  if (rows_aligned<T>(p.V, x, dx, p.weight))
-    launch_cross_entropy_backward<T, kFullVec<T>>(x, dx, g, p, stream);
+  if (rows_aligned<T>(call.V, x, dx, call.weight))
+    launch_cross_entropy_backward<T, kFullVec<T>>(x, dx, g, call, stream);
   else
-    launch_cross_entropy_backward<T, 1>(x, dx, g, p, stream);
+    launch_cross_entropy_backward<T, 1>(x, dx, g, call, stream);
 }
 
 }  // namespace slimkernels

@@ -9,7 +9,7 @@
 namespace slimkernels {
 namespace {
 
-constexpr int kDevices = 64;
+constexpr int kDevices = 64;  // more than one machine has; others are asked about every time
 
 // An attribute of a device: cached, since a question to the driver takes longer than a launch's
 // other host work. What is kept is one more, so that zero stands for not yet asked.

@@ -11,6 +11,7 @@
 #pragma once
 #include <array>
 #include <cstdint>
+#include <type_traits>
 
 #include "common.cuh"
 
@@ -136,59 +137,26 @@ __device__ inline void prefetch_map(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// The box at coordinates c (innermost first) of the map's tensor; what lies outside the tensor is
-// zero in shared memory, is not written in global memory, and counts among the box's bytes.
-// One thread issues. load: the bytes are reported to `barrier`. store, add: see tma_commit().
-#define SLIM_TMA(RANK, PARAMETERS, LIST, ...)                                                      \
-  __device__ inline void tma_load(void* to, const TensorMap* map, Mbarrier* barrier, PARAMETERS) { \
-    asm volatile("cp.async.bulk.tensor." RANK                                                      \
-                 ".shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {" LIST          \
-                 "}], [%2];" ::"r"(shared_address(to)),                                            \
-                 "l"(map), "r"(shared_address(barrier)), __VA_ARGS__                               \
-                 : "memory");                                                                      \
-  }                                                                                                \
-  __device__ inline void tma_store(const TensorMap* map, const void* from, PARAMETERS) {           \
-    asm volatile("cp.async.bulk.tensor." RANK ".global.shared::cta.bulk_group [%1, {" LIST         \
-                 "}], [%0];" ::"r"(shared_address(from)),                                          \
-                 "l"(map), "r"(0), __VA_ARGS__                                                     \
-                 : "memory");                                                                      \
-  }                                                                                                \
-  __device__ inline void tma_add(const TensorMap* map, const void* from, PARAMETERS) {             \
-    asm volatile("cp.reduce.async.bulk.tensor." RANK                                               \
-                 ".global.shared::cta.add.bulk_group [%1, {" LIST                                  \
-                 "}], [%0];" ::"r"(shared_address(from)),                                          \
-                 "l"(map), "r"(0), __VA_ARGS__                                                     \
-                 : "memory");                                                                      \
-  }
-#define SLIM_COMMA ,
-SLIM_TMA("2d", int c0 SLIM_COMMA int c1, "%3, %4", "r"(c0), "r"(c1))
-SLIM_TMA("3d", int c0 SLIM_COMMA int c1 SLIM_COMMA int c2, "%3, %4, %5", "r"(c0), "r"(c1), "r"(c2))
-SLIM_TMA("4d", int c0 SLIM_COMMA int c1 SLIM_COMMA int c2 SLIM_COMMA int c3, "%3, %4, %5, %6",
-         "r"(c0), "r"(c1), "r"(c2), "r"(c3))
-#undef SLIM_COMMA
-#undef SLIM_TMA
-
-// "cp.async.bulk.commit_group, wait_group": makes a group of what this thread stored and added
-// since the last; waits until all but its last kPending groups have been read from shared memory
-// or, for tma_wait, are done.
-__device__ inline void tma_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-template <int kPending>
-__device__ inline void tma_wait_read() {
-  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+// The box at coordinates c (innermost first) of the map's tensor, the bytes of which are reported
+// to `barrier`; what lies outside the tensor is zero, and counts among them. One thread issues.
+__device__ inline void tma_load(void* to, const TensorMap* map, Mbarrier* barrier, int c0, int c1,
+                                int c2, int c3) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
+      "[%1, {%3, %4, %5, %6}], [%2];" ::"r"(shared_address(to)),
+      "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+      : "memory");
 }
-template <int kPending>
-__device__ inline void tma_wait() {
-  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
+__device__ inline void tma_load(void* to, const TensorMap* map, Mbarrier* barrier, int c0, int c1,
+                                int c2, int c3, int c4) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
+      "[%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(shared_address(to)),
+      "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+      : "memory");
 }
 
 // The rest.
-
-// "ex2": 2^x, at most 2 units in the last place off; subnormal results are 0.
-__device__ inline float exp2_approximate(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 // "rcp": 1 / x, at most one unit in the last place off; no branch, as a division would have.
 __device__ inline float reciprocal_approximate(float x) {
@@ -206,11 +174,8 @@ __device__ inline unsigned char* aligned_shared() {
 // The host's side.
 
 template <typename T>
-constexpr CUtensorMapDataType kMapType = CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
-template <>
-inline constexpr CUtensorMapDataType kMapType<__half> = CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-template <>
-inline constexpr CUtensorMapDataType kMapType<__nv_bfloat16> = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+constexpr CUtensorMapDataType kMapType =
+    std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
 
 // The driver's function, found at run time: the extension does not link libcuda.
 inline PFN_cuTensorMapEncodeTiled_v12000 map_encoder() {
@@ -233,11 +198,10 @@ inline PFN_cuTensorMapEncodeTiled_v12000 map_encoder() {
 }
 
 // `sizes` and `box` in elements, innermost dimension first; `strides` those of the others, in
-// elements, each a multiple of 16 bytes; so is the address. With swizzle a box is 128 bytes wide.
+// elements, each a multiple of 16 bytes; so is the address. A box is a panel wide.
 template <typename T, size_t kRank>
 TensorMap tensor_map(const T* start, std::array<int64_t, kRank> sizes,
-                     std::array<int64_t, kRank - 1> strides, std::array<int, kRank> box,
-                     bool swizzled = true) {
+                     std::array<int64_t, kRank - 1> strides, std::array<int, kRank> box) {
   TensorMap map;
   cuuint64_t dims[kRank], bytes[kRank];
   cuuint32_t boxes[kRank], steps[kRank];
@@ -249,8 +213,7 @@ TensorMap tensor_map(const T* start, std::array<int64_t, kRank> sizes,
   }
   const CUresult result =
       map_encoder()(&map, kMapType<T>, kRank, const_cast<T*>(start), dims, bytes, boxes, steps,
-                    CU_TENSOR_MAP_INTERLEAVE_NONE,
-                    swizzled ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
+                    CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                     CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS)
     throw std::runtime_error("cuTensorMapEncodeTiled: error " + std::to_string(int(result)));

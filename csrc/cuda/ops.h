@@ -16,12 +16,12 @@ enum class Curve : int { kGelu = 0, kGeluTanh = 1, kSilu = 2, kReluSquared = 3 }
 // activation.cu: y = curve(x + bias), bias (N,) or null; without one M is 1.
 void activation_forward(const void* x, const void* bias, void* y, int64_t M, int64_t N, int curve,
                         int dtype, int bias_dtype, int device, void* stream);
-// With a bias, partials (shares, N) and dbias (N,) in bias_dtype.
+// With a bias, partials (parts, N) and dbias (N,) in bias_dtype.
 void activation_backward(const void* dy, const void* x, const void* bias, void* dx, void* dbias,
-                         float* partials, int64_t shares, int64_t M, int64_t N, int curve,
-                         int dtype, int bias_dtype, int device, void* stream);
-// Into how many shares activation_backward's rows go.
-int64_t activation_shares(int64_t M, int64_t N, int device);
+                         float* partials, int64_t parts, int64_t M, int64_t N, int curve, int dtype,
+                         int bias_dtype, int device, void* stream);
+// Into how many parts activation_backward's rows go.
+int64_t activation_parts(int64_t M, int64_t N, int device);
 
 // cross_entropy.cu: x (M, V), labels (M,), weight (V,) or null, stats (3, M), correct (M,) of bool
 // or null. losses (M,); total, unless it is null, is their sum or mean, divisor what a mean divides
@@ -57,8 +57,8 @@ void norm_backward(const void* dy, const void* dsum, const void* total, const vo
                    const float* row_scale, int64_t M, int64_t N, float weight_offset,
                    int64_t threshold, float dropout_scale, int dtype, int residual_dtype,
                    int weight_dtype, int bias_dtype, int device, void* stream);
-// The teams of threads that norm_backward's rows are shared among.
-int64_t norm_programs(int64_t M, int64_t N, int device);
+// The teams of threads that norm_backward's rows of `dtype` are shared among.
+int64_t norm_programs(int64_t M, int64_t N, int dtype, int device);
 
 // softmax.cu: x, y (M, N); mask and sinks or null; shares (M,), what the sinks are of their rows.
 // problem: struct SoftmaxProblem.
@@ -82,8 +82,8 @@ void attention_forward(const void* query, const void* key, const void* value, vo
                        int64_t right, int64_t offset, float scale, float softcap, int dtype,
                        int device, void* stream);
 
-// attention_sm90_backward.cu: the gradients, of the same call but D and Dv up to 128, scale and
-// query as forward took them. dy (B, H, Tq, Dv), y and lse forward's, dlse (B, H, Tq) or null,
+// attention_sm90_backward.cu: the gradients, of the same call, scale and query as forward took
+// them. dy (B, H, Tq, Dv), y and lse forward's, dlse (B, H, Tq) or null,
 // known room for (2, B, H, Tq), dq, dk and dv without gaps. dq, or dk and dv, are null if not
 // wanted. dq_scale: scale, and the sign that went into query.
 void attention_backward(const void* query, const void* key, const void* value, const void* dy,

@@ -8,6 +8,7 @@
 namespace slimkernels {
 
 constexpr unsigned kWholeWarp = 0xffffffffu;
+constexpr float kLog2E = 1.4426950408889634f;
 
 // Two sums that share a reduction.
 struct SumPair {
@@ -39,14 +40,7 @@ __device__ inline MaxSum combine_max_sum(MaxSum a, MaxSum b) {
 template <typename T>
 __device__ float exp_of_nonpositive(float x) {
   if constexpr (sizeof(T) == 4) return expf(x);
-  x *= 1.442695041f;
-#ifdef __CUDACC__
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-#else
-  return exp2f(x);
-#endif
+  return exp2_approximate(kLog2E * x);
 }
 
 // With more scores, `max` being the greatest of all so far.

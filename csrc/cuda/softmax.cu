@@ -18,16 +18,26 @@ struct SoftmaxProblem {
 constexpr int64_t kBool = -1;  // of mask_dtype
 
 template <typename T>
-Mask mask_of(const void* values, const SoftmaxProblem& p) {
-  const bool is_bool = p.mask_dtype == kBool, is_wide = !is_bool && is_float32(int(p.mask_dtype));
+Mask mask_of(const void* values, const SoftmaxProblem& call) {
+  const bool is_bool = call.mask_dtype == kBool,
+             is_wide = !is_bool && is_float32(int(call.mask_dtype));
   // A pack of the mask is as many elements as one of x.
   constexpr int64_t kVec = kFullVec<T>;
   const int64_t bytes = std::min<int64_t>(kVec * (is_bool ? 1 : is_wide ? 4 : sizeof(T)), 16);
-  const bool is_aligned = p.stride_col == 1 && reinterpret_cast<uintptr_t>(values) % bytes == 0 &&
-                          p.stride_outer % kVec == 0 && p.stride_middle % kVec == 0 &&
-                          p.stride_inner % kVec == 0;
-  return {values,  is_bool,        is_wide,         is_aligned,     p.middle,
-          p.inner, p.stride_outer, p.stride_middle, p.stride_inner, p.stride_col};
+  const bool is_aligned = call.stride_col == 1 &&
+                          reinterpret_cast<uintptr_t>(values) % bytes == 0 &&
+                          call.stride_outer % kVec == 0 && call.stride_middle % kVec == 0 &&
+                          call.stride_inner % kVec == 0;
+  return {values,
+          is_bool,
+          is_wide,
+          is_aligned,
+          call.middle,
+          call.inner,
+          call.stride_outer,
+          call.stride_middle,
+          call.stride_inner,
+          call.stride_col};
 }
 
 }  // namespace
@@ -40,13 +50,14 @@ void softmax_forward(const void* x, const void* mask, const void* sinks, void* y
   with_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     const bool is_wide = is_float32(int(given.sinks_dtype));
-    const Scores p = {given.M,
-                      int(given.N),
-                      given.period,
-                      scale,
-                      mask_of<T>(mask, given),
-                      {sinks, is_wide, given.queries, given.heads}};
-    softmax_forward_rows((const T*)x, (T*)y, shares, p, max_cluster(device), (cudaStream_t)stream);
+    const Scores call = {given.M,
+                         int(given.N),
+                         given.period,
+                         scale,
+                         mask_of<T>(mask, given),
+                         {sinks, is_wide, given.queries, given.heads}};
+    softmax_forward_rows((const T*)x, (T*)y, shares, call, max_cluster(device),
+                         (cudaStream_t)stream);
   });
   check_launch("softmax_forward", given.M, given.N);
 }
@@ -54,10 +65,10 @@ void softmax_forward(const void* x, const void* mask, const void* sinks, void* y
 void softmax_backward(const void* dy, const void* y, const float* shares, void* dx, float* products,
                       int64_t M, int64_t N, float scale, int dtype, int device, void* stream) {
   const DeviceGuard guard(device);
-  const SoftmaxGradient p = {M, int(N), scale, shares, products};
+  const SoftmaxGradient call = {M, int(N), scale, shares, products};
   with_type(dtype, [&](auto zero) {
     using T = decltype(zero);
-    softmax_backward_rows((const T*)dy, (const T*)y, (T*)dx, p, max_cluster(device),
+    softmax_backward_rows((const T*)dy, (const T*)y, (T*)dx, call, max_cluster(device),
                           (cudaStream_t)stream);
   });
   check_launch("softmax_backward", M, N);

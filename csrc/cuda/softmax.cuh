@@ -57,25 +57,28 @@ struct Scores {
 // A row, as a thread makes scores of some of its elements.
 template <typename T, int kVec>
 struct ScoreRow {
-  const Scores& p;
+  const Scores& call;
   const T* x;
   int visible;  // columns
   int64_t mask_start;
 
-  __device__ ScoreRow(const Scores& p, const T* x, int64_t row)
-      : p(p), x(x + row * p.N), visible(row < p.M ? p.visible(row) : 0), mask_start(0) {
-    if (p.mask.values) mask_start = p.mask.start(row);
+  __device__ ScoreRow(const Scores& call, const T* x, int64_t row)
+      : call(call),
+        x(x + row * call.N),
+        visible(row < call.M ? call.visible(row) : 0),
+        mask_start(0) {
+    if (call.mask.values) mask_start = call.mask.start(row);
   }
 
   // Makes scores of kVec neighbours, -inf where hidden, and returns their maximum. There a seen
   // -inf counts as the lowest number: a maximum of -inf is that of a row which sees nothing.
   __device__ float score(float (&values)[kVec], int col) const {
     float added[kVec] = {}, max = -INFINITY;
-    if (p.mask.values && col < visible) p.mask.template load<T>(added, mask_start, col);
+    if (call.mask.values && col < visible) call.mask.template load<T>(added, mask_start, col);
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
       const bool is_seen = col + i < visible && added[i] != -INFINITY;
-      values[i] = is_seen ? values[i] * p.scale + added[i] : -INFINITY;
+      values[i] = is_seen ? values[i] * call.scale + added[i] : -INFINITY;
       if (is_seen) max = fmaxf(max, fmaxf(values[i], kLowest));
     }
     return max;
@@ -85,12 +88,13 @@ struct ScoreRow {
 template <typename T, int kVec>
 __global__ void __launch_bounds__(kSoftmaxThreads<kVec>, 1)
     softmax_forward_kernel(const T* __restrict__ x, T* __restrict__ y, float* __restrict__ shares,
-                           Scores p, RowTiling tiling) {
+                           Scores call, RowTiling tiling) {
   Team team(tiling);
   const int64_t row = team.first_row();
-  const int N = row < p.M ? p.N : 0;  // a team beyond the last row has only to meet the others
+  const int N =
+      row < call.M ? call.N : 0;  // a team beyond the last row has only to meet the others
   const int step = kHeld * team.size();
-  const ScoreRow<T, kVec> scores(p, x, row);
+  const ScoreRow<T, kVec> scores(call, x, row);
   Piece<kVec> piece;
   MaxSum total = {-INFINITY, 0.f};
   for (int start = 0; start < N; start += step) {
@@ -104,14 +108,14 @@ __global__ void __launch_bounds__(kSoftmaxThreads<kVec>, 1)
   }
   total = team.reduce(total, combine_max_sum);
   float sink = 0.f;
-  if (p.sinks.values && N > 0) {
-    sink = p.sinks.of<T>(row);
+  if (call.sinks.values && N > 0) {
+    sink = call.sinks.of<T>(row);
     total = combine_max_sum(total, {sink, 1.f});
   }
   // A row that sees nothing is zero, one of -inf only 0 / 0.
   const float shift = total.max == -INFINITY ? 0.f : total.max;
   const float factor = total.max == -INFINITY ? 0.f : 1.f / total.sum;
-  if (p.sinks.values && N > 0 && team.rank() == 0) shares[row] = expf(sink - shift) * factor;
+  if (call.sinks.values && N > 0 && team.rank() == 0) shares[row] = expf(sink - shift) * factor;
   for (int start = 0; start < N; start += step) {
     team.each_pack<kVec>(start, N, [&](int i, int col) {
       if (!tiling.is_held) {
@@ -122,7 +126,7 @@ __global__ void __launch_bounds__(kSoftmaxThreads<kVec>, 1)
       for (int j = 0; j < kVec; ++j)
         piece[i][j] = exp_of_nonpositive<T>(piece[i][j] - shift) * factor;
     });
-    store_piece(y + row * p.N, piece, team, start, N);
+    store_piece(y + row * call.N, piece, team, start, N);
   }
 }
 
@@ -139,13 +143,13 @@ struct SoftmaxGradient {
 template <typename T, int kVec>
 __global__ void __launch_bounds__(kSoftmaxThreads<kVec>, 1)
     softmax_backward_kernel(const T* __restrict__ dy, const T* __restrict__ y, T* __restrict__ dx,
-                            SoftmaxGradient p, RowTiling tiling) {
+                            SoftmaxGradient call, RowTiling tiling) {
   Team team(tiling);
   const int64_t row = team.first_row();
-  const int N = row < p.M ? p.N : 0;
+  const int N = row < call.M ? call.N : 0;
   const int step = kHeld * team.size();
-  dy += row * p.N;
-  y += row * p.N;
+  dy += row * call.N;
+  y += row * call.N;
   Piece<kVec> dys, ys;
   float dot = 0.f;
   for (int start = 0; start < N; start += step) {
@@ -159,44 +163,45 @@ __global__ void __launch_bounds__(kSoftmaxThreads<kVec>, 1)
       load_piece(dys, team, dy, start, N);
       load_piece(ys, team, y, start, N);
     }
-    each_element<kVec>([&](int i, int j) { dys[i][j] = p.scale * ys[i][j] * (dys[i][j] - dot); });
-    store_piece(dx + row * p.N, dys, team, start, N);
+    each_element<kVec>(
+        [&](int i, int j) { dys[i][j] = call.scale * ys[i][j] * (dys[i][j] - dot); });
+    store_piece(dx + row * call.N, dys, team, start, N);
   }
-  if (p.shares && N > 0 && team.rank() == 0) p.products[row] = -p.shares[row] * dot;
+  if (call.shares && N > 0 && team.rank() == 0) call.products[row] = -call.shares[row] * dot;
 }
 
 template <typename T, int kVec, typename Stream>
-void launch_softmax_forward(const T* x, T* y, float* shares, const Scores& p, int max_cluster,
+void launch_softmax_forward(const T* x, T* y, float* shares, const Scores& call, int max_cluster,
                             Stream stream) {
-  const RowTiling tiling = row_tiling(p.N, kSoftmaxThreads<kVec>, max_cluster);
-  LAUNCH_CLUSTER((softmax_forward_kernel<T, kVec>), tiling.grid(p.M), tiling.block(), tiling.blocks,
-                 0, stream, x, y, shares, p, tiling);
+  const RowTiling tiling = row_tiling(call.N, kSoftmaxThreads<kVec>, max_cluster);
+  LAUNCH_CLUSTER((softmax_forward_kernel<T, kVec>), tiling.grid(call.M), tiling.block(),
+                 tiling.blocks, 0, stream, x, y, shares, call, tiling);
 }
 
 template <typename T, int kVec, typename Stream>
-void launch_softmax_backward(const T* dy, const T* y, T* dx, const SoftmaxGradient& p,
+void launch_softmax_backward(const T* dy, const T* y, T* dx, const SoftmaxGradient& call,
                              int max_cluster, Stream stream) {
-  const RowTiling tiling = row_tiling(p.N, kSoftmaxThreads<kVec>, max_cluster);
-  LAUNCH_CLUSTER((softmax_backward_kernel<T, kVec>), tiling.grid(p.M), tiling.block(),
-                 tiling.blocks, 0, stream, dy, y, dx, p, tiling);
+  const RowTiling tiling = row_tiling(call.N, kSoftmaxThreads<kVec>, max_cluster);
+  LAUNCH_CLUSTER((softmax_backward_kernel<T, kVec>), tiling.grid(call.M), tiling.block(),
+                 tiling.blocks, 0, stream, dy, y, dx, call, tiling);
 }
 
 template <typename T, typename Stream>
-void softmax_forward_rows(const T* x, T* y, float* shares, const Scores& p, int max_cluster,
+void softmax_forward_rows(const T* x, T* y, float* shares, const Scores& call, int max_cluster,
                           Stream stream) {
-  if (rows_aligned<T>(p.N, x, y))
-    launch_softmax_forward<T, kFullVec<T>>(x, y, shares, p, max_cluster, stream);
+  if (rows_aligned<T>(call.N, x, y))
+    launch_softmax_forward<T, kFullVec<T>>(x, y, shares, call, max_cluster, stream);
   else
-    launch_softmax_forward<T, 1>(x, y, shares, p, max_cluster, stream);
+    launch_softmax_forward<T, 1>(x, y, shares, call, max_cluster, stream);
 }
 
 template <typename T, typename Stream>
-void softmax_backward_rows(const T* dy, const T* y, T* dx, const SoftmaxGradient& p,
+void softmax_backward_rows(const T* dy, const T* y, T* dx, const SoftmaxGradient& call,
                            int max_cluster, Stream stream) {
-  if (rows_aligned<T>(p.N, dy, y, dx))
-    launch_softmax_backward<T, kFullVec<T>>(dy, y, dx, p, max_cluster, stream);
+  if (rows_aligned<T>(call.N, dy, y, dx))
+    launch_softmax_backward<T, kFullVec<T>>(dy, y, dx, call, max_cluster, stream);
   else
-    launch_softmax_backward<T, 1>(dy, y, dx, p, max_cluster, stream);
+    launch_softmax_backward<T, 1>(dy, y, dx, call, max_cluster, stream);
 }
 
 }  // namespace slimkernels

@@ -16,7 +16,6 @@
 //          Memory Layout". kK: its panels' rows are M or N, 64 neighbours of K in a row. kMN: its
 //          rows are K, 64 neighbours of M or N in a row.
 #pragma once
-#include <type_traits>
 
 namespace slimkernels {
 
@@ -139,6 +138,7 @@ __device__ inline void wgmma_wait() {
       SLIM_REGISTER_A(N, "bf16", LAST, O0, O1, O2, O3, O4, O5, O6);                          \
   }
 
+SLIM_WGMMA(48, 2, 24, 25, 26, 27, 28, 29, 30)
 SLIM_WGMMA(64, 3, 32, 33, 34, 35, 36, 37, 38)
 SLIM_WGMMA(80, 4, 40, 41, 42, 43, 44, 45, 46)
 SLIM_WGMMA(96, 5, 48, 49, 50, 51, 52, 53, 54)

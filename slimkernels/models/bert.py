@@ -12,19 +12,22 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slimkernels.models.block import Block, Wanted, activate, initialise
+from slimkernels.models.block import Block, Wanted, activate, affine, initialise
 from slimkernels.models.checks import (
     check_batch,
     check_ids,
+    check_labels,
     check_masked,
     check_next_sentences,
     check_padded,
 )
 from slimkernels.models.config import TransformerConfig
-from slimkernels.models.embedding import Embedding
+from slimkernels.models.convert_bert import BERT
+from slimkernels.models.embedding import Embedded, Embedding
+from slimkernels.models.padding import unpad
+from slimkernels.models.pretrained import Pretrained
 from slimkernels.nn import LayerNorm
 from slimkernels.ops.cross_entropy import cross_entropy
 from slimkernels.ops.linear import linear
@@ -66,13 +69,16 @@ class Bert(nn.Module):
             raise ValueError(
                 "Bert: key_lengths must be None with cu_seqlens, which has the lengths"
             )
-        ids = self.ids(input_ids, segment_ids, position_ids, cu_seqlens)
-        hidden, _ = self.embedding(*ids, for_decoder=False)
-        return self.encode(hidden, cu_seqlens=cu_seqlens, key_lengths=key_lengths)
+        embedded = self.embed(input_ids, segment_ids, position_ids, cu_seqlens)
+        return self.encode(embedded, cu_seqlens=cu_seqlens, key_lengths=key_lengths)
 
-    def embed(self, input_ids, segment_ids, position_ids, cu_seqlens) -> tuple[Tensor, Tensor]:
-        """Hidden states before the first block, and the token table for the tied decoder."""
-        return self.embedding(*self.ids(input_ids, segment_ids, position_ids, cu_seqlens))
+    def embed(
+        self, input_ids, segment_ids, position_ids, cu_seqlens, *, multiplies: bool = False
+    ) -> Embedded:
+        """Hidden states before the first block, and the token table for the tied decoder; what
+        multiplies says, Embedding.forward explains."""
+        ids = self.ids(input_ids, segment_ids, position_ids, cu_seqlens)
+        return self.embedding(*ids, multiplies=multiplies)
 
     def ids(
         self, input_ids, segment_ids, position_ids, cu_seqlens
@@ -89,13 +95,14 @@ class Bert(nn.Module):
         return input_ids, segment_ids, position_ids
 
     def encode(
-        self, hidden: Tensor, wanted: Wanted | None = None, **lengths: Tensor | None
+        self, embedded: Embedded, wanted: Wanted | None = None, **lengths: Tensor | None
     ) -> Tensor:
         """Hidden states after the last block; `wanted` and `lengths` are what Block.forward takes.
 
         Returns  (T, C) or (B, T, C); (Q, C), in the order of wanted.positions, if that is given
         """
-        residual, last = hidden, len(self.layers) - 1
+        hidden, residual, _ = embedded
+        last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):
             only = wanted if i == last else None
             hidden, residual = layer(hidden, residual, wanted=only, **lengths)
@@ -113,6 +120,45 @@ def positions(input_ids: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return count - starts.repeat_interleave(cu_seqlens.diff(), output_size=T)
 
 
+class BertBased(Pretrained):
+    """A BERT with a head, which reads the encoder's hidden states of a padded batch unpadded."""
+
+    family = BERT
+    body = "bert."
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.bert = Bert(config)
+
+    def add_token_head(self) -> None:
+        """The parts of mlm_logits. The matrix is the token embedding; only its bias is its own."""
+        config = self.config
+        self.transform = nn.Linear(config.hidden_size, config.hidden_size)
+        self.transform_norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.decoder_bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def mlm_logits(self, hidden: Tensor, decoder_weight: Tensor | None = None) -> Tensor:
+        """(K, V) scores of every token for K hidden states (K, C).
+
+        decoder_weight  the token embedding as embed() returned it, which saves a pass over its
+                        gradient; the parameter itself if None
+        """
+        norm = self.transform_norm
+        if decoder_weight is None:
+            decoder_weight = self.bert.embedding.token.weight
+        x = norm(activate(hidden, self.transform, self.config.activation))
+        return linear(x, decoder_weight, self.decoder_bias)
+
+    def add_pooler(self) -> None:
+        """The part of pool()."""
+        self.pooler = nn.Linear(self.config.hidden_size, self.config.hidden_size)
+
+    def pool(self, first: Tensor) -> Tensor:
+        """(B, C) for a whole sequence, from its first token's hidden states (B, C)."""
+        return torch.tanh(affine(self.pooler, first))
+
+
 class PretrainingOutput(NamedTuple):
     """Scalars. loss is mlm_loss + nsp_loss in float32 at least; nsp_loss is 0 without labels."""
 
@@ -121,20 +167,14 @@ class PretrainingOutput(NamedTuple):
     nsp_loss: Tensor
 
 
-class BertForPreTraining(nn.Module):
+class BertForPreTraining(BertBased):
     """The encoder with BERT's two heads: masked tokens (MLM) and next sentences (NSP)."""
 
     def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        self.config = config
-        C = config.hidden_size
-        self.bert = Bert(config)
-        self.pooler = nn.Linear(C, C)
-        self.next_sentence = nn.Linear(C, 2)
-        self.transform = nn.Linear(C, C)
-        self.transform_norm = LayerNorm(C, config.layer_norm_eps)
-        # The decoder's matrix is the token embedding; only its bias is its own.
-        self.decoder_bias = nn.Parameter(torch.zeros(config.vocab_size))
+        super().__init__(config)
+        self.add_pooler()
+        self.next_sentence = nn.Linear(config.hidden_size, 2)
+        self.add_token_head()
         initialise(self, config.initializer_std)
 
     def forward(
@@ -162,20 +202,20 @@ class BertForPreTraining(nn.Module):
         tokens, sequences = len(input_ids), len(cu_seqlens) - 1
         check_masked(self.config, tokens, masked_positions, masked_labels)
         check_next_sentences("next_sentence_labels", next_sentence_labels, sequences)
-        hidden, decoder_weight = self.bert.embedding(*ids)
+        embedded = self.bert.embedding(*ids, multiplies=True)
         # Each sequence's first token, for the pair, and the masked ones: nobody reads the others.
         read = masked_positions
         if next_sentence_labels is not None:
             read = torch.cat([cu_seqlens[:-1].to(read.dtype), read])
         ascending, order = read.sort()
         ends = torch.searchsorted(ascending, cu_seqlens.to(read.dtype)).to(torch.int32)
-        hidden = self.bert.encode(hidden, Wanted(ascending, ends), cu_seqlens=cu_seqlens)
+        hidden = self.bert.encode(embedded, Wanted(ascending, ends), cu_seqlens=cu_seqlens)
         hidden = hidden.index_select(0, order.argsort())  # in the order of `read`
         first, masked = hidden.tensor_split([len(read) - len(masked_positions)])
         # Not linear_cross_entropy: on the CPU, forward and backward with C = 768 and V = 30522, it
         # takes the same processor time (1.00 and 1.01 at K = 160 and 640 in float32, 1.01 and 0.98
         # under bfloat16 autocast), and below its kernel's limit more; on a GPU nobody has measured.
-        mlm_loss = cross_entropy(self.mlm_logits(masked, decoder_weight), masked_labels)
+        mlm_loss = cross_entropy(self.mlm_logits(masked, embedded.table), masked_labels)
         if next_sentence_labels is None:
             nsp_loss = mlm_loss.new_zeros(())
         else:
@@ -184,22 +224,9 @@ class BertForPreTraining(nn.Module):
         wide = torch.promote_types(mlm_loss.dtype, torch.float32)
         return PretrainingOutput(mlm_loss.to(wide) + nsp_loss.to(wide), mlm_loss, nsp_loss)
 
-    def mlm_logits(self, hidden: Tensor, decoder_weight: Tensor | None = None) -> Tensor:
-        """(K, V) scores of every token for K hidden states (K, C).
-
-        decoder_weight  the token embedding as embed() returned it, which saves a pass over its
-                        gradient; the parameter itself if None
-        """
-        norm = self.transform_norm
-        if decoder_weight is None:
-            decoder_weight = self.bert.embedding.token.weight
-        x = norm(activate(hidden, self.transform, self.config.activation))
-        return linear(x, decoder_weight, self.decoder_bias)
-
     def nsp_logits(self, first: Tensor) -> Tensor:
         """(B, 2) scores from the hidden states (B, C) of each sequence's first token."""
-        pooled = torch.tanh(linear(first, self.pooler.weight, self.pooler.bias))
-        return linear(pooled, self.next_sentence.weight, self.next_sentence.bias)
+        return affine(self.next_sentence, self.pool(first))
 
     def forward_padded(
         self,
@@ -222,26 +249,19 @@ class BertForPreTraining(nn.Module):
         Caution              waits for the device once or twice: it must tell the host how many
                              tokens are real, and how many of them are to be predicted
         """
-        check_padded(input_ids, attention_mask, token_type_ids, labels)
-        B, T = input_ids.shape
-        check_next_sentences("next_sentence_label", next_sentence_label, B)
-        if attention_mask is None:
-            tokens = torch.arange(B * T, device=input_ids.device)
-            lengths = torch.full((B,), T, device=input_ids.device)
-        else:
-            tokens = attention_mask.flatten().nonzero().squeeze(1)
-            lengths = (attention_mask != 0).sum(1)
-
-        def real(rectangle: Tensor) -> Tensor:
-            return rectangle.reshape(-1).index_select(0, tokens)
-
-        labels = real(labels)
+        check_padded(input_ids, attention_mask, token_type_ids)
+        if labels is None:
+            raise ValueError("Bert: labels must be given, -100 where nothing is to be predicted")
+        check_labels("labels", labels, self.config.vocab_size, tuple(input_ids.shape))
+        check_next_sentences("next_sentence_label", next_sentence_label, len(input_ids))
+        ragged = unpad(input_ids, attention_mask)
+        labels = ragged.take(labels)
         masked_positions = (labels != -100).nonzero().squeeze(1)
         return self(
-            real(input_ids),
-            None if token_type_ids is None else real(token_type_ids),
-            tokens % T,
-            F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32),
+            ragged.take(input_ids),
+            ragged.take(token_type_ids),
+            ragged.position_ids,
+            ragged.cu_seqlens,
             masked_positions,
             labels.index_select(0, masked_positions),
             next_sentence_label,

@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-ACTIVATIONS = ("gelu", "gelu_tanh")
+GATED = ("swiglu", "geglu", "geglu_tanh")
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu", *GATED)
+NORMS = ("layer_norm", "rms_norm")
+POSITIONS = ("learned", "rotary", "relative")
 
 # num_layers, hidden_size, num_heads; the feed-forward layer is four times as wide. The first
 # four and the last two are of Turc et al., Well-Read Students Learn Better (2019); minilm is of
@@ -20,25 +23,51 @@ PRESETS = {
     "large": (24, 1024, 16),
 }
 
+_MAY_BE_ZERO = ("num_layers", "type_vocab_size", "num_decoder_layers", "position_offset")
+_POSITIVE = ("layer_norm_eps", "initializer_std", "rotary_base")
+_CHOICES = {"activation": ACTIVATIONS, "norm": NORMS, "positions": POSITIONS}
+
 
 @dataclass(frozen=True)
 class TransformerConfig:
     """What a model is built from; the defaults are BERT base's (Devlin et al. 2019).
 
-    vocab_size           ids of tokens are in [0, vocab_size)
-    hidden_size          C, the width of the model; a multiple of num_heads
-    num_layers           transformer blocks
-    num_heads            attention heads of hidden_size / num_heads each
-    intermediate_size    width inside the feed-forward layer
-    max_positions        tokens in the longest sequence
-    type_vocab_size      ids of segments are in [0, type_vocab_size)
-    dropout_p            of embeddings, and of each branch before its residual connection
-    attention_dropout_p  of attention's weights
-    layer_norm_eps       added to the variance
-    activation           "gelu" (exact) or "gelu_tanh"
-    norm_first           normalise before each branch instead of after its residual connection
-    initializer_std      standard deviation of the weights at the start
-    Errors               ValueError naming the field, what it must be and what it is
+    vocab_size             ids of tokens are in [0, vocab_size)
+    hidden_size            C, the width of the model; a multiple of num_heads without head_width
+    num_layers             transformer blocks; of the encoder, where there is a decoder too
+    num_heads              attention heads
+    intermediate_size      width inside the feed-forward layer
+    max_positions          tokens in the longest sequence; no limit to relative positions
+    type_vocab_size        ids of segments are in [0, type_vocab_size); 0 for no segments
+    dropout_p              of embeddings, and of each branch before its residual connection
+    attention_dropout_p    of attention's weights
+    layer_norm_eps         added to the variance, or to the mean square
+    activation             "gelu" (exact), "gelu_tanh" or "relu"; or, gated by a second product,
+                           "swiglu", "geglu" or "geglu_tanh"
+    norm_first             normalise before each branch instead of after its residual connection
+    initializer_std        standard deviation of the weights at the start
+    num_key_heads          heads of keys and values, of which num_heads is a multiple; None for as
+                           many (Ainslie et al. 2023)
+    head_width             of an attention head; None for hidden_size / num_heads
+    norm                   "layer_norm", or "rms_norm", which has no bias
+    bias                   whether linear layers have one
+    positions              "learned", one vector each; "rotary", pairs of each query and key turned;
+                           or "relative", T5's bias, learned by distance
+    position_offset        rows of the table of learned positions before that of position 0
+    rotary_base            of rotary positions' wavelengths
+    rotary_stretch         Llama 3.1's (factor, low, high, positions): wavelengths above positions /
+                           low are factor times as long, those below positions / high stay as they
+                           are, and between the two the frequency changes in proportion; or None
+    relative_buckets       rows in the table of relative positions
+    relative_max_distance  distances from here on share a row
+    attention_scale        multiplies scores; None for 1 / sqrt(head_size)
+    activation_dropout_p   inside the feed-forward layer, after the activation
+    output_dropout_p       of the last hidden states
+    embedding_scale        multiplies the token embedding
+    logit_scale            multiplies hidden states before the vocabulary's matrix
+    tie_embeddings         the vocabulary's matrix is the token embedding
+    num_decoder_layers     blocks of an encoder-decoder model's decoder; 0 without one
+    Errors                 ValueError naming the field, what it must be and what it is
     """
 
     vocab_size: int = 30522
@@ -54,31 +83,71 @@ class TransformerConfig:
     activation: str = "gelu"
     norm_first: bool = False
     initializer_std: float = 0.02
+    num_key_heads: int | None = None
+    head_width: int | None = None
+    norm: str = "layer_norm"
+    bias: bool = True
+    positions: str = "learned"
+    position_offset: int = 0
+    rotary_base: float = 10000.0
+    rotary_stretch: tuple[float, float, float, float] | None = None
+    relative_buckets: int = 32
+    relative_max_distance: int = 128
+    attention_scale: float | None = None
+    activation_dropout_p: float = 0.0
+    output_dropout_p: float = 0.0
+    embedding_scale: float = 1.0
+    logit_scale: float = 1.0
+    tie_embeddings: bool = True
+    num_decoder_layers: int = 0
 
     def __post_init__(self) -> None:
+        if isinstance(self.rotary_stretch, list):  # as JSON gives it
+            object.__setattr__(self, "rotary_stretch", tuple(self.rotary_stretch))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type == "int":
-                least = 0 if field.name == "num_layers" else 1
+            if field.type == "int" or (field.type == "int | None" and value is not None):
+                least = 0 if field.name in _MAY_BE_ZERO else 1
                 whole = isinstance(value, int) and not isinstance(value, bool)
                 _require(whole and value >= least, field.name, f"an integer >= {least}", value)
             elif field.name.endswith("dropout_p"):
                 _require(0.0 <= value < 1.0, field.name, "in [0, 1)", value)
+            elif field.name in _POSITIVE:
+                _require(value > 0, field.name, "positive", value)
+            elif field.name in _CHOICES:
+                names = _CHOICES[field.name]
+                _require(value in names, field.name, " or ".join(names), repr(value))
+        heads = self.num_heads
+        if self.head_width is None:
+            wanted = f"a multiple of num_heads, {heads}"
+            _require(self.hidden_size % heads == 0, "hidden_size", wanted, self.hidden_size)
         _require(
-            self.hidden_size % self.num_heads == 0,
-            "hidden_size",
-            f"a multiple of num_heads, {self.num_heads}",
-            self.hidden_size,
+            heads % self.key_heads == 0,
+            "num_heads",
+            f"a multiple of num_key_heads, {self.key_heads}",
+            heads,
         )
-        _require(self.layer_norm_eps > 0, "layer_norm_eps", "positive", self.layer_norm_eps)
-        _require(self.initializer_std > 0, "initializer_std", "positive", self.initializer_std)
-        known = self.activation in ACTIVATIONS
-        _require(known, "activation", " or ".join(ACTIVATIONS), repr(self.activation))
 
     @property
     def head_size(self) -> int:
         """D, the width of one attention head."""
-        return self.hidden_size // self.num_heads
+        return self.head_width or self.hidden_size // self.num_heads
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the feed-forward layer has a second product, which gates the first."""
+        return self.activation in GATED
+
+    @property
+    def key_heads(self) -> int:
+        """Hkv, the heads of keys and values."""
+        return self.num_key_heads or self.num_heads
+
+    @property
+    def qkv_widths(self) -> tuple[int, int, int]:
+        """Rows of the joined projection that make query, key and value."""
+        keys = self.key_heads * self.head_size
+        return self.num_heads * self.head_size, keys, keys
 
     @classmethod
     def preset(cls, name: str, **changes) -> TransformerConfig:

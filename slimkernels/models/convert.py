@@ -1,166 +1,208 @@
-"""Weights and configs of Hugging Face's BertForPreTraining, to ours and back."""
+"""Our parameters under Hugging Face's names: a table a family, and one way through it each way.
+
+A family's table (convert_bert.py, convert_gpt.py, convert_seq2seq.py) says for each of our modules
+which of theirs it is. Where several are joined in one product of ours, their rows are laid end to
+end; where theirs is a Conv1D, its matrix is transposed.
+"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from slimkernels.models.config import TransformerConfig
 
-# Theirs to ours, the names' beginnings; {layer} is the number of a block.
-_PREFIXES = {
-    "bert.embeddings.word_embeddings": "bert.embedding.token",
-    "bert.embeddings.position_embeddings": "bert.embedding.position",
-    "bert.embeddings.token_type_embeddings": "bert.embedding.segment",
-    "bert.embeddings.LayerNorm": "bert.embedding.norm",
-    "bert.pooler.dense": "pooler",
-    "cls.seq_relationship": "next_sentence",
-    "cls.predictions.transform.dense": "transform",
-    "cls.predictions.transform.LayerNorm": "transform_norm",
-}
-_LAYER_PREFIXES = {
-    "attention.output.dense": "attention_output",
-    "attention.output.LayerNorm": "attention_norm",
-    "intermediate.dense": "intermediate",
-    "output.dense": "output",
-    "output.LayerNorm": "output_norm",
-}
-_PROJECTIONS = ("query", "key", "value")
-_TIES = {
-    "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
-    "cls.predictions.decoder.bias": "cls.predictions.bias",
-}
-_CONSTANTS = ("bert.embeddings.position_ids", "bert.embeddings.token_type_ids")
-_ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 
+class Source(NamedTuple):
+    """What one of our modules, or parameters, is in theirs.
 
-def config_from_hugging_face(config) -> TransformerConfig:
-    """Ours for a transformers BertConfig, or for its dictionary.
-
-    Errors  ValueError for an activation or a position embedding that is not implemented, and for
-            a decoder that is not tied to the token embedding
+    names       theirs; the rows of several are joined
+    rows        of each, where they are not equal
+    transposed  their weight is (in, out)
     """
-    theirs = config if isinstance(config, Mapping) else config.to_dict()
-    if theirs["hidden_act"] not in _ACTIVATIONS:
-        raise ValueError(
-            f"config_from_hugging_face: hidden_act must be {' or '.join(_ACTIVATIONS)}; "
-            f"got {theirs['hidden_act']!r}"
-        )
-    kind = theirs.get("position_embedding_type") or "absolute"
-    if kind != "absolute":
-        raise ValueError(
-            f"config_from_hugging_face: position_embedding_type must be 'absolute'; got {kind!r}"
-        )
-    if not theirs.get("tie_word_embeddings", True):
-        raise ValueError(
-            "config_from_hugging_face: tie_word_embeddings must be True, as our decoder's matrix "
-            "is the token embedding; got False"
-        )
-    return TransformerConfig(
-        vocab_size=theirs["vocab_size"],
-        hidden_size=theirs["hidden_size"],
-        num_layers=theirs["num_hidden_layers"],
-        num_heads=theirs["num_attention_heads"],
-        intermediate_size=theirs["intermediate_size"],
-        max_positions=theirs["max_position_embeddings"],
-        type_vocab_size=theirs["type_vocab_size"],
-        dropout_p=theirs["hidden_dropout_prob"],
-        attention_dropout_p=theirs["attention_probs_dropout_prob"],
-        layer_norm_eps=theirs["layer_norm_eps"],
-        activation=_ACTIVATIONS[theirs["hidden_act"]],
-        initializer_std=theirs["initializer_range"],
-    )
+
+    names: tuple[str, ...]
+    rows: tuple[int, ...] | None = None
+    transposed: bool = False
 
 
-def bert_from_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state_dict for our BertForPreTraining from one of Hugging Face's, query, key, value joined.
+Names = dict[str, Source]
 
-    Constant buffers and what is tied are dropped; gamma and beta, the norms' names in the first
-    checkpoints, are read as weight and bias.
-    Errors  ValueError for a name that BertForPreTraining does not have, or one that is missing,
-            and for a decoder's weight or bias that differs from what ours is tied to
+
+@dataclass(frozen=True)
+class Family:
+    """How Hugging Face writes one kind of model.
+
+    model_type   in config.json
+    prefix       of their names in a model with a head; a bare model's have none
+    names        the table of a config: our modules and parameters, and theirs
+    from_theirs  our config for config.json's dictionary
+    to_theirs    the entries of config.json that are ours to say
+    ties         of a config: their names of one tensor's second places, and the first
+    constants    the ends of names that are no parameters
+    defaults     entries of config.json for a model that comes from no folder
+    untied       their name of the vocabulary's matrix, where it may be one of its own
+    today        a name in an old checkpoint to the one it has now
     """
-    state = {_today(name): tensor for name, tensor in state.items() if name not in _CONSTANTS}
-    tied = {name: state.pop(name) for name in _TIES if name in state}
-    _check_names(state)
-    for name, tensor in tied.items():
-        if not torch.equal(tensor, state[_TIES[name]]):
-            raise ValueError(
-                f"bert_from_hugging_face: {name} must equal {_TIES[name]}, to which ours is tied; "
-                f"it differs"
-            )
+
+    model_type: str
+    prefix: str
+    names: Callable[[TransformerConfig], Names]
+    from_theirs: Callable[[Mapping], TransformerConfig]
+    to_theirs: Callable[[TransformerConfig], dict]
+    ties: Callable[[TransformerConfig], Mapping[str, str]]
+    constants: tuple[str, ...] = ()
+    defaults: Mapping[str, object] = field(default_factory=dict)
+    untied: str | None = None
+    today: Callable[[str], str] = str
+
+    def as_stored(
+        self, config: TransformerConfig, state: Mapping[str, Tensor]
+    ) -> TransformerConfig:
+        """The config of what is in `state`: its vocabulary's matrix may be another than the tied
+        one, whatever config.json says.
+        """
+        first = self.ties(config).get(self.untied)
+        if first in state and self.untied in state:
+            is_tied = torch.equal(state[first], state[self.untied])
+            return replace(config, tie_embeddings=is_tied)
+        return config
+
+
+class Converted(NamedTuple):
+    """Our parameters by name; their names that we need and are not there; those we do not need.
+
+    missing  our name to theirs
+    """
+
+    state: dict[str, Tensor]
+    missing: dict[str, list[str]]
+    unused: list[str]
+
+
+def table(entries: Mapping[str, str | tuple[str, ...]], layers: int | None = None) -> Names:
+    """A table from `ours: theirs`, or for each of `layers` blocks with its number for {}."""
+    if layers is None:
+        return {ours: Source((t,) if isinstance(t, str) else t) for ours, t in entries.items()}
+    names: Names = {}
+    for layer in range(layers):
+        for ours, source in table(entries).items():
+            filled = tuple(theirs.format(layer) for theirs in source.names)
+            names[ours.format(layer)] = source._replace(names=filled)
+    return names
+
+
+def norm_chain(stack: str, layers: int, each: str, last: str) -> Names:
+    """The norms before their blocks and the one after the last, which with us are the norm of the
+    embedding and those that end a block.
+    """
+    ours = [f"{stack}.embedding.norm", *(f"{stack}.layers.{i}.output_norm" for i in range(layers))]
+    theirs = [*(each.format(i) for i in range(layers)), last]
+    return table(dict(zip(ours, theirs, strict=True)))
+
+
+def tied(config: TransformerConfig, name: str, first: str) -> dict[str, str]:
+    """The one tie of a language model, if it has it."""
+    return {name: first} if config.tie_embeddings else {}
+
+
+def to_ours(state: Mapping[str, Tensor], names: Names, wanted: Iterable[str]) -> Converted:
+    """The parameters `wanted`, by our names, from Hugging Face's `state`."""
     ours: dict[str, Tensor] = {}
+    missing: dict[str, list[str]] = {}
+    used: set[str] = set()
+    for name in wanted:
+        source, theirs = _theirs(names, name)
+        absent = [their for their in theirs if their not in state]
+        used.update(theirs)
+        if absent:
+            missing[name] = absent
+            continue
+        parts = [state[their] for their in theirs]
+        tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+        ours[name] = tensor.T if source.transposed and tensor.dim() == 2 else tensor
+    return Converted(ours, missing, [name for name in state if name not in used])
+
+
+def to_theirs(state: Mapping[str, Tensor], names: Names) -> dict[str, Tensor]:
+    """Hugging Face's state_dict from ours; its tensors share no memory with each other.
+
+    Errors  ValueError for a parameter that the table does not have
+    """
+    result: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        query = re.fullmatch(r"bert\.encoder\.layer\.(\d+)\.attention\.self\.query\.(.+)", name)
-        if query:
-            rows = [state[name.replace("query", which)] for which in _PROJECTIONS]
-            ours[f"bert.layers.{query[1]}.qkv.{query[2]}"] = torch.cat(rows)
-        elif ".attention.self." not in name:
-            ours[_our_name(name)] = tensor
-    return ours
+        source, theirs = _theirs(names, name)
+        if len(theirs) == 1:
+            result[theirs[0]] = tensor.T if source.transposed and tensor.dim() == 2 else tensor
+            continue
+        rows = source.rows or [len(tensor) // len(theirs)] * len(theirs)
+        for their, part in zip(theirs, tensor.split(list(rows)), strict=True):
+            result[their] = part.clone()
+    return result
 
 
-def bert_to_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state_dict for Hugging Face's BertForPreTraining from ours; the inverse, ties included."""
-    theirs: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        fused = re.fullmatch(r"bert\.layers\.(\d+)\.qkv\.(weight|bias)", name)
-        if fused:
-            layer, kind = fused.groups()
-            for which, rows in zip(_PROJECTIONS, tensor.chunk(3), strict=True):
-                own = f"bert.encoder.layer.{layer}.attention.self.{which}.{kind}"
-                theirs[own] = rows.clone()
-        else:
-            theirs[_their_name(name)] = tensor
-    theirs["cls.predictions.decoder.weight"] = theirs["bert.embeddings.word_embeddings.weight"]
-    theirs["cls.predictions.decoder.bias"] = theirs["cls.predictions.bias"]
-    return theirs
+def without_ties(
+    state: Mapping[str, Tensor], ties: Mapping[str, str], caller: str
+) -> dict[str, Tensor]:
+    """`state` with each tied tensor in its first place only.
+
+    Errors  ValueError, of `caller`, where the two places differ
+    """
+    state = dict(state)
+    for name, first in ties.items():
+        if name not in state:
+            continue
+        tensor = state.pop(name)
+        if not torch.equal(tensor, state.setdefault(first, tensor)):
+            raise ValueError(
+                f"{caller}: {name} must equal {first}, to which ours is tied; it differs"
+            )
+    return state
 
 
-def _today(name: str) -> str:
-    """`name` as it is in checkpoints of today."""
-    name = re.sub("LayerNorm.gamma$", "LayerNorm.weight", name)
-    return re.sub("LayerNorm.beta$", "LayerNorm.bias", name)
+def chosen(caller: str, name: str, value: object, known: Mapping[str, str]) -> str:
+    """Ours for the value of an entry in config.json, or a ValueError that lists the known ones."""
+    if value not in known:
+        raise ValueError(f"{caller}: {name} must be {' or '.join(known)}; got {value!r}")
+    return known[value]
 
 
-def _check_names(state: Mapping[str, Tensor]) -> None:
-    """All names of their BertForPreTraining and no other; the highest block's number counts."""
-    blocks = (re.match(r"bert\.encoder\.layer\.(\d+)\.", name) for name in state)
-    count = max((int(block[1]) + 1 for block in blocks if block), default=0)
-    modules = list(_PREFIXES)
-    for layer in range(count):
-        parts = (*_LAYER_PREFIXES, *(f"attention.self.{which}" for which in _PROJECTIONS))
-        modules += [f"bert.encoder.layer.{layer}.{part}" for part in parts]
-    expected = {f"{module}.weight" for module in modules} | {"cls.predictions.bias"}
-    expected |= {f"{module}.bias" for module in modules if not module.endswith("_embeddings")}
-    for name in state:
-        if name not in expected:
-            raise ValueError(f"bert_from_hugging_face: BertForPreTraining has no parameter {name}")
-    for name in sorted(expected - state.keys()):
-        raise ValueError(f"bert_from_hugging_face: {name} is missing")
+def name_of(value: str, known: Mapping[str, str]) -> str:
+    """Theirs for a value of ours: the first of those that mean it."""
+    for theirs, ours in known.items():
+        if ours == value:
+            return theirs
+    raise ValueError(f"to Hugging Face: it has {' or '.join(known.values())}; got {value!r}")
 
 
-def _our_name(name: str) -> str:
-    if name == "cls.predictions.bias":
-        return "decoder_bias"
-    prefix, _, kind = name.rpartition(".")
-    inner = re.fullmatch(r"bert\.encoder\.layer\.(\d+)\.(.+)", prefix)
-    if inner:
-        return f"bert.layers.{inner[1]}.{_LAYER_PREFIXES[inner[2]]}.{kind}"
-    return f"{_PREFIXES[prefix]}.{kind}"
+def taken(caller: str, theirs: Mapping, fields: Mapping[str, str]) -> dict:
+    """Our fields from entries of config.json, or a ValueError that names the one missing."""
+    for name in fields.values():
+        if name not in theirs:
+            raise ValueError(f"{caller}: config.json must have {name}; it has not")
+    return {ours: theirs[name] for ours, name in fields.items()}
 
 
-def _their_name(name: str) -> str:
-    if name == "decoder_bias":
-        return "cls.predictions.bias"
-    prefix, _, kind = name.rpartition(".")
-    inner = re.fullmatch(r"bert\.layers\.(\d+)\.(.+)", prefix)
-    for theirs, ours in (_LAYER_PREFIXES if inner else _PREFIXES).items():
-        if inner and ours == inner[2]:
-            return f"bert.encoder.layer.{inner[1]}.{theirs}.{kind}"
-        if not inner and ours == prefix:
-            return f"{theirs}.{kind}"
-    raise ValueError(f"bert_to_hugging_face: our BertForPreTraining has no parameter {name}")
+def given(config: TransformerConfig, fields: Mapping[str, str]) -> dict:
+    """Entries of config.json from our fields."""
+    return {name: getattr(config, ours) for ours, name in fields.items()}
+
+
+def require(caller: str, theirs: Mapping, **wanted: object) -> None:
+    """Entries of config.json have the one value that is implemented, or are not there."""
+    for name, value in wanted.items():
+        if theirs.get(name, value) not in (value, None):
+            raise ValueError(f"{caller}: {name} must be {value!r}; got {theirs[name]!r}")
+
+
+def _theirs(names: Names, name: str) -> tuple[Source, list[str]]:
+    if name in names:
+        return names[name], list(names[name].names)
+    module, _, kind = name.rpartition(".")
+    if module not in names:
+        raise ValueError(f"to Hugging Face: the model has no parameter {name}")
+    return names[module], [f"{their}.{kind}" for their in names[module].names]

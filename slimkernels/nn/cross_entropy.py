@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from slimkernels.nn._torchs_own import is_torchs
 from slimkernels.ops._loss_arguments import check_loss_options
 from slimkernels.ops.cross_entropy import cross_entropy
 
@@ -37,6 +38,8 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         )
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        if is_torchs(input):
+            return super().forward(input, target)
         return cross_entropy(
             input,
             target,

@@ -49,12 +49,11 @@ def padded_losses(model: BertForPreTraining, batch: Batch) -> PretrainingOutput:
     rectangles = batch.padded()
     lengths = batch.cu_seqlens.diff() if batch.padding_saved else None
     encoder = model.bert
-    hidden, decoder = encoder.embed(
-        rectangles["input_ids"], rectangles["token_type_ids"], rectangles["position_ids"], None
-    )
-    hidden = encoder.encode(hidden, key_lengths=lengths)  # (B, T, C)
+    names = "input_ids", "token_type_ids", "position_ids"
+    embedded = encoder.embed(*(rectangles[name] for name in names), None, multiplies=True)
+    hidden = encoder.encode(embedded, key_lengths=lengths)  # (B, T, C)
     where = (rectangles["labels"].flatten() != -100).nonzero().squeeze(1)
-    logits = model.mlm_logits(hidden.flatten(0, 1).index_select(0, where), decoder)
+    logits = model.mlm_logits(hidden.flatten(0, 1).index_select(0, where), embedded.table)
     mlm = cross_entropy(logits, rectangles["labels"].flatten()[where])
     nsp = cross_entropy(model.nsp_logits(hidden[:, 0]), batch.next_sentence_labels)
     return PretrainingOutput(mlm.float() + nsp.float(), mlm, nsp)

@@ -140,12 +140,12 @@ double run(bool of_keys) {
                    map(call.k, 1, N), map(call.v, 1, N), map(call.dy, kH, M), arguments);
   };
   if (of_keys) {
-    launch(attention_sm90_dkdv_kernel<Keys>, query_tiles(mirrored(arguments.shape), Keys::kN),
-           kKeyGradientSharedBytes<Keys>, Keys::kM, Keys::kN);
+    launch(attention_sm90_dkdv_kernel<Keys>, query_tiles(mirrored(arguments.shape), Keys::kOwn),
+           WalkShared<Keys>::kBytes, Keys::kWalked, Keys::kOwn);
     return error_of(dk, call.dk, cu_k) + error_of(dv, call.dv, cu_k);  // max would lose NaN
   }
-  launch(attention_sm90_dq_kernel<Queries>, query_tiles(arguments.shape, Queries::kM) * kH,
-         kQueryGradientSharedBytes<Queries>, Queries::kM, Queries::kN);
+  launch(attention_sm90_dq_kernel<Queries>, query_tiles(arguments.shape, Queries::kOwn) * kH,
+         WalkShared<Queries>::kBytes, Queries::kOwn, Queries::kWalked);
   return error_of(dq, call.dq, cu_q);
 }
 

@@ -1,5 +1,6 @@
-// Attention's Hopper kernel on three ragged sequences, causal, the second one's values NaN and seen
-// by nobody, for test_attention_faults.py, which plants faults in a copy of the headers.
+// Attention's Hopper kernel on three ragged sequences, causal, two heads that share keys in a tile,
+// the second sequence's values NaN and seen by nobody, for test_attention_faults.py, which plants
+// faults in a copy of the headers.
 //
 //     attention_fault [FAULT]     turns one on; fails, and says why, if the numbers are wrong
 #include <cstdio>
@@ -15,18 +16,18 @@ using namespace slimkernels;
 
 using T = __nv_bfloat16;
 using Tile = AttentionTile<T, 128>;
-constexpr int kD = 128, kQueries = 280, kKeys = 610;
+constexpr int kD = 128, kH = 2, kQueries = 140, kKeys = 610;
 constexpr float kScale = 0.09f;
-int cu_q[4] = {0, 150, 150, kQueries}, cu_k[4] = {0, 330, 340, kKeys};
-constexpr int kOffset = 170;
+int cu_q[4] = {0, 75, 75, kQueries}, cu_k[4] = {0, 330, 340, kKeys};
+constexpr int kOffset = 245;
 
 // The largest error of a sequence's outputs.
 double error_of(int sequence, const std::vector<T>& q, const std::vector<T>& k,
                 const std::vector<T>& v, const std::vector<T>& y) {
   double worst = 0;
   const int keys = cu_k[sequence + 1] - cu_k[sequence];
-  for (int i = 0; cu_q[sequence] + i < cu_q[sequence + 1]; ++i) {
-    const int row = (cu_q[sequence] + i) * kD;
+  for (int n = cu_q[sequence] * kH; n < cu_q[sequence + 1] * kH; ++n) {
+    const int row = n * kD, i = n / kH - cu_q[sequence];
     double sum = 0;
     std::vector<double> out(kD);
     for (int j = 0; j < keys && j <= i + kOffset; ++j) {
@@ -50,28 +51,30 @@ int main(int argc, char** argv) {
   fault = argc > 1 ? argv[1] : "";
   std::mt19937 random(0);
   std::normal_distribution<float> normal;
-  std::vector<T> q(kQueries * kD), k(kKeys * kD), v(kKeys * kD), y(kQueries * kD);
-  std::vector<float> lse(2 * kQueries);
+  std::vector<T> q(kQueries * kH * kD), k(kKeys * kD), v(kKeys * kD), y(q.size());
+  std::vector<float> lse(2 * kH * kQueries);
   for (auto* x : {&q, &k, &v})
     for (T& value : *x) value = T(normal(random));
   std::fill(v.begin() + cu_k[1] * kD, v.begin() + cu_k[2] * kD, T(NAN));
   AttentionArguments arguments = {};
   arguments.shape = {3, 1, 1, kQueries, kKeys, -1, 0, kOffset, cu_q, cu_k, nullptr, nullptr};
   arguments.schedule = {2, 1};
+  arguments.packed = kH;
+  arguments.tokens = Tile::kM / kH;
   arguments.scale = kScale;
   arguments.value_width = kD;
   arguments.y = y.data();
   arguments.lse = lse.data();
-  arguments.low = lse.data() + kQueries;
-  const auto map = [](const std::vector<T>& x, int rows) {
-    const int64_t tokens = x.size() / kD;
-    return tensor_map<T, 4>(x.data(), {kD, tokens, 1, 1}, {kD, 8, 8}, {64, rows, 1, 1},
-                            !planted("no swizzle"));
+  arguments.low = lse.data() + kH * kQueries;
+  TensorMap q_map = tensor_map<T, 5>(q.data(), {kD, kH, kQueries, 1, 1}, {kD, kH * kD, 8, 8},
+                                     {64, kH, Tile::kM / kH, 1, 1});
+  q_map.swizzled = !planted("no swizzle");
+  const auto map = [](const std::vector<T>& x) {
+    return tensor_map<T, 4>(x.data(), {kD, kKeys, 1, 1}, {kD, 8, 8}, {64, Tile::kN, 1, 1});
   };
   try {
     LAUNCH_CLUSTER(attention_sm90_forward_kernel<Tile>, dim3(2), dim3(Tile::kThreads), 1,
-                   kAttentionSharedBytes<Tile>, nullptr, map(q, Tile::kM), map(k, Tile::kN),
-                   map(v, Tile::kN), arguments);
+                   kAttentionSharedBytes<Tile>, nullptr, q_map, map(k), map(v), arguments);
   } catch (const std::exception& error) {
     std::printf("%s\n", error.what());
     return 1;

@@ -68,6 +68,50 @@ void check_ragged_order(std::mt19937& random, int M, int right) {
   expect(int(found.size()) == cu[B] * H, "ragged tiles have too many queries");
 }
 
+// With heads side by side in tiles of R rows: each query of each head is a row of one tile, in no
+// more tiles than there were.
+void check_packed(int B, int H, int group, int Tq, int R, const std::vector<int>& cu) {
+  const bool is_ragged = !cu.empty();
+  const int* const starts = is_ragged ? cu.data() : nullptr;
+  const AttentionShape shape = {
+      B, H, group, is_ragged ? cu[B] : Tq, 9, -1, -1, 0, starts, starts, nullptr, nullptr};
+  const int packed = packed_heads(shape, R), M = R / packed;
+  expect(packed == 1 || packed == group, "a part of a group is packed");
+  const AttentionShape seen = packed_call(shape, packed);
+  expect(seen.heads * packed == H && seen.group * packed == group, "other heads");
+  const int tiles = query_tiles(seen, M) * seen.heads;
+  expect(packed == 1 || tiles < query_tiles(shape, R) * H, "packed in vain");
+  std::multiset<std::tuple<int, int, int>> found;
+  for (int work = 0; work < tiles; ++work) {
+    const QueryTile tile = listed_tile(seen, B * seen.heads, work, M);
+    const int count = smaller(place_of(seen, tile.sequence).q_count - tile.first, M);
+    for (int row = 0; row < count * packed; ++row) {
+      const RowQuery query = query_of_row(tile, packed, row);
+      expect(query.head / group == tile.head / seen.group, "a row of another key head");
+      found.insert({tile.sequence, query.head, query.token});
+    }
+  }
+  for (int b = 0; b < B; ++b)
+    for (int h = 0; h < H; ++h)
+      for (int i = 0; i < (is_ragged ? cu[b + 1] - cu[b] : Tq); ++i)
+        expect(found.count({b, h, i}) == 1, "a packed query is not in one row");
+  expect(int(found.size()) == shape.Tq * H * (is_ragged ? 1 : B), "too many packed rows");
+}
+
+void check_packed_heads(std::mt19937& random) {
+  for (int group : {1, 2, 3, 4, 7, 9})
+    for (int Tq = 1; Tq < 20; ++Tq) {
+      check_packed(2, 2 * group, group, Tq, 8, {});
+      std::vector<int> cu = {0};
+      for (int b = 0; b < 3; ++b) cu.push_back(cu.back() + random() % Tq);
+      check_packed(3, 2 * group, group, 0, 8, cu);
+    }
+  AttentionShape shape = {1, 8, 4, 2, 9, -1, 0, 0, nullptr, nullptr, nullptr, nullptr};
+  expect(packed_heads(shape, 8) == 4, "a short sequence is not packed");
+  shape.Tq = 8;
+  expect(packed_heads(shape, 8) == 1, "full tiles are packed");
+}
+
 void check_sections() {
   const AttentionShape shape = {2, 8, 4, 9, 9, -1, 0, 0, nullptr, nullptr, nullptr, nullptr};
   expect(section_of(shape, 3, 10, 40) == 16, "all heads fit");
@@ -175,6 +219,7 @@ int main() {
               check_dense_order(B, H, Tq, right, 4, {blocks, section});
   check_sections();
   std::mt19937 random(0);
+  check_packed_heads(random);
   for (int n = 0; n < 500; ++n) check_ragged_order(random, 1 + random() % 5, n % 2 - 1);
   for (int Tq : {1, 5, 7})
     for (int Tk : {1, 4, 8})

@@ -37,15 +37,14 @@ struct TensorMap {
   int element = 0, rank = 0;  // bytes of an element
   std::array<int64_t, 5> sizes{}, strides{};
   std::array<int, 5> box{};
-  bool swizzled = false;
+  bool swizzled = true;
 };
 
 namespace hopper_on_cpu {
 
-inline bool mode(char letter) {
-  const char* letters = std::getenv("HOPPER_ON_CPU");
-  return letters && std::strchr(letters, letter);
-}
+inline std::string letters;  // HOPPER_ON_CPU's, when the block started
+
+inline bool mode(char letter) { return letters.find(letter) != std::string::npos; }
 
 // Of the block, which is its own cluster.
 inline int thread() { return int(cuda_on_cpu::running - cuda_on_cpu::fibers.data()); }
@@ -53,10 +52,17 @@ inline int thread() { return int(cuda_on_cpu::running - cuda_on_cpu::fibers.data
 // Where dynamic shared memory starts, as if 384 bytes of static shared memory lay before it.
 constexpr uint32_t kSharedStart = 384;
 
-inline unsigned char* at(uint32_t address, int bytes) {
+inline unsigned char* shared_memory = nullptr;  // the block's, once it was asked for
+
+SLIM_UNSANITIZED inline unsigned char* dynamic_start() {
+  if (!shared_memory) shared_memory = cuda_on_cpu::dynamic_shared<unsigned char>();
+  return shared_memory;
+}
+
+SLIM_UNSANITIZED inline unsigned char* at(uint32_t address, int bytes) {
   if (address < kSharedStart || address + bytes > kSharedStart + cuda_on_cpu::dynamic_bytes)
     fail("shared memory has no address " + std::to_string(address));
-  return cuda_on_cpu::dynamic_shared<unsigned char>() + (address - kSharedStart);
+  return dynamic_start() + (address - kSharedStart);
 }
 
 inline uint32_t swizzle_128(uint32_t address) { return address ^ (address >> 3 & 0x70); }
@@ -66,6 +72,7 @@ inline uint32_t swizzle_128(uint32_t address) { return address ^ (address >> 3 &
 inline std::map<uint32_t, int> unfenced;  // thread that wrote, by address / 16
 
 inline void check_fenced(uint32_t address) {
+  if (unfenced.empty()) return;
   const auto found = unfenced.find(address / 16);
   if (found != unfenced.end())
     fail("fence_proxy_async is missing after a store of thread " + std::to_string(found->second));
@@ -98,10 +105,8 @@ inline Phases& phases_of(const Mbarrier* barrier) {
 
 // TMA.
 
-enum class Copy { kLoad, kStore, kAdd };
-
+// A load.
 struct Transfer {
-  Copy kind;
   TensorMap map;
   uint32_t shared;
   Mbarrier* barrier;
@@ -137,28 +142,16 @@ struct Transfer {
     const int bytes = each_chunk([&](uint32_t address, unsigned char* global, int inside) {
       check_fenced(address);
       unsigned char* here = at(address, 16);
-      if (kind == Copy::kLoad) {
-        std::memset(here, 0, 16);
-        std::memcpy(here, global, inside * map.element);
-      } else if (kind == Copy::kStore) {
-        std::memcpy(global, here, inside * map.element);
-      } else {
-        for (int k = 0; k < inside; ++k)
-          reinterpret_cast<float*>(global)[k] += reinterpret_cast<float*>(here)[k];
-      }
+      std::memset(here, 0, 16);
+      std::memcpy(here, global, inside * map.element);
     });
-    if (kind != Copy::kLoad) return;
     Phases& phases = phases_of(barrier);
     phases.bytes -= bytes;
     phases.end_if_complete();
   }
 };
 
-inline std::deque<Transfer> loads;                            // not landed
-inline std::map<int, std::deque<std::vector<Transfer>>> out;  // groups of a thread, last one open
-
-inline void start_transfer(Copy kind, const TensorMap& map, const void* shared, Mbarrier* barrier,
-                           std::array<int, 5> first);
+inline std::deque<Transfer> loads;  // not landed
 
 inline bool land_one() {
   if (loads.empty()) return false;
@@ -166,14 +159,6 @@ inline bool land_one() {
   loads.front().perform();
   loads.pop_front();
   return true;
-}
-
-inline void finish_groups(int pending) {
-  auto& groups = out[thread()];
-  while (int(groups.size()) > pending + 1) {  // the open one is not committed
-    for (const Transfer& transfer : groups.front()) transfer.perform();
-    groups.pop_front();
-  }
 }
 
 // wgmma.
@@ -229,41 +214,66 @@ inline float widen_bits(uint16_t bits, bool is_half) {
   return x;
 }
 
-// Element (mn, k) of a shared operand. "Matrix Descriptor Format", and "Strides" for the layouts.
-inline float element(uint64_t descriptor, int kind, bool is_half, int mn, int k) {
+// Calls run(mn, k, values) for each 8 neighbours of a shared operand's `count` rows or columns from
+// `first` on: neighbours along k of kK, along mn of kMN. "Matrix Descriptor Format", and "Strides"
+// for the layouts.
+template <typename Run>
+void each_eight(uint64_t descriptor, int kind, bool is_half, int first, int count, Run run) {
   const uint32_t start = (descriptor & 0x3fff) << 4;
   const uint32_t leading = (descriptor >> 16 & 0x3fff) << 4;
   const uint32_t stride = (descriptor >> 32 & 0x3fff) << 4;
   if (descriptor >> 62 != 1) fail("a descriptor's layout is not the 128-byte swizzle");
   if ((start >> 7 & 7) != 0 || (descriptor >> 49 & 7) != 0)
     fail("an operand starts inside the swizzle's pattern");
-  uint32_t address = start;
-  if (kind == 0)
-    address += mn / 8 * stride + mn % 8 * 128 + k * 2;
-  else
-    address += mn / 64 * leading + mn % 64 * 2 + k / 8 * stride + k % 8 * 128;
-  address = swizzle_128(address);
-  check_fenced(address);
-  uint16_t bits;
-  std::memcpy(&bits, at(address, 2), 2);
-  return widen_bits(bits, is_half);
+  const bool along_k = kind == 0;
+  for (int mn = first; mn < first + count; mn += along_k ? 1 : 8)
+    for (int k = 0; k < 16; k += along_k ? 8 : 1) {
+      uint32_t address = start;
+      if (along_k)
+        address += mn / 8 * stride + mn % 8 * 128 + k * 2;
+      else
+        address += mn / 64 * leading + mn % 64 * 2 + k / 8 * stride + k % 8 * 128;
+      address = swizzle_128(address);
+      check_fenced(address);
+      uint16_t bits[8];
+      std::memcpy(bits, at(address, 16), 16);
+      float values[8];
+      for (int i = 0; i < 8; ++i) values[i] = widen_bits(bits[i], is_half);
+      run(mn, k, values);
+    }
+}
+
+// d (16, N) += a (16, 16) @ b (16, N), rows of 256.
+__attribute__((optimize("O3"))) SLIM_UNSANITIZED inline void multiply(float (&d)[16][256],
+                                                                      const float (&a)[16][16],
+                                                                      const float (&b)[16][256],
+                                                                      int N) {
+  for (int i = 0; i < 16; ++i)
+    for (int k = 0; k < 16; ++k)
+      for (int n = 0; n < N; ++n) d[i][n] += a[i][k] * b[k][n];
 }
 
 // The 16 rows of D that warp `warp` of its group owns.
-inline void perform(WarpProducts& warp, Product& product, int index_in_group) {
+SLIM_UNSANITIZED inline void perform(WarpProducts& warp, Product& product, int index_in_group) {
   static float a[16][16], b[16][256], d[16][256];
   const int N = product.columns;
-  for (int k = 0; k < 16; ++k)
-    for (int n = 0; n < N; ++n) b[k][n] = element(product.b, product.kind_b, product.is_half, n, k);
+  each_eight(product.b, product.kind_b, product.is_half, 0, N,
+             [&](int n, int k, const float (&values)[8]) {
+               for (int i = 0; i < 8; ++i)
+                 (product.kind_b == 0 ? b[k + i][n] : b[k][n + i]) = values[i];
+             });
   for (int lane = 0; lane < 32; ++lane)
     for (int e = 0; e < 8 && product.kind_a < 0; ++e) {
       const uint32_t word = product.registers_a[lane][e / 2];
       a[lane / 4 + e / 2 % 2 * 8][lane % 4 * 2 + e / 4 * 8 + e % 2] =
           widen_bits(e % 2 ? word >> 16 : word & 0xffff, product.is_half);
     }
-  for (int i = 0; i < 16 && product.kind_a >= 0; ++i)
-    for (int k = 0; k < 16; ++k)
-      a[i][k] = element(product.a, product.kind_a, product.is_half, index_in_group * 16 + i, k);
+  if (product.kind_a >= 0)
+    each_eight(product.a, product.kind_a, product.is_half, index_in_group * 16, 16,
+               [&](int m, int k, const float (&values)[8]) {
+                 for (int i = 0; i < 8; ++i)
+                   (product.kind_a == 0 ? a[m % 16][k + i] : a[m % 16 + i][k]) = values[i];
+               });
   const auto each = [&](auto run) {
     for (int lane = 0; lane < 32; ++lane) {
       const auto found = warp.in_flight.find({lane, product.d[lane]});
@@ -273,9 +283,7 @@ inline void perform(WarpProducts& warp, Product& product, int index_in_group) {
     }
   };
   each([&](float& mine, float& place) { place = product.accumulate ? mine : 0.f; });
-  for (int i = 0; i < 16; ++i)
-    for (int k = 0; k < 16; ++k)
-      for (int n = 0; n < N; ++n) d[i][n] += a[i][k] * b[k][n];
+  multiply(d, a, b, N);
   each([&](float& mine, float& place) { mine = place; });
   product.done = true;
   for (int lane = 0; lane < 32; ++lane) {

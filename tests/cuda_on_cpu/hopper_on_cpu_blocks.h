@@ -43,7 +43,9 @@ inline void start_block(int threads) {
   unfenced.clear();
   loads.clear();
   waiting.clear();
-  out.clear();
+  shared_memory = nullptr;
+  const char* wanted = std::getenv("HOPPER_ON_CPU");
+  letters = wanted ? wanted : "";
   named.fill({});
   product_warps.assign((threads + 31) / 32, {});
   registers.assign(threads, {});
@@ -52,9 +54,6 @@ inline void start_block(int threads) {
 // A sentence, or nothing.
 inline std::string left_behind() {
   if (!loads.empty()) return "a block ends before its copies have landed";
-  for (const auto& [thread, groups] : out)
-    for (const auto& group : groups)
-      if (!group.empty()) return "a block ends before its bulk stores have read shared memory";
   for (const NamedBarrier& barrier : named)
     if (barrier.arrived) return "a named barrier is left with threads that arrived at it";
   int total = 0;

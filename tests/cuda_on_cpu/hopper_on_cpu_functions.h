@@ -6,13 +6,12 @@ namespace slimkernels {
 
 inline uint32_t shared_address(const void* pointer) {
   const auto* byte = static_cast<const unsigned char*>(pointer);
-  return hopper_on_cpu::kSharedStart +
-         uint32_t(byte - cuda_on_cpu::dynamic_shared<unsigned char>());
+  return hopper_on_cpu::kSharedStart + uint32_t(byte - hopper_on_cpu::dynamic_start());
 }
 
 inline unsigned char* aligned_shared() {
   const uint32_t start = hopper_on_cpu::kSharedStart;
-  return cuda_on_cpu::dynamic_shared<unsigned char>() + (1024 - start % 1024) % 1024;
+  return hopper_on_cpu::dynamic_start() + (1024 - start % 1024) % 1024;
 }
 
 inline void mbarrier_init(Mbarrier* barrier, int arrivals) {
@@ -64,70 +63,30 @@ inline void fence_proxy_async() {
 
 // TMA.
 
-inline void hopper_on_cpu::start_transfer(Copy kind, const TensorMap& map, const void* shared,
-                                          Mbarrier* barrier, std::array<int, 5> first) {
-  const uint32_t address = shared_address(shared);
-  if (address % 128) fail("TMA wants 128-byte boundaries in shared memory");
-  const Transfer transfer{kind, map, address, barrier, first};
-  if (kind != Copy::kLoad) {
-    auto& groups = out[thread()];
-    if (groups.empty()) groups.emplace_back();
-    if (mode('l'))
-      groups.back().push_back(transfer);
-    else
-      transfer.perform();
-  } else if (mode('l')) {
-    loads.push_back(transfer);
-  } else {
-    transfer.perform();
-  }
-  ++cuda_on_cpu::events;
-}
-
 inline void prefetch_map(const TensorMap*) {}
 
 template <typename... C>
 void tma_load(void* to, const TensorMap* map, Mbarrier* barrier, C... c) {
   if (sizeof...(c) != map->rank) fail("a box has as many coordinates as its tensor");
-  hopper_on_cpu::start_transfer(hopper_on_cpu::Copy::kLoad, *map, to, barrier, {int(c)...});
-}
-template <typename... C>
-void tma_store(const TensorMap* map, const void* from, C... c) {
-  if (sizeof...(c) != map->rank) fail("a box has as many coordinates as its tensor");
-  hopper_on_cpu::start_transfer(hopper_on_cpu::Copy::kStore, *map, from, nullptr, {int(c)...});
-}
-template <typename... C>
-void tma_add(const TensorMap* map, const void* from, C... c) {
-  if (sizeof...(c) != map->rank) fail("a box has as many coordinates as its tensor");
-  if (map->element != 4) fail("tma_add is for float32");
-  hopper_on_cpu::start_transfer(hopper_on_cpu::Copy::kAdd, *map, from, nullptr, {int(c)...});
-}
-
-inline void tma_commit() {
-  auto& groups = hopper_on_cpu::out[hopper_on_cpu::thread()];
-  if (groups.empty()) groups.emplace_back();
-  groups.emplace_back();
-}
-template <int kPending>
-void tma_wait_read() {
-  hopper_on_cpu::finish_groups(kPending);
-}
-template <int kPending>
-void tma_wait() {
-  hopper_on_cpu::finish_groups(kPending);
+  const uint32_t address = shared_address(to);
+  if (address % 128) fail("TMA wants 128-byte boundaries in shared memory");
+  const hopper_on_cpu::Transfer transfer{*map, address, barrier, {int(c)...}};
+  if (hopper_on_cpu::mode('l'))
+    hopper_on_cpu::loads.push_back(transfer);
+  else
+    transfer.perform();
+  ++cuda_on_cpu::events;
 }
 
 template <typename T, size_t kRank>
 TensorMap tensor_map(const T* start, std::array<int64_t, kRank> sizes,
-                     std::array<int64_t, kRank - 1> strides, std::array<int, kRank> box,
-                     bool swizzled = true) {
+                     std::array<int64_t, kRank - 1> strides, std::array<int, kRank> box) {
   TensorMap map;
   map.start = reinterpret_cast<unsigned char*>(const_cast<T*>(start));
   map.element = sizeof(T);
   map.rank = kRank;
-  map.swizzled = swizzled;
   bool fits = reinterpret_cast<uintptr_t>(start) % 16 == 0 && box[0] * sizeof(T) % 16 == 0;
-  fits = fits && (!swizzled || box[0] * sizeof(T) <= 128);
+  fits = fits && box[0] * sizeof(T) <= 128;
   for (size_t d = 0; d < kRank; ++d) {
     map.sizes[d] = sizes[d];
     map.box[d] = box[d];
@@ -175,10 +134,6 @@ void wgmma(float (&d)[kCount], const uint32_t (&a)[4], uint64_t b, bool accumula
 template <typename X>
 void fence_registers(X&) {}
 
-inline float exp2_approximate(float x) {
-  const float y = std::exp2(x);
-  return y < std::numeric_limits<float>::min() ? 0.f : y;
-}
 inline float reciprocal_approximate(float x) { return 1.f / x; }
 
 }  // namespace slimkernels

@@ -21,13 +21,15 @@ LATE = {"forward": "w", "reverse": "l"}
 Variant = sk.AttentionVariant
 
 # dtype, (B, H, Hkv, Tq, Tk, D, Dv), options. Several tiles of keys and, of 128 or 192, of queries.
+# Heads that share keys share tiles where that makes fewer of them: not in the first two.
 DENSE = {
-    "64 wide": (BF16, (1, 2, 1, 200, 300, 64, 64), {}),
-    "128 wide": (FP16, (1, 2, 1, 150, 330, 128, 128), {}),
+    "64 wide": (BF16, (1, 2, 1, 100, 300, 64, 64), {}),
+    "128 wide": (FP16, (1, 2, 1, 120, 330, 128, 128), {}),
     "256 wide": (BF16, (1, 1, 1, 130, 200, 256, 136), {}),
     "odd widths": (BF16, (1, 2, 2, 9, 70, 72, 40), {"scale": -0.2}),
-    "causal": (BF16, (1, 2, 1, 300, 300, 128, 128), {"is_causal": True}),
-    "window": (FP16, (1, 1, 1, 300, 330, 64, 64), {"variant": Variant(window=(60, 20))}),
+    "causal": (BF16, (1, 2, 1, 260, 260, 128, 128), {"is_causal": True}),
+    "three heads a tile": (BF16, (1, 6, 2, 50, 150, 128, 128), {"is_causal": True}),
+    "window": (FP16, (1, 1, 1, 200, 330, 64, 64), {"variant": Variant(window=(60, 20))}),
     "offset": (
         *(BF16, (2, 1, 1, 200, 100, 64, 64)),
         {"is_causal": True, "variant": Variant(causal_offset=-70)},
@@ -75,19 +77,6 @@ def test_ragged():
     k[140:145], v[140:145] = torch.nan, torch.nan  # a sequence without queries
     cu_seqlens = cu_of(lengths_q, q.device), cu_of(lengths_k, k.device)
     return check([q, k, v], {"cu_seqlens": cu_seqlens, "is_causal": True})
-
-
-def test_gradients_of_wide_heads_are_tritons_from_what_forward_saved():
-    import interpreter  # noqa: F401  repairs Triton's
-
-    inputs = torch.randn(3, 1, 1, 40, 136).to(BF16).unbind()
-    os.environ["HOPPER_ON_CPU"] = ""
-    call = checked_call(inputs, {"is_causal": True})
-    saved = OP.modules["cuda"].forward(*inputs, call)
-    given = torch.ones_like(saved[0]), None, *inputs, *saved, call, (True,) * 3 + (False,) * 3
-    ours, tritons = (OP.modules[backend].backward(*given)[:3] for backend in ("cuda", "triton"))
-    assert all(map(torch.equal, ours, tritons))
-    return ours
 
 
 REFUSED = {

@@ -10,13 +10,18 @@ from cuda_on_cpu.test_attention_faults import compiled, run
 pytestmark = pytest.mark.here
 
 BOTH, KEYS, QUERIES = (f"attention_sm90_backward{of}.cuh" for of in ("", "_keys", "_queries"))
-WAIT_FOR_DK = "      wgmma_wait<0>();\n" + "".join(
-    f"      fence_registers({x});\n" for x in ("dk", "dv", "p", "ds")
-)
+PARTS = "attention_sm90_parts.cuh"
+WAIT_FOR_DK = """\
+      wgmma_wait<0>();
+      fence_registers(dk);
+      if constexpr (kHasDk && kHasDv) fence_registers(dv);
+      fence_registers(p);
+      fence_registers(ds);
+"""
 # name: (kernels it is in, file, the right text, what stands there instead); IT is its switch.
 PLANTED = {
     "transposed operand": (
-        *("keys queries", BOTH, "    wgmma<T, kMN>(d, a[step]"),
+        *("keys queries", PARTS, "    wgmma<T, kMN>(d, a[step]"),
         "    if (IT) wgmma<T, kK>(d, a[step], operand_k(b, 16 * kSteps, 0, 16 * step), true);\n"
         "    else wgmma<T, kMN>(d, a[step]",
     ),
@@ -26,50 +31,63 @@ PLANTED = {
         "keys.offset = -place_of(shape, sequence).offset + IT;",
     ),
     "proxy fence missing": (
-        *("keys queries", "attention_sm90.cuh", "  fence_proxy_async();"),
+        *("keys queries", PARTS, "  fence_proxy_async();"),
         "  if (!IT) fence_proxy_async();",
     ),
-    "queries not cleared": (
-        *("keys", KEYS, "      clear_rows<Tile::kM, Tile::kWidth>(shared.q"),
-        "      if (!IT) clear_rows<Tile::kM, Tile::kWidth>(shared.q",
+    "first not cleared": (
+        *("keys queries", BOTH, " shared.walked(0, stage),"),
+        " shared.walked(IT, stage),",
     ),
-    "dy not cleared": (
-        *("keys", KEYS, "      clear_rows<Tile::kM, Tile::kWidth>(shared.dy"),
-        "      if (!IT) clear_rows<Tile::kM, Tile::kWidth>(shared.dy",
+    "second not cleared": (
+        *("keys queries", BOTH, " shared.walked(1, stage));"),
+        " shared.walked(!IT, stage));",
     ),
-    "absent queries' lse": (
+    "hidden P kept": (
         "keys",
         KEYS,
-        "is_present ? arguments.lse",
-        "IT || is_present ? arguments.lse",
+        "0x0000ffffu : 0xffff0000u",
+        "0x0000ffffu : IT ? ~0u : 0xffff0000u",
     ),
-    "rows not waited for": ("keys", KEYS, "full[stage], 2);", "full[stage], IT ? 1 : 2);"),
-    "one head for all": ("keys", KEYS, "* group + member", "* group + (IT ? 0 : member)"),
+    "hidden dS kept": ("keys", KEYS, "      s[i] = 0.f;", "      if (!IT) s[i] = 0.f;"),
+    "hidden dS kept, by queries": ("queries", QUERIES, "{ s[i] = 0.f; }", "{ s[i] *= IT; }"),
+    "absent queries' delta": (
+        *("keys", KEYS, "is_present ? arguments.delta"),
+        "IT || is_present ? arguments.delta",
+    ),
+    "rows not waited for": ("keys", BOTH, "Tile::kFillers,", "Tile::kFillers - IT,"),
+    "rows stored early": (
+        *("keys", KEYS, "    __syncwarp();  // the stage is empty"),
+        "    if (!IT) __syncwarp();  // the stage is empty",
+    ),
+    "one head for all": (
+        "keys",
+        KEYS,
+        "load_queries(work, head,",
+        "load_queries(work, IT ? 0 : head,",
+    ),
     "wrong stage": (
-        "keys",
-        KEYS,
-        "issue_scores(s, dp, stage);",
-        "issue_scores(s, dp, IT ? 0 : stage);",
+        *("keys", KEYS, "issue_own(s, shared, 0, own_row(), stage);"),
+        "issue_own(s, shared, 0, own_row(), IT ? 0 : stage);",
     ),
     "keys not waited for": (
-        *("keys", KEYS, "    mbarrier_wait(&shared.barriers().keys, 0);"),
-        "    if (!IT) mbarrier_wait(&shared.barriers().keys, 0);",
+        *("keys", KEYS, "    mbarrier_wait(&shared.barriers().own, 0);"),
+        "    if (!IT) mbarrier_wait(&shared.barriers().own, 0);",
     ),
     "queries not waited for": (
-        *("keys", KEYS, "      mbarrier_wait(&shared.barriers().full[stage]"),
-        "      if (!IT) mbarrier_wait(&shared.barriers().full[stage]",
+        *("keys", KEYS, "      shared.barriers().ring.wait_full"),
+        "      if (!IT) shared.barriers().ring.wait_full",
     ),
     "loaded before freed": (
-        *("keys", KEYS, "ring.parity(Tile::kStages) ^ 1);"),
-        "ring.parity(Tile::kStages) ^ 1 ^ IT);",
+        *("keys queries", BOTH, "    barriers.ring.wait_empty"),
+        "    if (!IT) barriers.ring.wait_empty",
     ),
     "scores not waited for": (
-        *("keys", KEYS, "      wgmma_wait<1>();\n      fence_registers(s);"),
-        "      if (!IT) wgmma_wait<1>();\n      fence_registers(s);",
+        *("keys", KEYS, "      wgmma_wait<kHasDk>();"),
+        "      if (!IT) wgmma_wait<kHasDk>();",
     ),
     "dP not waited for": (
-        *("keys", KEYS, "      wgmma_wait<1>();\n      fence_registers(dp);"),
-        "      if (!IT) wgmma_wait<1>();\n      fence_registers(dp);",
+        *("keys", KEYS, "        wgmma_wait<kHasDv>();"),
+        "        if (!IT) wgmma_wait<kHasDv>();",
     ),
     "stage freed early": (
         *("keys", KEYS, WAIT_FOR_DK + "      free_stage(stage);\n"),
@@ -80,32 +98,20 @@ PLANTED = {
         "      if (!IT) wgmma_wait<0>();",
     ),
     "no wgmma fence": (
-        *("keys", KEYS, "      wgmma_fence();\n      issue_scores"),
-        "      if (!IT) wgmma_fence();\n      issue_scores",
+        *("keys", KEYS, "      wgmma_fence();\n      issue_own"),
+        "      if (!IT) wgmma_fence();\n      issue_own",
     ),
     "too many registers": (
-        *("queries", QUERIES, "registers_shrink<Tile::kProducerRegisters>();"),
+        *("queries", PARTS, "registers_shrink<Tile::kProducerRegisters>();"),
         "if (IT) registers_shrink<56>();\n    else registers_shrink<Tile::kProducerRegisters>();",
-    ),
-    "keys not cleared": (
-        *("queries", QUERIES, "      clear_rows<Tile::kN, Tile::kWidth>(shared.k"),
-        "      if (!IT) clear_rows<Tile::kN, Tile::kWidth>(shared.k",
-    ),
-    "values not cleared": (
-        *("queries", QUERIES, "      clear_rows<Tile::kN, Tile::kWidth>(shared.v"),
-        "      if (!IT) clear_rows<Tile::kN, Tile::kWidth>(shared.v",
     ),
     "dP not waited for, by queries": (
         *("queries", QUERIES, "      wgmma_wait<0>();\n      fence_registers(dp);"),
         "      if (!IT) wgmma_wait<0>();\n      fence_registers(dp);",
     ),
     "stage freed early, by queries": (
-        *("queries", QUERIES, "      if (last >= 0) free_stage(last);"),
-        "      if (IT || last >= 0) free_stage(IT ? stage : last);",
-    ),
-    "loaded before freed, by queries": (
-        *("queries", QUERIES, "ring.parity(Tile::kStages) ^ 1);"),
-        "ring.parity(Tile::kStages) ^ 1 ^ IT);",
+        *("queries", QUERIES, "if (last >= 0) release(&barriers.ring.empty[last]);"),
+        "if (IT || last >= 0) release(&barriers.ring.empty[IT ? stage : last]);",
     ),
 }
 

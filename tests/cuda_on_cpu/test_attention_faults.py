@@ -8,17 +8,21 @@ import shutil
 import subprocess
 
 import pytest
-from cuda_on_cpu.harness import HERE, SOURCES, cuda_include
+from cuda_on_cpu.harness import HERE, SANITIZE, SOURCES, cuda_include
 
 pytestmark = pytest.mark.here
 
 CONSUMER, PRODUCER = "attention_sm90_consumer.cuh", "attention_sm90.cuh"
+PARTS = "attention_sm90_parts.cuh"
 TILES, WGMMA = "attention_tiles.cuh", "wgmma.cuh"
 # name: (file, the right text, what stands there instead); IT is the fault's switch.
 PLANTED = {
     "mask off by one": (TILES, "+ shape.right + 1)", "+ shape.right + 1 + IT)"),
     "wrong step": (WGMMA, "k % kPanelColumns * 2,", "k % kPanelColumns * (IT ? 4 : 2),"),
     "wrong panel": (WGMMA, "Bytes, panel_bytes(rows),", "Bytes, panel_bytes(rows) * (IT ? 2 : 1),"),
+    "one head's rows": (TILES, "packed + row % packed}", "packed + (IT ? 0 : row % packed)}"),
+    "a token a row": (TILES, "first + row / packed,", "first + row / (IT ? 1 : packed),"),
+    "one head's mask": (CONSUMER, "row(1) / packed}", "row(1) / (IT ? 1 : packed)}"),
     "wrong parity": (CONSUMER, "().q_full, q_parity)", "().q_full, q_parity ^ IT)"),
     "keys freed early": (
         *(CONSUMER, "    wgmma_wait<1>();\n    fence_registers(s);\n"),
@@ -45,17 +49,13 @@ PLANTED = {
         "o[i] *= IT ? 1.f : shrink[row_of_element(i)]",
     ),
     "turn not waited for": (CONSUMER, "    wait_turn();\n", "    if (!IT) wait_turn();\n"),
-    "tail not cleared": (PRODUCER, "      clear_rows<", "      if (!IT) clear_rows<"),
-    "no proxy fence": (PRODUCER, "  fence_proxy_async();", "  if (!IT) fence_proxy_async();"),
-    "loaded before freed": (
-        PRODUCER,
-        "k_place.parity(Tile::kStages) ^ 1)",
-        "k_place.parity(Tile::kStages) ^ !IT)",
-    ),
+    "tail not cleared": (PARTS, "    (clear_rows<", "    if (!IT) (clear_rows<"),
+    "no proxy fence": (PARTS, "  fence_proxy_async();", "  if (!IT) fence_proxy_async();"),
+    "loaded before freed": (PRODUCER, "barriers.k.wait_empty", "if (!IT) barriers.k.wait_empty"),
     "freed by one warp": (
-        *(CONSUMER, "if (lane() == 0) mbarrier_arrive(barrier);"),
-        "for (int i = 0; i < (IT ? 4 : 1); ++i)\n"
-        "      if (threadIdx.x % (IT ? 128 : 32) == 0) mbarrier_arrive(barrier);",
+        *(PARTS, "  if (is_first_lane()) mbarrier_arrive(barrier);"),
+        "  for (int i = 0; i < (IT ? 4 : 1); ++i)\n"
+        "    if (threadIdx.x % (IT ? 128 : 32) == 0) mbarrier_arrive(barrier);",
     ),
     "no swizzle": (WGMMA, "#pragma once\n", "#pragma once\n"),  # attention_fault.cpp has it
 }
@@ -72,9 +72,9 @@ def program(tmp_path_factory):
     return compiled("attention_fault", headers, folder)
 
 
-def compiled(name, headers, folder):
+def compiled(name, headers, folder, *flags):
     includes = [f"-I{path}" for path in (headers, HERE, cuda_include())]
-    command = ["g++", "-std=c++17", "-O1", "-w", *includes, HERE / f"{name}.cpp"]
+    command = ["g++", "-std=c++17", "-O1", "-w", *flags, *includes, HERE / f"{name}.cpp"]
     subprocess.run([*command, "-o", folder / name], check=True)
     return folder / name
 
@@ -100,7 +100,7 @@ def test_a_fault_is_found(program, fault):
 
 def test_tiles(tmp_path):
     """The index arithmetic by itself, for every small shape."""
-    assert run(compiled("attention_tiles_test", SOURCES, tmp_path), "") == ""
+    assert run(compiled("attention_tiles_test", SOURCES, tmp_path, *SANITIZE), "") == ""
 
 
 def test_wrappers(tmp_path):

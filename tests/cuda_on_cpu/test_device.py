@@ -6,7 +6,13 @@ import pytest
 import torch
 
 import slimkernels as sk
-from slimkernels.backends.cuda import _common
+
+
+def common():
+    """Of this process, which alone has a CUDA backend for certain."""
+    from slimkernels.backends.cuda import _common
+
+    return _common
 
 
 @pytest.mark.parametrize(
@@ -23,6 +29,7 @@ from slimkernels.backends.cuda import _common
     ],
 )
 def test_code_for_a_device(built, device, has_code):
+    _common = common()
     known = _common.ARCHITECTURES
     try:
         _common.ARCHITECTURES = tuple(_common._architecture(name) for name in built.split())
@@ -43,10 +50,17 @@ def test_attention_without_code_for_hopper_is_refused():
         attention.IS_BUILT = True
 
 
-def test_shares_of_tall_narrow_inputs_fit_a_grid():
+def test_parts_of_tall_narrow_inputs_fit_a_grid():
     os.environ["CUDA_ON_CPU_MULTIPROCESSORS"] = "132"
     try:
-        assert _common._cuda.activation_shares(600_000, 1, 0) == 65535
-        assert _common._cuda.activation_shares(600_000, 768, 0) == 352
+        assert common()._cuda.activation_parts(600_000, 1, 0) == 65535
+        assert common()._cuda.activation_parts(600_000, 768, 0) == 352
     finally:
         del os.environ["CUDA_ON_CPU_MULTIPROCESSORS"]
+
+
+def test_programs_of_unaligned_rows_are_as_few_as_their_registers_allow():
+    float32, bfloat16 = (common().DTYPES[dtype] for dtype in (torch.float32, torch.bfloat16))
+    assert common()._cuda.norm_programs(1000, 128, bfloat16, 0) == 4
+    assert common()._cuda.norm_programs(1000, 130, bfloat16, 0) == 2
+    assert common()._cuda.norm_programs(1000, 132, float32, 0) == 4

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from module_cases import assert_model_no_worse, outputs_and_gradients
 
 from slimkernels.dispatch import use_backend
-from slimkernels.models.block import Block, Wanted
+from slimkernels.models.block import Block, Places, Wanted
+from slimkernels.models.cache import LayerCache
 from slimkernels.models.embedding import _TiedEmbedding
 from slimkernels.ops.linear import linear
 from slimkernels.testing import assert_no_worse
@@ -138,6 +139,11 @@ WANTED = Wanted(torch.tensor([0, 4]), torch.tensor([0, 2, 2]).int())
             {"wanted": WANTED, "cu_seqlens": ENDS, "is_causal": True},
             "is_causal must be False with wanted; got True",
         ),
+        (
+            {"wanted": WANTED, "cu_seqlens": ENDS, "places": Places(turns=(1, 2, 3))},
+            "places must be none with wanted",
+        ),
+        ({"cache": LayerCache(None)}, "cache must come with cu_seqlens and without wanted"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(config, options, sentence):

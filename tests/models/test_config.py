@@ -31,7 +31,9 @@ def test_presets_have_the_published_sizes():
         ({"attention_dropout_p": -0.1}, r"attention_dropout_p must be in \[0, 1\); got -0.1"),
         ({"layer_norm_eps": 0.0}, "layer_norm_eps must be positive; got 0.0"),
         ({"initializer_std": -1.0}, "initializer_std must be positive; got -1.0"),
-        ({"activation": "relu"}, "activation must be gelu or gelu_tanh; got 'relu'"),
+        ({"activation": "tanh"}, "activation must be gelu or .* or geglu_tanh; got 'tanh'"),
+        ({"num_key_heads": 5}, "num_heads must be a multiple of num_key_heads, 5; got 12"),
+        ({"positions": "sinus"}, "positions must be learned or rotary or relative; got 'sinus'"),
         ({"hidden": 4}, "a field must be one of vocab_size, .*; got 'hidden'"),
     ],
 )

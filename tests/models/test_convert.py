@@ -4,7 +4,7 @@ from module_cases import assert_model_no_worse
 
 from slimkernels.models.bert import BertForPreTraining
 from slimkernels.models.config import TransformerConfig
-from slimkernels.models.convert import (
+from slimkernels.models.convert_bert import (
     bert_from_hugging_face,
     bert_to_hugging_face,
     config_from_hugging_face,
@@ -100,6 +100,8 @@ def test_goes_there_and_back():
     back = bert_to_hugging_face(ours_of(theirs).state_dict())
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], tensor) for name, tensor in state.items())
+    own = [tensor for name, tensor in back.items() if "cls.predictions.decoder" not in name]
+    assert len({tensor.untyped_storage().data_ptr() for tensor in own}) == len(own)
     other = hugging_face(initializer_range=0.5)
     other.load_state_dict(back)
 
@@ -158,7 +160,7 @@ def test_every_missing_name_is_refused():
     state = hugging_face().state_dict()
     needed = [name for name in state if not name.startswith("cls.predictions.decoder.")]
     for missing in needed:
-        fewer = {name: tensor for name, tensor in state.items() if name != missing}
+        fewer = {name: state[name] for name in needed if name != missing}
         with pytest.raises(ValueError, match=f"^bert_from_hugging_face: {missing} is missing$"):
             bert_from_hugging_face(fewer)
     tied = {name: state[name] for name in needed}

@@ -29,12 +29,12 @@ def backward(dy, x, bias, curve):
     dx = torch.empty_like(x)
     if not x.numel():
         return dx, x.new_empty(0) if bias is None else torch.zeros_like(bias)
-    shares, partials, dbias = 1, None, None
+    parts, partials, dbias = 1, None, None
     if bias is not None:
         dbias = torch.empty_like(bias)
-        shares = _cuda.activation_shares(*how[:2], launch_place(x)[0])
-        partials = x.new_empty((shares, bias.numel()), dtype=torch.float32)
-    _cuda.activation_backward(*pointers(dy, x, bias, dx, dbias, partials), shares, *how)
+        parts = _cuda.activation_parts(*how[:2], launch_place(x)[0])
+        partials = x.new_empty((parts, bias.numel()), dtype=torch.float32)
+    _cuda.activation_backward(*pointers(dy, x, bias, dx, dbias, partials), parts, *how)
     return dx, x.new_empty(0) if bias is None else dbias
 
 

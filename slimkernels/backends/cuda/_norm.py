@@ -82,7 +82,7 @@ def backward(
     dx = total.new_empty(0) if is_plain_sum else torch.empty_like(dy)
     dweight, dbias = (total.new_empty(0) if p is None else p.new_empty(N) for p in (weight, bias))
     place = launch_place(total)
-    programs = _cuda.norm_programs(M, N, place[0])
+    programs = _cuda.norm_programs(M, N, dtype_number(dy), place[0])
     parameters = (weight is not None) + (bias is not None)
     partials = total.new_empty(parameters, programs, N, dtype=torch.float32)
     kernel(

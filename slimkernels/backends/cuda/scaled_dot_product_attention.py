@@ -1,6 +1,6 @@
 """Attention in CUDA C++ for Hopper: csrc/cuda/attention_sm90.cuh, attention_sm90_backward.cuh.
 
-What forward saves is what the Triton kernels save, whose backward has the heads that ours has not.
+What forward saves is what the Triton kernels save.
 """
 
 import torch
@@ -15,14 +15,8 @@ from slimkernels.backends.cuda._common import (
     unsupported_tensor,
 )
 
-try:
-    from slimkernels.backends.triton import scaled_dot_product_attention as _triton
-except ImportError:
-    _triton = None
-
 MAX_WIDTH = 256
 _LEAST_SCALE = 2.0**-149
-MAX_GRADIENT_WIDTH = 128  # of 64 keys, dk and dv 256 wide would fill all of a thread's registers
 IS_BUILT = any(built[:3] == (9, 0, True) for built in ARCHITECTURES)
 _MOST_TOKENS = 2**29  # csrc/cuda/attention_tiles.cuh adds three such numbers in 32 bits
 
@@ -39,12 +33,6 @@ def unsupported(query, key, value, call):
                 f"a head must be a multiple of 8 and at most {MAX_WIDTH} wide and {name}'s has "
                 f"{width}"
             )
-    is_trained = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-    if _triton is None and is_trained and not _has_gradients(query, value):
-        return (
-            f"gradients of heads over {MAX_GRADIENT_WIDTH} wide are the Triton kernels', and "
-            "Triton is not installed"
-        )
     if max(query.numel() // query.shape[-1], key.numel() // key.shape[-1]) > _MOST_TOKENS:
         return f"it takes at most {_MOST_TOKENS} tokens, of all heads together"
     major, minor = capability(query)
@@ -77,8 +65,6 @@ def forward(query, key, value, call):
 
 
 def backward(dy, dlse, query, key, value, output, lse, call, wanted):
-    if not _has_gradients(query, value):
-        return _triton.backward(dy, dlse, query, key, value, output, lse, call, wanted)
     wants_keys = wanted[1] or wanted[2]  # one kernel makes both
     dq, dk, dv = (
         torch.empty_like(t, memory_format=torch.contiguous_format) if is_wanted else None
@@ -112,11 +98,6 @@ def _has_pairs(query, key, call):
     """Whether any sequence can have a query and a key; nothing is launched for none."""
     is_any = not call.ragged or call.cu_seqlens_q.shape[0] > 1
     return is_any and query.numel() > 0 and key.numel() > 0
-
-
-def _has_gradients(query, value):
-    """Whether ours are written for such heads; the others' are the Triton kernels'."""
-    return max(query.shape[-1], value.shape[-1]) <= MAX_GRADIENT_WIDTH
 
 
 def _unsupported_call(call):
