@@ -9,7 +9,7 @@ from module_cases import assert_model_no_worse, outputs_and_gradients
 from slimkernels.dispatch import use_backend
 from slimkernels.models.block import Block, Places, Wanted
 from slimkernels.models.cache import LayerCache
-from slimkernels.models.embedding import _TiedEmbedding
+from slimkernels.models.embedding import Embedding, _TiedEmbedding
 from slimkernels.ops.linear import linear
 from slimkernels.testing import assert_no_worse
 
@@ -231,3 +231,12 @@ def test_tied_embedding_under_autocast_has_the_gradients_of_two_uses(used):
     expected = gradient(F.embedding(ids, weight), weight)
     assert expected.dtype == torch.float32
     assert_no_worse(gradient(rows, matrix), expected, expected.double())
+
+
+def test_the_table_is_in_autocasts_dtype_where_it_is_multiplied(config):
+    embedding, ids = Embedding(config), torch.zeros(3, dtype=torch.int64)
+    for multiplies in (False, True):
+        with torch.autocast("cpu", torch.bfloat16):
+            table = embedding(ids, ids, ids, multiplies=multiplies).table
+        assert table.dtype == (torch.bfloat16 if multiplies else torch.float32)
+        assert embedding(ids, ids, ids, multiplies=multiplies).table.dtype == torch.float32
