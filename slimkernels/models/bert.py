@@ -72,9 +72,13 @@ class Bert(nn.Module):
         embedded = self.embed(input_ids, segment_ids, position_ids, cu_seqlens)
         return self.encode(embedded, cu_seqlens=cu_seqlens, key_lengths=key_lengths)
 
-    def embed(self, input_ids, segment_ids, position_ids, cu_seqlens) -> Embedded:
-        """Hidden states before the first block, and the token table for the tied decoder."""
-        return self.embedding(*self.ids(input_ids, segment_ids, position_ids, cu_seqlens))
+    def embed(
+        self, input_ids, segment_ids, position_ids, cu_seqlens, *, multiplies: bool = False
+    ) -> Embedded:
+        """Hidden states before the first block, and the token table for the tied decoder; what
+        multiplies says, Embedding.forward explains."""
+        ids = self.ids(input_ids, segment_ids, position_ids, cu_seqlens)
+        return self.embedding(*ids, multiplies=multiplies)
 
     def ids(
         self, input_ids, segment_ids, position_ids, cu_seqlens
@@ -198,7 +202,7 @@ class BertForPreTraining(BertBased):
         tokens, sequences = len(input_ids), len(cu_seqlens) - 1
         check_masked(self.config, tokens, masked_positions, masked_labels)
         check_next_sentences("next_sentence_labels", next_sentence_labels, sequences)
-        embedded = self.bert.embedding(*ids)
+        embedded = self.bert.embedding(*ids, multiplies=True)
         # Each sequence's first token, for the pair, and the masked ones: nobody reads the others.
         read = masked_positions
         if next_sentence_labels is not None:

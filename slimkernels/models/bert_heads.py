@@ -22,7 +22,7 @@ from slimkernels.ops.cross_entropy import cross_entropy
 class _Padded(BertBased):
     """What the heads share: a padded batch through the encoder."""
 
-    def _embed(self, input_ids, attention_mask, token_type_ids, position_ids):
+    def _embed(self, input_ids, attention_mask, token_type_ids, position_ids, multiplies=False):
         check_padded(input_ids, attention_mask, token_type_ids)
         ragged = unpad(input_ids, attention_mask)
         places = (
@@ -31,7 +31,7 @@ class _Padded(BertBased):
             else ragged.take(position_ids.expand(input_ids.shape))
         )
         ids = ragged.take(input_ids), ragged.take(token_type_ids), places
-        return ragged, self.bert.embed(*ids, ragged.cu_seqlens)
+        return ragged, self.bert.embed(*ids, ragged.cu_seqlens, multiplies=multiplies)
 
     def _hidden(self, *inputs) -> tuple[Ragged, Tensor]:
         """Hidden states (N, C) of all real tokens."""
@@ -106,7 +106,7 @@ class BertForMaskedLM(_Padded):
                      block meet only the places that have a label, some 15 % of all in training
         """
         inputs = input_ids, attention_mask, token_type_ids, position_ids
-        ragged, embedded = self._embed(*inputs)
+        ragged, embedded = self._embed(*inputs, multiplies=True)
         wanted = None
         if labels is not None:
             check_labels("labels", labels, self.config.vocab_size, tuple(input_ids.shape))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import NamedTuple
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from slimkernels.models.block import norm_of
 from slimkernels.models.config import TransformerConfig
 from slimkernels.nn import LayerNorm
+from slimkernels.ops._checks import is_under_autocast
 from slimkernels.ops.embedding import embedding
 
 
@@ -43,16 +43,26 @@ class Embedding(nn.Module):
         self.norm = norm_of(config)
 
     def forward(
-        self, input_ids: Tensor, segment_ids: Tensor | None, position_ids: Tensor | None
+        self,
+        input_ids: Tensor,
+        segment_ids: Tensor | None,
+        position_ids: Tensor | None,
+        *,
+        multiplies: bool = False,
     ) -> Embedded:
         """What the first block reads, of ids (...); segments and positions where there are any.
 
         Under autocast the hidden states are in its dtype, and so is the whole residual stream; but
         with norm_first, where the stream adds up what all blocks give, it stays in the table's.
+
+        multiplies: the table is for torch's product, which under autocast would convert it, and its
+        gradient back; it is then in autocast's dtype, and a pass over its gradient is saved.
         """
-        config = self.config
+        config, dtype = self.config, self.token.weight.dtype
+        if multiplies and is_under_autocast(self.token.weight):
+            dtype = torch.get_autocast_dtype(self.token.weight.device.type)
         # _TiedEmbedding looks the tokens up, and its rows are a table in which each is used once.
-        tokens, table = _TiedEmbedding.apply(self.token.weight, input_ids.flatten())
+        tokens, table = _TiedEmbedding.apply(self.token.weight, input_ids.flatten(), dtype)
         if config.embedding_scale != 1.0:
             tokens = tokens * config.embedding_scale
         each = torch.arange(input_ids.numel(), device=input_ids.device)
@@ -80,47 +90,36 @@ def _cast(hidden):
 
 
 class _TiedEmbedding(torch.autograd.Function):
-    """weight[ids], and weight itself for the tied decoder (Press and Wolf 2017), in one node.
+    """weight[ids], and weight in dtype for the tied decoder (Press and Wolf 2017), in one node.
 
     Apart, the look-up's gradient is a (V, C) matrix of zeros with a few rows set, which autograd
-    then adds to the decoder's: four passes over a matrix of V rows. Here a few rows go
-    straight into the decoder's gradient.
+    then adds to the decoder's: four passes over a matrix of V rows. Here a few rows are added to a
+    copy of the decoder's gradient: two passes, and none more under autocast, whose dtype has to be
+    converted. The gradient itself is not to be written: a hook, another node or a caller of
+    autograd.grad may hold it, or a tensor that shares its memory.
     """
 
     @staticmethod
-    def forward(ctx, weight, ids):
+    def forward(ctx, weight, ids, dtype):
         ctx.save_for_backward(ids)
-        ctx.shape = weight.shape
+        ctx.shape, ctx.dtype = weight.shape, weight.dtype
         ctx.set_materialize_grads(False)
-        return weight.index_select(0, ids), weight.view_as(weight)
+        matrix = weight.view_as(weight) if dtype == weight.dtype else weight.to(dtype)
+        return weight.index_select(0, ids), matrix
 
     @staticmethod
     def backward(ctx, drows, dweight):
         (ids,) = ctx.saved_tensors
         if drows is None:
-            return dweight, None
-        if dweight is None:
-            dweight = drows.new_zeros(ctx.shape)
-        # Out of place where a graph is recorded, and on a GPU, where index_add_ has no fixed order
-        # of sums.
+            return None if dweight is None else dweight.to(ctx.dtype), None, None
+        # Not where a graph is recorded, nor on a GPU, where index_add_ has no fixed order of sums.
         is_recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
         if drows.device.type == "cpu" and not is_recorded:
-            # As a rule the decoder's product has just made dweight, and nobody else holds it.
-            if not dweight.is_contiguous() or _is_held(dweight, drows):
-                dweight = dweight.clone(memory_format=torch.contiguous_format)
-            return dweight.index_add_(0, ids, drows), None
+            if dweight is None:
+                total = drows.new_zeros(ctx.shape)
+            else:
+                layout = torch.contiguous_format
+                total = dweight.to(ctx.dtype, copy=True, memory_format=layout)
+            return total.index_add_(0, ids, drows), None, None
         rows = torch.ops.aten.embedding_dense_backward(drows, ids, ctx.shape[0], -1, False)
-        return dweight + rows, None
-
-
-def _is_held(gradient: Tensor, other: Tensor) -> bool:
-    """Whether somebody besides this backward may look at `gradient`: a caller of autograd.grad who
-    gave it or asked for it, a node that got the same one, a hook that kept it. Autograd asks the
-    same before it adds gradients up in place. `other` came here as `gradient` did: if nobody holds
-    it, it has the references that are autograd's own."""
-    base = gradient._base  # F.linear's is a view of a product that only the view keeps
-    if base is not None and max(base._use_count(), sys.getrefcount(base) - 1) > 2:
-        return True
-    if gradient._use_count() > 1 or other._use_count() > 1:
-        return True
-    return sys.getrefcount(gradient) > sys.getrefcount(other)
+        return rows if dweight is None else dweight + rows, None, None

@@ -67,14 +67,16 @@ def gelu_curve(op: str, approximate: object) -> str:
 
 def check_bias(op: str, bias: object, input: Tensor) -> None:
     """`bias` is None or a vector as long as input's last dimension."""
-    if bias is not None and input.dim() == 0:
+    if bias is None:
+        return
+    if input.dim() == 0:
         raise ValueError(f"{op}: input must have a dimension for bias to lie along; got shape ()")
     if isinstance(bias, Tensor) and bias.shape != input.shape[-1:]:
         raise ValueError(
             f"{op}: bias must have shape {tuple(input.shape[-1:])}, the last dimension of input "
             f"{tuple(input.shape)}; got {tuple(bias.shape)}"
         )
-    check_parameter(op, "bias", bias, input, input.shape[-1] if input.dim() else 1)
+    check_parameter(op, "bias", bias, input, input.shape[-1])
 
 
 def activation_arguments(op: str, input: object, bias: object, curve: str) -> tuple:

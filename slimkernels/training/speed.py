@@ -49,9 +49,8 @@ def padded_losses(model: BertForPreTraining, batch: Batch) -> PretrainingOutput:
     rectangles = batch.padded()
     lengths = batch.cu_seqlens.diff() if batch.padding_saved else None
     encoder = model.bert
-    embedded = encoder.embed(
-        rectangles["input_ids"], rectangles["token_type_ids"], rectangles["position_ids"], None
-    )
+    names = "input_ids", "token_type_ids", "position_ids"
+    embedded = encoder.embed(*(rectangles[name] for name in names), None, multiplies=True)
     hidden = encoder.encode(embedded, key_lengths=lengths)  # (B, T, C)
     where = (rectangles["labels"].flatten() != -100).nonzero().squeeze(1)
     logits = model.mlm_logits(hidden.flatten(0, 1).index_select(0, where), embedded.table)

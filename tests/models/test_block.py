@@ -9,8 +9,9 @@ from module_cases import assert_model_no_worse, outputs_and_gradients
 from slimkernels.dispatch import use_backend
 from slimkernels.models.block import Block, Places, Wanted
 from slimkernels.models.cache import LayerCache
-from slimkernels.models.embedding import _TiedEmbedding
+from slimkernels.models.embedding import Embedding, _TiedEmbedding
 from slimkernels.ops.linear import linear
+from slimkernels.testing import assert_no_worse
 
 T = 9
 CAUSAL = torch.ones(T, T, dtype=torch.bool).triu(1)
@@ -157,7 +158,7 @@ def test_tied_embedding_has_the_gradients_of_two_uses(used):
     ids = torch.tensor([4, 1, 4, 0])
 
     def call(weight):
-        rows, matrix = _TiedEmbedding.apply(weight, ids)
+        rows, matrix = _TiedEmbedding.apply(weight, ids, weight.dtype)
         # Not linear, so that second derivatives are not zero.
         results = (rows.sin(), (matrix @ matrix.T).sin())
         return {"both": results, "rows": results[0], "matrix": results[1]}[used]
@@ -166,37 +167,76 @@ def test_tied_embedding_has_the_gradients_of_two_uses(used):
     assert torch.autograd.gradgradcheck(call, (weight,))
 
 
-def test_tied_embedding_writes_no_gradient_that_others_hold():
-    weight, x = torch.randn(6, 3, requires_grad=True), torch.randn(4, 3)
-    ids, dy, kept = torch.tensor([4, 1, 4, 0]), torch.randn(4, 6), []
+class PassedOn(torch.autograd.Function):
+    """The identity, which gives its gradient on as another tensor of the same memory."""
 
-    def call(dmatrix=None, keep=None):
-        """The gradient of weight, and what arrived for the matrix."""
-        rows, matrix = _TiedEmbedding.apply(weight, ids)
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy.detach()
+
+
+@pytest.mark.parametrize("product", [F.linear, linear])
+def test_tied_embedding_writes_no_gradient_that_others_hold(product):
+    weight, x = torch.randn(6, 3, requires_grad=True), torch.randn(4, 3)
+    ids, dy = torch.tensor([4, 1, 4, 0]), torch.randn(4, 6)
+    (expected,) = torch.autograd.grad(product(x, weight), weight, dy)
+
+    def call(keep=None, pass_on=lambda matrix: matrix, keep_rows=None):
+        """What arrived for the matrix, by asking for it where no hook keeps it."""
+        rows, matrix = _TiedEmbedding.apply(weight, ids, weight.dtype)
+        last = pass_on(matrix)
         if keep is not None:
-            matrix.register_hook(keep)
-        y, dy_ = (matrix.view(-1), dmatrix) if dmatrix is not None else (F.linear(x, matrix), dy)
-        wanted = (weight, matrix) if keep is None and dmatrix is None else (weight,)
-        return torch.autograd.grad((rows.sum(), y), wanted, (None, dy_))
+            last.register_hook(keep)
+        if keep_rows is not None:
+            rows.register_hook(keep_rows)
+        wanted = (weight, matrix) if keep is None else (weight,)
+        return torch.autograd.grad((rows.sum(), product(x, last)), wanted, (None, dy))[-1]
 
-    (expected,) = torch.autograd.grad(F.linear(x, weight), weight, dy)
-    assert torch.equal(call()[1], expected)  # asked for
-    call(keep=kept.append)  # kept by a hook
-    assert torch.equal(kept[0], expected)
-    given = torch.ones(18)  # given, as a view
-    call(dmatrix=given)
+    assert torch.equal(call(), expected)
+    kept, others = [], []
+    call(keep=kept.append)
+    call(keep=lambda dmatrix: kept.append(dmatrix.detach()))
+    call(keep=kept.append, keep_rows=others.append)
+    call(keep=kept.append, pass_on=PassedOn.apply)
+    for dmatrix in kept:
+        assert torch.equal(dmatrix, expected)
+    assert len(kept) == 4
+
+
+def test_tied_embedding_writes_no_gradient_that_was_given():
+    weight = torch.randn(6, 3, requires_grad=True)
+    rows, matrix = _TiedEmbedding.apply(weight, torch.tensor([4, 1, 4, 0]), weight.dtype)
+    given = torch.ones(18)
+    torch.autograd.grad((rows.sum(), matrix.view(-1)), weight, (None, given))
     assert torch.equal(given, torch.ones(18))
-    other = torch.ones(6, 3, requires_grad=True)  # of two nodes, one that runs after
-    earlier = other * 1
-    rows, matrix = _TiedEmbedding.apply(weight, ids)
-    (rows.sum() + F.linear(x, matrix + earlier).sum()).backward()
-    assert torch.equal(other.grad, torch.ones(4, 6).T @ x)
 
 
-def test_tied_embedding_adds_to_the_decoders_gradient_in_place(monkeypatch):
+@pytest.mark.parametrize("used", ["both", "rows", "matrix"])
+def test_tied_embedding_under_autocast_has_the_gradients_of_two_uses(used):
     weight, x = torch.randn(6, 3, requires_grad=True), torch.randn(4, 3)
-    rows, matrix = _TiedEmbedding.apply(weight, torch.tensor([4, 1, 4, 0]))
-    monkeypatch.setattr(torch.Tensor, "clone", None)
-    for product in (F.linear, linear):
-        loss = product(x, matrix).square().sum() + rows.sum()
-        torch.autograd.grad(loss, weight, retain_graph=True)
+    ids, drows, dy = torch.tensor([4, 1, 4, 0]), torch.randn(4, 3), torch.randn(4, 6).bfloat16()
+
+    def gradient(rows, matrix):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = F.linear(x, matrix)
+        pairs = {"both": ((rows, y), (drows, dy)), "rows": (rows, drows), "matrix": (y, dy)}
+        return torch.autograd.grad(*(pairs[used][0], weight), pairs[used][1])[0]
+
+    rows, matrix = _TiedEmbedding.apply(weight, ids, torch.bfloat16)
+    assert rows.dtype == torch.float32 and matrix.dtype == torch.bfloat16
+    expected = gradient(F.embedding(ids, weight), weight)
+    assert expected.dtype == torch.float32
+    assert_no_worse(gradient(rows, matrix), expected, expected.double())
+
+
+def test_the_table_is_in_autocasts_dtype_where_it_is_multiplied(config):
+    embedding, ids = Embedding(config), torch.zeros(3, dtype=torch.int64)
+    for multiplies in (False, True):
+        with torch.autocast("cpu", torch.bfloat16):
+            table = embedding(ids, ids, ids, multiplies=multiplies).table
+        assert table.dtype == (torch.bfloat16 if multiplies else torch.float32)
+        assert embedding(ids, ids, ids, multiplies=multiplies).table.dtype == torch.float32

@@ -174,7 +174,8 @@ def test_autocast_gives_a_float32_loss_as_in_torch(backend, reduction):
 
     ours, eager = autocast(sk.cross_entropy, backend=backend), autocast(F.cross_entropy)
     assert ours(x).dtype == eager(x).dtype == torch.float32
-    assert ours(x.double()).dtype == torch.float64 if backend == "torch" else True
+    if backend == "torch":
+        assert ours(x.double()).dtype == torch.float64
     assert sk.cross_entropy(x, target, backend=backend).dtype == torch.bfloat16
     for function in (ours, torch.compile(ours, backend="aot_eager", fullgraph=True)):
         assert_op_matches(function, eager, eager, (x,))
