@@ -15,13 +15,19 @@ from slimkernels.dispatch import Op, distinct, kernel_op, needs_gradient
 from slimkernels.ops._checks import check_eps
 from slimkernels.ops._dropout import draw_seed
 from slimkernels.ops._first_order import first_order
+from slimkernels.ops._known_calls import is_torchs_own, remember, signature_of
 from slimkernels.ops._residual import (
     add_branch,
     branch_gradients,
     is_plain_sum,
     residual_arguments,
 )
-from slimkernels.ops.layer_norm import gradient_of, layer_norm_by_torch, layer_norm_reference
+from slimkernels.ops.layer_norm import (
+    gradient_of,
+    is_odd,
+    layer_norm_by_torch,
+    layer_norm_reference,
+)
 
 
 def add_layer_norm_reference(
@@ -71,6 +77,11 @@ def add_layer_norm(
     Saves             sum, weight, bias, mean and rstd (one float32 each a row), row_scale, the seed
     Errors            ValueError naming the argument whose shape, dtype or device is wrong
     """
+    call = input, residual, normalized_shape, weight, bias, eps, dropout_p, row_scale
+    signature = signature_of("add_layer_norm", *call, zero_centered, backend)
+    if is_torchs_own(signature):
+        total = input + residual
+        return torch.layer_norm(total, weight.shape, weight, bias, eps), total
     options = {"dropout_p": dropout_p, "row_scale": row_scale, "zero_centered": zero_centered}
     args = _arguments(input, residual, normalized_shape, weight, bias, eps, **options)
     chosen = ADD_LAYER_NORM.select(*args, backend=backend)
@@ -78,6 +89,8 @@ def add_layer_norm(
     if chosen == "torch" and is_plain_sum(*args[:2], row_scale, seed):
         total = args[0] + args[1]
         y = layer_norm_by_torch(total, *args[2:5], zero_centered)
+        if backend is None and weight is not None and not is_odd(total, *args[2:5], zero_centered):
+            remember(signature)
     elif chosen == "torch":
         y, total = add_layer_norm_reference(*args, seed)
     elif needs_gradient(*args[:4]):

@@ -15,6 +15,7 @@ from slimkernels.ops._checks import (
     outside_autocast,
 )
 from slimkernels.ops._first_order import first_order
+from slimkernels.ops._known_calls import is_torchs_own, remember, signature_of
 from slimkernels.ops.layer_norm import gradient_of, layer_norm_reference
 
 
@@ -51,9 +52,14 @@ def group_norm(
     Saves         input, weight, bias, mean and rstd (one float32 each a group)
     Errors        ValueError naming the argument whose shape, dtype or device is wrong
     """
+    signature = signature_of("group_norm", input, num_groups, weight, bias, eps, backend)
+    if is_torchs_own(signature):
+        return torch.group_norm(input, num_groups, weight, bias, eps)
     args = _arguments(input, num_groups, weight, bias, eps)
     chosen = GROUP_NORM.select(*args, backend=backend)
     if chosen == "torch":
+        if backend is None and not is_odd(*args):
+            remember(signature)
         return group_norm_by_torch(*args)
     if needs_gradient(input, weight, bias):
         return _GroupNorm.apply(*distinct(*args), chosen)
@@ -64,13 +70,20 @@ def group_norm_by_torch(
     x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
     """The definition in torch's one fused kernel, where it is as exact and takes the dtypes."""
-    is_mixed = any(p is not None and p.dtype != x.dtype for p in (weight, bias))
-    # torch has no gradient of a bias without a weight, refuses one group of one element, and of
-    # channels without elements makes NaN.
-    is_odd = weight is None and bias is not None or x.numel() <= x.shape[0] * num_groups
-    if x.dtype == torch.float64 or is_mixed or is_odd:
+    if is_odd(x, num_groups, weight, bias, eps):
         return group_norm_reference(x, num_groups, weight, bias, eps)
     return outside_autocast(F.group_norm, x, num_groups, weight, bias, eps)
+
+
+def is_odd(x, num_groups, weight, bias, eps) -> bool:
+    """Whether torch's kernel would be wrong for the call, or less exact than the definition.
+
+    torch has no gradient of a bias without a weight, refuses one group of one element, and of
+    channels without elements makes NaN.
+    """
+    is_mixed = any([p is not None and p.dtype != x.dtype for p in (weight, bias)])
+    is_rare = weight is None and bias is not None or x.numel() <= x.shape[0] * num_groups
+    return x.dtype == torch.float64 or is_mixed or is_rare
 
 
 def _arguments(input, num_groups, weight=None, bias=None, eps=1e-5):

@@ -10,6 +10,7 @@ from torch import Tensor
 from slimkernels.dispatch import Op, distinct, kernel_op, needs_gradient
 from slimkernels.ops._checks import check_eps, check_flag, normalized_rows, outside_autocast
 from slimkernels.ops._first_order import first_order
+from slimkernels.ops._known_calls import is_torchs_own, remember, signature_of
 
 
 def layer_norm_reference(
@@ -50,10 +51,16 @@ def layer_norm(
     Saves             input, weight, bias, mean and rstd (one float32 each a row)
     Errors            ValueError naming the argument whose shape, dtype or device is wrong
     """
+    call = "layer_norm", input, normalized_shape, weight, bias, eps, zero_centered, backend
+    signature = signature_of(*call)
+    if is_torchs_own(signature):
+        return torch.layer_norm(input, weight.shape, weight, bias, eps)
     args = _arguments(input, normalized_shape, weight, bias, eps, zero_centered=zero_centered)
     chosen = LAYER_NORM.select(*args, backend=backend)
     if chosen == "torch":
         y = layer_norm_by_torch(*args)
+        if backend is None and weight is not None and not is_odd(*args):
+            remember(signature)
     elif needs_gradient(*args[:3]):
         y = _LayerNorm.apply(*distinct(*args), chosen)
     else:
@@ -67,11 +74,16 @@ def layer_norm_by_torch(
     """The definition in torch's one fused kernel, where it is as exact and takes the dtypes."""
     if zero_centered and weight is not None and weight.dtype == torch.float32:
         weight, zero_centered = weight + 1, False
-    if x.dtype == torch.float64 or any(
-        [p is not None and (p.dtype != x.dtype or zero_centered) for p in (weight, bias)]
-    ):
+    if is_odd(x, weight, bias, eps, zero_centered):
         return layer_norm_reference(x, weight, bias, eps, zero_centered)
     return outside_autocast(torch.layer_norm, x, x.shape[-1:], weight, bias, eps)
+
+
+def is_odd(x, weight, bias, eps, zero_centered) -> bool:
+    """Whether torch's kernel would be wrong for the call, or less exact than the definition."""
+    return x.dtype == torch.float64 or any(
+        [p is not None and (p.dtype != x.dtype or zero_centered) for p in (weight, bias)]
+    )
 
 
 def _arguments(input, normalized_shape, weight=None, bias=None, eps=1e-5, *, zero_centered=False):

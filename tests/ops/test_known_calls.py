@@ -1,0 +1,119 @@
+"""Calls that are known to be torch's own give what they gave at first, and no other is known."""
+
+import pytest
+import torch
+
+import slimkernels as sk
+from slimkernels.dispatch import OPS
+from slimkernels.ops import _known_calls
+
+x, y = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0)), torch.ones(2, 6, 8)
+w, b = torch.linspace(0.5, 2, 8), torch.linspace(-1, 1, 8)
+v = torch.linspace(0.5, 2, 6)
+gaps = torch.stack([x, x], -1)[..., 0]
+
+# op: (what is remembered, what differs from it by as little as can be)
+CALLS = {
+    "layer_norm": (
+        lambda: sk.layer_norm(x, 8, w, b),
+        [
+            lambda: sk.layer_norm(x, 8, w, b, 1e-2),
+            lambda: sk.layer_norm(x, 8, w, b, zero_centered=True),
+            lambda: sk.layer_norm(x, 8, w),
+            lambda: sk.layer_norm(x.bfloat16(), 8, w, b),
+            lambda: sk.layer_norm(gaps, 8, w, b),
+        ],
+    ),
+    "add_layer_norm": (
+        lambda: sk.add_layer_norm(x, y, 8, w, b)[0],
+        [
+            lambda: sk.add_layer_norm(x, y, 8, w, b, zero_centered=True)[0],
+            lambda: sk.add_layer_norm(x, y, 8, w, b, row_scale=torch.zeros(2, 1))[0],
+            lambda: sk.add_layer_norm(x.bfloat16(), y, 8, w, b)[0],
+        ],
+    ),
+    "group_norm": (
+        lambda: sk.group_norm(x, 3, v, v),
+        [
+            lambda: sk.group_norm(x, 2, v, v),
+            lambda: sk.group_norm(x, 3, v),
+            lambda: sk.group_norm(x, 3, None, v),
+        ],
+    ),
+    "log_softmax": (
+        lambda: sk.log_softmax(x, 1),
+        [
+            lambda: sk.log_softmax(x, 2),
+            lambda: sk.log_softmax(x, 1, scale=2.0),
+            lambda: sk.log_softmax(x, 1, is_causal=False, mask=torch.zeros(8)),
+            lambda: sk.log_softmax(x, 2, is_causal=True),
+            lambda: sk.log_softmax(gaps.mT.contiguous().mT, 1),
+        ],
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def small_calls_are_torchs(monkeypatch, run_kernels_where_eager_is_faster):
+    for op in CALLS:
+        module = OPS[op].modules["cpu"]
+        for name in () if isinstance(module, str) else vars(module):
+            if name.startswith("MIN_"):
+                monkeypatch.setattr(module, name, 1 << 40)
+    yield
+    _known_calls.forget()
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_known_and_unknown_calls(op):
+    first, others = CALLS[op]
+    expected = []
+    for call in (first, *others):
+        expected.append(call())
+        _known_calls.forget()
+    assert torch.equal(first(), expected[0])
+    assert len(_known_calls._known) == 1
+    assert torch.equal(first(), expected[0])
+    for other, result in zip(others, expected[1:], strict=True):
+        again = other()
+        assert again.dtype == result.dtype and again.is_contiguous()
+        assert torch.equal(again, result)
+
+
+def test_an_order_a_mode_and_a_transform_are_looked_at_again():
+    def norm(x):
+        return sk.layer_norm(x, 8, w, b)
+
+    torch.vmap(norm)(torch.stack([x, x]))  # takes the definition, whatever is faster
+    assert not _known_calls._known
+    with sk.use_backend("torch"):
+        norm(x)
+    assert not _known_calls._known
+    norm(x)
+    assert len(_known_calls._known) == 1
+    with sk.use_backend("cpu"), pytest.raises(sk.BackendError):
+        norm(x)
+
+
+def test_what_is_wrong_is_refused_after_what_was_right():
+    sk.layer_norm(x, 8, w, b)
+    for wrong in (
+        lambda: sk.layer_norm(x, 8, w, b, zero_centered=0),
+        lambda: sk.layer_norm(x, 8.0, w, b),
+    ):
+        with pytest.raises(ValueError, match="layer_norm: "):
+            wrong()
+    sk.log_softmax(x, 1)
+    with pytest.raises(ValueError, match="log_softmax: dim"):
+        sk.log_softmax(x, True)
+
+
+def test_gradients_of_a_known_call():
+    def gradients():
+        leaves = [t.clone().requires_grad_() for t in (x, w, b)]
+        dy = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+        return torch.autograd.grad(sk.layer_norm(leaves[0], 8, *leaves[1:]), leaves, dy)
+
+    first = gradients()
+    assert len(_known_calls._known) == 1
+    assert all(map(torch.equal, first, gradients()))
