@@ -1,0 +1,26 @@
+"""Hugging Face transformers 5: importing this registers attn_implementation="slimkernels"."""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+try:
+    _VERSION = importlib.metadata.version("transformers")
+except importlib.metadata.PackageNotFoundError:
+    raise ImportError(
+        "slimkernels.integrations.huggingface needs transformers 5 or newer, and found none"
+    ) from None
+if int(_VERSION.split(".")[0]) < 5:
+    raise ImportError(
+        f"slimkernels.integrations.huggingface needs transformers 5 or newer; found {_VERSION}"
+    )
+
+from transformers import AttentionInterface, AttentionMaskInterface  # noqa: E402
+
+from slimkernels.integrations._hf_attention import attention  # noqa: E402
+from slimkernels.integrations._hf_mask import mask  # noqa: E402
+
+NAME = "slimkernels"
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, mask)  # without it every mask would be None
