@@ -3,6 +3,7 @@
 from slimkernels import nn, optim
 from slimkernels.dispatch import BackendError, explain, use_backend
 from slimkernels.info import info
+from slimkernels.integrations.replace import replace, restore
 from slimkernels.ops._attention_variant import (
     AttentionVariant,
     RelativeBias,
@@ -53,6 +54,8 @@ __all__ = [
     "nn",
     "optim",
     "relu_squared",
+    "replace",
+    "restore",
     "rms_norm",
     "rotary",
     "rotary_tables",

@@ -26,7 +26,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 KERNEL_BACKENDS = [backend for backend in BACKENDS if backend != "torch"]
 
 PUBLIC_NAMES = {
-    *("BackendError", "explain", "info", "nn", "optim", "use_backend"),
+    *("BackendError", "explain", "info", "nn", "optim", "replace", "restore", "use_backend"),
     *("add_layer_norm", "add_rms_norm", "bias_dropout_add", "cross_entropy", "geglu", "gelu"),
     *("group_norm", "layer_norm", "linear", "linear_cross_entropy", "log_softmax"),
     *("relu_squared", "rms_norm", "rotary", "rotary_tables", "scaled_dot_product_attention"),
@@ -66,7 +66,7 @@ LAYERS = {
     "scripts": {"__version__", "dispatch", "info", "ops", "nn", "models", "data", "training"},
     "testing": {"dispatch", "ops"},
     "info": {"__version__", "dispatch"},
-    "__init__": {"dispatch", "info", "ops", "nn", "optim", "models"},
+    "__init__": {"dispatch", "info", "ops", "nn", "optim", "integrations", "models"},
 }
 # dispatch.INTERPRETED is a constant, read once from the environment, which only dispatch reads.
 # backends/_dropout.py is one number, of which definition and kernels must not have two, and

@@ -13,7 +13,12 @@ from slimkernels.nn.multihead_attention import MultiheadAttention
 from slimkernels.nn.rms_norm import RMSNorm
 from slimkernels.nn.silu import SiLU
 from slimkernels.nn.softmax import LogSoftmax, Softmax
-from slimkernels.nn.transformer import TransformerEncoder, TransformerEncoderLayer
+from slimkernels.nn.transformer import (
+    TransformerDecoder,
+    TransformerDecoderLayer,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+)
 
 __all__ = [
     "GELU",
@@ -26,6 +31,8 @@ __all__ = [
     "RMSNorm",
     "SiLU",
     "Softmax",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
     "TransformerEncoder",
     "TransformerEncoderLayer",
 ]

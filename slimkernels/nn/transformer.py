@@ -1,4 +1,4 @@
-"""torch.nn.TransformerEncoderLayer and TransformerEncoder (Vaswani et al. 2017), fused.
+"""torch.nn's transformer layers and stacks of them (Vaswani et al. 2017), fused.
 
 Where torch runs dropout, addition and norm one after another, a post-norm layer here runs
 add_layer_norm once; the first linear layer's bias is added inside gelu's pass.
@@ -12,12 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slimkernels.nn.gelu import GELU
+from slimkernels.nn._parts import activated_product, add_norm, product
 from slimkernels.nn.layer_norm import LayerNorm
 from slimkernels.nn.multihead_attention import MultiheadAttention
-from slimkernels.ops.add_layer_norm import add_layer_norm
-from slimkernels.ops.gelu import gelu
-from slimkernels.ops.linear import linear
+from slimkernels.ops._checks import is_readable
 
 _ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}
 
@@ -46,11 +44,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         device=None,
         dtype=None,
     ) -> None:
-        if isinstance(activation, str) and activation not in _ACTIVATIONS:
-            raise ValueError(
-                f"TransformerEncoderLayer: activation must be 'relu', 'gelu' or a function; "
-                f"got {activation!r}"
-            )
+        _check_activation("TransformerEncoderLayer", activation)
         # Not torch's own __init__, which would make its attention and norms first. The same
         # modules in the same order: the same seed gives the same parameters.
         torch.nn.Module.__init__(self)
@@ -80,74 +74,100 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         """torch.nn.TransformerEncoderLayer.forward; masks as in MultiheadAttention.forward."""
 
         def attend(x):
-            return self.self_attn(
-                *(x, x, x),
-                attn_mask=src_mask,
-                key_padding_mask=src_key_padding_mask,
-                need_weights=False,
-                is_causal=is_causal,
-            )[0]
+            return _attend(self.self_attn, x, x, src_mask, src_key_padding_mask, is_causal)
 
         if self.norm_first:
             branch = attend(self.norm1(src))
-            x, total = self._add_norm(branch, src, self.norm2, self.dropout1)
-            return total + self.dropout2(self._feed_forward(x))
-        x, _ = self._add_norm(attend(src), src, self.norm1, self.dropout1)
-        return self._add_norm(self._feed_forward(x), x, self.norm2, self.dropout2)[0]
+            x, total = add_norm(branch, src, self.norm2, self.dropout1)
+            return total + self.dropout2(_feed_forward(self, x))
+        x, _ = add_norm(attend(src), src, self.norm1, self.dropout1)
+        return add_norm(_feed_forward(self, x), x, self.norm2, self.dropout2)[0]
 
-    def _feed_forward(self, x):
-        approximate = _gelu_form(self.activation)
-        if approximate is None:
-            x = self.activation(_product(self.linear1, x))
-        elif _is_plain(self.linear1, torch.nn.Linear):
-            product = linear(x, self.linear1.weight)
-            x = gelu(product, approximate=approximate, bias=self.linear1.bias)
-        else:
-            x = gelu(self.linear1(x), approximate=approximate)
-        return _product(self.linear2, self.dropout(x))
 
-    def _add_norm(self, branch, residual, norm, dropout):
-        """(norm(total), total) with total = residual + dropout(branch)."""
-        fused = _is_plain(norm, LayerNorm, torch.nn.LayerNorm)
-        if not (fused and _is_plain(dropout, torch.nn.Dropout)):
-            total = residual + dropout(branch)
-            return norm(total), total
-        return add_layer_norm(
-            # Under autocast products come in its dtype; as in torch, the sum is in residual's.
-            branch.to(residual.dtype),
-            residual,
-            norm.normalized_shape,
-            norm.weight,
-            norm.bias,
-            norm.eps,
-            dropout_p=dropout.p if dropout.training else 0.0,
+class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
+    """torch.nn.TransformerDecoderLayer; parts and errors as in TransformerEncoderLayer."""
+
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        activation: str | Callable[[Tensor], Tensor] = F.relu,
+        layer_norm_eps: float = 1e-5,
+        batch_first: bool = False,
+        norm_first: bool = False,
+        bias: bool = True,
+        device=None,
+        dtype=None,
+    ) -> None:
+        _check_activation("TransformerDecoderLayer", activation)
+        # Not torch's own __init__, for the reasons in TransformerEncoderLayer's.
+        torch.nn.Module.__init__(self)
+        where = {"device": device, "dtype": dtype}
+        attention = dict(dropout=dropout, bias=bias, batch_first=batch_first, **where)
+        self.self_attn = MultiheadAttention(d_model, nhead, **attention)
+        self.multihead_attn = MultiheadAttention(d_model, nhead, **attention)
+        self.linear1 = torch.nn.Linear(d_model, dim_feedforward, bias=bias, **where)
+        self.dropout = torch.nn.Dropout(dropout)
+        self.linear2 = torch.nn.Linear(dim_feedforward, d_model, bias=bias, **where)
+        self.norm_first = norm_first
+        for i in (1, 2, 3):
+            norm = LayerNorm(d_model, eps=layer_norm_eps, bias=bias, **where)
+            self.add_module(f"norm{i}", norm)
+        for i in (1, 2, 3):
+            self.add_module(f"dropout{i}", torch.nn.Dropout(dropout))
+        self.activation = activation if callable(activation) else _ACTIVATIONS[activation]
+
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool = False,
+        memory_is_causal: bool = False,
+    ) -> Tensor:
+        """torch.nn.TransformerDecoderLayer.forward; masks as in MultiheadAttention.forward."""
+
+        def attend(x):
+            return _attend(self.self_attn, x, x, tgt_mask, tgt_key_padding_mask, tgt_is_causal)
+
+        def cross(x):
+            masks = memory_mask, memory_key_padding_mask, memory_is_causal
+            return _attend(self.multihead_attn, x, memory, *masks)
+
+        if self.norm_first:
+            x, total = add_norm(attend(self.norm1(tgt)), tgt, self.norm2, self.dropout1)
+            x, total = add_norm(cross(x), total, self.norm3, self.dropout2)
+            return total + self.dropout3(_feed_forward(self, x))
+        x, _ = add_norm(attend(tgt), tgt, self.norm1, self.dropout1)
+        x, _ = add_norm(cross(x), x, self.norm2, self.dropout2)
+        return add_norm(_feed_forward(self, x), x, self.norm3, self.dropout3)[0]
+
+
+def _check_activation(module, activation):
+    if isinstance(activation, str) and activation not in _ACTIVATIONS:
+        raise ValueError(
+            f"{module}: activation must be 'relu', 'gelu' or a function; got {activation!r}"
         )
 
 
-def _is_plain(module: torch.nn.Module, *classes: type) -> bool:
-    """Whether a call of `module` does what one of `classes` does, and nothing else sees it.
-
-    A subclass may do something else: adapters are often subclasses, parametrized modules always.
-    """
-    if type(module) not in classes or "forward" in vars(module):
-        return False
-    forward = module._forward_pre_hooks or module._forward_hooks
-    return not (forward or module._backward_pre_hooks or module._backward_hooks)
-
-
-def _product(layer, x):
-    if _is_plain(layer, torch.nn.Linear):
-        return linear(x, layer.weight, layer.bias)
-    return layer(x)
+def _attend(attention, x, memory, mask, key_padding_mask, is_causal):
+    return attention(
+        *(x, memory, memory),
+        attn_mask=mask,
+        key_padding_mask=key_padding_mask,
+        need_weights=False,
+        is_causal=is_causal,
+    )[0]
 
 
-def _gelu_form(activation) -> str | None:
-    """Which of gelu's approximations `activation` is; None if it is something else."""
-    if activation is F.gelu:
-        return "none"
-    if isinstance(activation, torch.nn.Module) and _is_plain(activation, torch.nn.GELU, GELU):
-        return activation.approximate
-    return None
+def _feed_forward(layer, x):
+    x = activated_product(layer.linear1, layer.activation, x)
+    return product(layer.linear2, layer.dropout(x))
 
 
 class TransformerEncoder(torch.nn.TransformerEncoder):
@@ -179,14 +199,55 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
     ) -> Tensor:
         """torch.nn.TransformerEncoder.forward.
 
-        is_causal  a promise that mask is causal; None means no promise, where torch compares mask
-                   with a causal one: the same output, by the way that stores the scores
+        is_causal  a promise that mask is causal; None looks whether it is, on the CPU alone: a
+                   mask elsewhere is read as it is, with the same output, so nobody waits
         """
+        is_causal = _is_causal(mask, is_causal)
         for layer in self.layers:
             src = layer(
                 src,
                 src_mask=mask,
                 src_key_padding_mask=src_key_padding_mask,
-                is_causal=bool(is_causal),
+                is_causal=is_causal,
             )
         return src if self.norm is None else self.norm(src)
+
+
+class TransformerDecoder(torch.nn.TransformerDecoder):
+    """torch.nn.TransformerDecoder over layers of ours or of torch's."""
+
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool | None = None,
+        memory_is_causal: bool = False,
+    ) -> Tensor:
+        """torch.nn.TransformerDecoder.forward; tgt_is_causal as TransformerEncoder's is_causal."""
+        tgt_is_causal = _is_causal(tgt_mask, tgt_is_causal)
+        for layer in self.layers:
+            tgt = layer(
+                tgt,
+                memory,
+                tgt_mask=tgt_mask,
+                memory_mask=memory_mask,
+                tgt_key_padding_mask=tgt_key_padding_mask,
+                memory_key_padding_mask=memory_key_padding_mask,
+                tgt_is_causal=tgt_is_causal,
+                memory_is_causal=memory_is_causal,
+            )
+        return tgt if self.norm is None else self.norm(tgt)
+
+
+def _is_causal(mask: Tensor | None, is_causal: bool | None) -> bool:
+    """The promise given, or whether mask is seen to be causal where looking costs nothing."""
+    if is_causal is not None or mask is None or not is_readable(mask):
+        return bool(is_causal)
+    if mask.dim() != 2 or mask.shape[0] != mask.shape[1]:
+        return False
+    hidden = True if mask.dtype == torch.bool else -torch.inf
+    return torch.equal(mask, torch.full_like(mask, hidden).triu(1))

@@ -1,0 +1,1 @@
+"""The library's kernels inside models that were not written for it."""

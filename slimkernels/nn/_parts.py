@@ -1,0 +1,71 @@
+"""What the layers' parts are run by: fused with their neighbours where they are what they seem."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from slimkernels.nn.gelu import GELU
+from slimkernels.nn.layer_norm import LayerNorm
+from slimkernels.ops.add_layer_norm import add_layer_norm
+from slimkernels.ops.gelu import gelu
+from slimkernels.ops.linear import linear
+
+
+def is_plain(module: torch.nn.Module, *classes: type) -> bool:
+    """Whether a call of `module` does what one of `classes` does, and nothing else sees it.
+
+    A subclass may do something else: adapters are often subclasses, parametrized modules always.
+    """
+    if type(module) not in classes or "forward" in vars(module):
+        return False
+    forward = module._forward_pre_hooks or module._forward_hooks
+    return not (forward or module._backward_pre_hooks or module._backward_hooks)
+
+
+def product(layer: torch.nn.Module, x: Tensor) -> Tensor:
+    if is_plain(layer, torch.nn.Linear):
+        return linear(x, layer.weight, layer.bias)
+    return layer(x)
+
+
+def gelu_form(activation: Callable) -> str | None:
+    """Which of gelu's approximations `activation` is; None if it is something else."""
+    if activation is F.gelu:
+        return "none"
+    if isinstance(activation, torch.nn.Module) and is_plain(activation, torch.nn.GELU, GELU):
+        return activation.approximate
+    return None
+
+
+def activated_product(layer: torch.nn.Module, activation: Callable, x: Tensor) -> Tensor:
+    """activation(layer(x)), the bias added inside gelu's pass."""
+    approximate = gelu_form(activation)
+    if approximate is None:
+        return activation(product(layer, x))
+    if is_plain(layer, torch.nn.Linear):
+        return gelu(linear(x, layer.weight), approximate=approximate, bias=layer.bias)
+    return gelu(layer(x), approximate=approximate)
+
+
+def add_norm(
+    branch: Tensor, residual: Tensor, norm: torch.nn.Module, dropout: torch.nn.Module
+) -> tuple[Tensor, Tensor]:
+    """(norm(total), total) with total = residual + dropout(branch)."""
+    fused = is_plain(norm, LayerNorm, torch.nn.LayerNorm)
+    if not (fused and is_plain(dropout, torch.nn.Dropout)):
+        total = residual + dropout(branch)
+        return norm(total), total
+    return add_layer_norm(
+        # Under autocast products come in its dtype; as in torch, the sum is in residual's.
+        branch.to(residual.dtype),
+        residual,
+        norm.normalized_shape,
+        norm.weight,
+        norm.bias,
+        norm.eps,
+        dropout_p=dropout.p if dropout.training else 0.0,
+    )
