@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from slimkernels.integrations._hf_mask import Pattern, pattern_of
+from slimkernels.integrations._hf_mask import Pattern, packing_of, pattern_of
 from slimkernels.ops._attention_variant import AttentionVariant
 from slimkernels.ops.scaled_dot_product_attention import scaled_dot_product_attention
 
@@ -51,15 +51,18 @@ def attention(
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     pattern = pattern_of(attention_mask)
+    boundaries = window = None
     if pattern is not None and not _fits(pattern, query, key):
+        packing = packing_of(attention_mask)
+        if packing is not None and query.shape[0] == 1 and query.shape[2] == len(packing.indices):
+            boundaries, window = (packing.cu_seqlens,) * 2, pattern.window
         pattern = None
-    if pattern is not None and pattern.cu_seqlens is not None:
-        boundaries = pattern.cu_seqlens, pattern.cu_seqlens
-        y = _ragged(query, key, value, boundaries, pattern.window, dropout, scaling, extras)
-        return y, None
-    if cu_seq_lens_q is not None and attention_mask is None:
+    elif pattern is not None and pattern.cu_seqlens is not None:
+        boundaries, window = (pattern.cu_seqlens,) * 2, pattern.window
+    elif cu_seq_lens_q is not None and attention_mask is None:
         boundaries = cu_seq_lens_q, cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k
         window = _window(sliding_window, is_causal)
+    if boundaries is not None:
         return _ragged(query, key, value, boundaries, window, dropout, scaling, extras), None
     if _is_foreign(query, key):
         options = {"scaling": scaling, "is_causal": is_causal, "position_bias": position_bias}

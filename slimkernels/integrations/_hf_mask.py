@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from transformers import masking_utils
 
-_ATTRIBUTE = "_slimkernels_pattern"
+_PATTERN = "_slimkernels_pattern"
+_PACKING = "_slimkernels_packing"
 
 
 class Pattern(NamedTuple):
@@ -35,16 +36,12 @@ class Pattern(NamedTuple):
     lengths: tuple[int, ...] | None = None
     cu_seqlens: Tensor | None = None
 
-    @property
-    def is_padding_alone(self) -> bool:
-        return self.window == (None, None) and self.lengths is not None
-
 
 def pattern_of(mask: Tensor | None) -> Pattern | None:
     """The Pattern that the mask function left on `mask`, if it is still that tensor."""
     if mask is None or torch.compiler.is_compiling():
         return None
-    return getattr(mask, _ATTRIBUTE, None)
+    return getattr(mask, _PATTERN, None)
 
 
 def mask(
@@ -87,7 +84,7 @@ def mask(
     if made is not None and (attention_mask is None or lengths is not None):
         boundaries = None if ids is None else _boundaries(ids)
         pattern = shape, (left, right), q_offset - kv_offset, key_lengths, lengths, boundaries
-        setattr(made, _ATTRIBUTE, Pattern(*pattern))
+        setattr(made, _PATTERN, Pattern(*pattern))
     return made
 
 
@@ -157,3 +154,81 @@ def _boundaries(ids):
     starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
     starts = starts.flatten().nonzero().flatten()
     return torch.cat((starts, starts.new_tensor([ids.numel()]))).int()
+
+
+class Packing:
+    """How the T real tokens of a padded batch lie one sequence after the other.
+
+    shape       (B, L) of the padded batch
+    indices     (T,): the tokens in the batch flattened to B * L
+    cu_seqlens  (B + 1,) int32
+    """
+
+    def __init__(self, pattern: Pattern) -> None:
+        (B, L, _), lengths = pattern.shape, pattern.key_lengths
+        total = sum(pattern.lengths)
+        self.shape = B, L
+        self.cu_seqlens = torch.cat((lengths.new_zeros(1), lengths.cumsum(0))).int()
+        row = torch.arange(B, device=lengths.device)
+        row = row.repeat_interleave(lengths, output_size=total)  # so that nobody waits
+        within = torch.arange(total, device=lengths.device) - self.cu_seqlens[row]
+        self.indices = row * L + within
+        self._tables: dict[int, tuple] = {}
+
+    @classmethod
+    def begin(cls, mask: Tensor, pattern: Pattern) -> Packing:
+        """A packing that layers, and attention in them, will find on `mask`."""
+        packing = cls(pattern)
+        setattr(mask, _PACKING, packing)
+        return packing
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(B, L, ...) to (1, T, ...)."""
+        return _Pack.apply(x.reshape(-1, *x.shape[2:]), self.indices)[None]
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """(1, T, ...) to (B, L, ...), zeros where padding was."""
+        B, L = self.shape
+        return _Unpack.apply(x[0], self.indices, B * L).view(B, L, *x.shape[2:])
+
+    def tables(self, tables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Tables (1 or B, L, D) by position as (1, T, D) by token; made once for all layers."""
+        known = self._tables.get(id(tables))
+        if known is None:
+            B, L = self.shape
+            made = tuple(self.pack(t.expand(B, *t.shape[1:])) for t in tables)
+            known = self._tables[id(tables)] = tables, made  # kept: an id is one while it lives
+        return known[1]
+
+
+def packing_of(mask: Tensor | None) -> Packing | None:
+    if mask is None or torch.compiler.is_compiling():
+        return None
+    return getattr(mask, _PACKING, None)
+
+
+class _Pack(torch.autograd.Function):
+    """Rows picked out; each at most once, so the gradient is put back and not added up."""
+
+    @staticmethod
+    def forward(ctx, x, indices):
+        ctx.save_for_backward(indices)
+        ctx.rows = x.shape[0]
+        return x.index_select(0, indices)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return _Unpack.apply(dy, ctx.saved_tensors[0], ctx.rows), None
+
+
+class _Unpack(torch.autograd.Function):
+    """_Pack's transpose."""
+
+    @staticmethod
+    def forward(ctx, x, indices, rows):
+        ctx.save_for_backward(indices)
+        return x.new_zeros(rows, *x.shape[1:]).index_copy_(0, indices, x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return _Pack.apply(dy, ctx.saved_tensors[0]), None, None

@@ -17,6 +17,7 @@ from slimkernels.integrations.report import UNKNOWN, UNKNOWN_LEAF, Report, Row, 
 
 # Modules with swaps, and the package without which none of theirs can be in a model.
 _SOURCES = {
+    "slimkernels.integrations._swaps_huggingface": "transformers",
     "slimkernels.integrations._swaps_torch": "torch",
 }
 _QUANTISED = ("torch.ao.", "torch.nn.quantized.", "torchao.", "bitsandbytes.", "auto_gptq.", "awq.")

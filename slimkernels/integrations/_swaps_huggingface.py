@@ -1,0 +1,156 @@
+"""The swaps of transformers' modules: activations, layers by their code, and whole models."""
+
+from __future__ import annotations
+
+from operator import attrgetter
+
+import torch
+from torch.nn import Module
+from transformers import PreTrainedModel, activations
+
+from slimkernels.integrations import _hf_layers as layers
+from slimkernels.integrations import _hf_unpad as unpad
+from slimkernels.integrations._hf_twins import combined, is_twin
+from slimkernels.integrations._swap import Swap, class_of
+from slimkernels.integrations.huggingface import NAME
+
+
+def _is_gelu(module: Module) -> str | None:
+    if module.act is torch.nn.functional.gelu:
+        return None
+    return "computes gelu from its formula, in the input's dtype, on purpose"
+
+
+SWAPS = {
+    swap.original: swap
+    for swap in (
+        Swap(activations.GELUActivation, layers.GELUActivation, _is_gelu),
+        Swap(activations.NewGELUActivation, layers.NewGELUActivation),
+        Swap(activations.FastGELUActivation, layers.FastGELUActivation),
+        Swap(activations.GELUTanh, layers.GELUTanh),
+        Swap(activations.SiLUActivation, layers.SiLUActivation),
+        Swap(activations.ReLUSquaredActivation, layers.ReLUSquaredActivation),
+    )
+}
+
+# (family, class): what runs in place of the class and its twins.
+_LAYERS = {
+    ("llama", "LlamaRMSNorm"): layers.RMSNorm,
+    ("t5", "T5LayerNorm"): layers.T5RMSNorm,
+    ("gemma", "GemmaRMSNorm"): layers.ZeroCenteredRMSNorm,
+    ("bert", "BertSelfOutput"): layers.SelfOutput,
+    ("bert", "BertIntermediate"): layers.Intermediate,
+    ("llama", "LlamaMLP"): layers.GatedMLP,
+    ("phi3", "Phi3MLP"): layers.StackedGatedMLP,
+    ("modernbert", "ModernBertMLP"): layers.ModernBertMLP,
+    ("t5", "T5DenseGatedActDense"): layers.T5GatedMLP,
+}
+
+# Layers that may run on packed tokens: (family, class), what packs, and the attention in it, which
+# must be the one that asks transformers' interface.
+_PACKING = {
+    ("bert", "BertLayer"): (unpad.Layer, "attention.self", "BertSelfAttention"),
+    ("distilbert", "TransformerBlock"): (unpad.Layer, "attention", "DistilBertSelfAttention"),
+    ("albert", "AlbertLayer"): (unpad.Layer, "attention", "AlbertAttention"),
+    ("bart", "BartEncoderLayer"): (unpad.Layer, "self_attn", "BartAttention"),
+    ("pegasus", "PegasusEncoderLayer"): (unpad.Layer, "self_attn", "PegasusAttention"),
+    ("t5", "T5Block"): (unpad.BiasedLayer, "layer.0.SelfAttention", "T5Attention"),
+    ("modernbert", "ModernBertEncoderLayer"): (unpad.RotaryLayer, "attn", "ModernBertAttention"),
+}
+
+# Stacks of such layers, and where in them these are.
+_STACKS = {
+    ("bert", "BertEncoder"): "layer",
+    ("distilbert", "Transformer"): "layer",
+    ("albert", "AlbertTransformer"): "albert_layer_groups",
+    ("bart", "BartEncoder"): "layers",
+    ("marian", "MarianEncoder"): "layers",
+    ("pegasus", "PegasusEncoder"): "layers",
+    ("t5", "T5Stack"): "block",
+    ("modernbert", "ModernBertModel"): "layers",
+}
+
+
+def swap_for(module: Module) -> Swap | None:
+    """The swap of a module that is known by its code, or by being a model."""
+    cls = class_of(module)
+    if not cls.__module__.startswith("transformers."):
+        return _model(cls) if isinstance(module, PreTrainedModel) else None
+    for of, ours in _LAYERS.items():
+        if is_twin(cls, *of):
+            return Swap(cls, combined(ours, cls))
+    packing = _packing(module)
+    if packing is not None:
+        return Swap(cls, combined(packing, cls))
+    if isinstance(module, PreTrainedModel):
+        return _model(cls, ours=combined(unpad.Stack, cls) if _is_stack(module) else None)
+    return Swap(cls, combined(unpad.Stack, cls)) if _is_stack(module) else None
+
+
+def _packing(module: Module) -> type | None:
+    """What packs in a layer; None for what is no layer that may run on packed tokens."""
+    cls = class_of(module)
+    for (family, name), (ours, path, attention) in _PACKING.items():
+        if is_twin(cls, family, name):
+            inner = attrgetter(path)(module) if "." not in path else module.get_submodule(path)
+            is_known = is_twin(class_of(inner), family, attention)
+            chunked = any(getattr(m, "chunk_size_feed_forward", 0) for m in module.modules())
+            return ours if is_known and not chunked else None
+    return None
+
+
+def _is_stack(module: Module) -> bool:
+    cls = class_of(module)
+    for of, path in _STACKS.items():
+        if is_twin(cls, *of):
+            inside = [m for m in getattr(module, path).modules() if _is_layer(class_of(m))]
+            return bool(inside) and all(_packing(layer) is not None for layer in inside)
+    return False
+
+
+def _is_layer(cls: type) -> bool:
+    return any(is_twin(cls, *of) for of in _PACKING)
+
+
+def _model(cls: type[PreTrainedModel], ours: type | None = None) -> Swap:
+    return Swap(cls, ours, _model_refusal, _set_attention, _restore_attention)
+
+
+def _model_refusal(model: PreTrainedModel) -> str | None:
+    if getattr(model.config, "output_attentions", False):
+        return "config.output_attentions asks for attention's weights, which ours never stores"
+    if not model._can_set_attn_implementation():
+        return "its attention does not ask transformers' interface, where ours is registered"
+    if not (model._supports_sdpa or model._supports_attention_backend):
+        return "its attention is its own: it does not take another"
+    present = model.config._attn_implementation
+    if present not in ("sdpa", "eager", NAME):
+        return f"attn_implementation={present!r} was asked for, and stays"
+    return None
+
+
+def _set_attention(model: PreTrainedModel) -> dict[str, str | None]:
+    saved = {where: config._attn_implementation for where, config in _configs(model)}
+    model.set_attn_implementation(NAME)
+    return saved
+
+
+def _restore_attention(model: PreTrainedModel, saved: dict[str, str | None]) -> None:
+    for where, config in _configs(model):
+        if where in saved:
+            config._attn_implementation_internal = saved[where]
+
+
+def _configs(model: PreTrainedModel):
+    """(where, config) of the model, of those in it, and of their parts."""
+    for path, module in model.named_modules():
+        if isinstance(module, PreTrainedModel):
+            yield from _with_parts(path, module.config)
+
+
+def _with_parts(where, config):
+    yield where, config
+    for name in config.sub_configs:
+        part = getattr(config, name, None)
+        if part is not None:
+            yield from _with_parts(f"{where}:{name}", part)
