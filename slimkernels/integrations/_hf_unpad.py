@@ -25,6 +25,16 @@ except ImportError:  # without it nobody knows whether hidden states are asked f
 _WORTH_IT = 0.05
 
 
+_PADDED = "_slimkernels_keep_padded"
+
+
+def keep_padded(stack: Module, wanted: bool = True) -> None:
+    """Whether `stack` must compute the padding, too, because a head reads it."""
+    vars(stack).pop(_PADDED, None)
+    if wanted:
+        vars(stack)[_PADDED] = True
+
+
 class _Scope:
     def __init__(self, stack: Module) -> None:
         self.stack = stack
@@ -39,12 +49,12 @@ class Stack:
 
     The padded path is taken under torch.compile, where padding is on the left or absent or less
     than a twentieth of the batch, where a sequence has no tokens, where hidden states or attentions
-    are recorded, where a hook in the stack would see packed shapes, and under activation
-    checkpointing of the reentrant kind.
+    are recorded, where a hook in the stack would see packed shapes, under activation checkpointing
+    of the reentrant kind, and where the head chooses among all tokens (question answering).
     """
 
     def forward(self, *args, **kwargs):
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or _PADDED in vars(self):
             return super().forward(*args, **kwargs)
         scope = _Scope(self)
         token = _scope.set(scope)

@@ -132,6 +132,10 @@ def _model_refusal(model: PreTrainedModel) -> str | None:
 def _set_attention(model: PreTrainedModel) -> dict[str, str | None]:
     saved = {where: config._attn_implementation for where, config in _configs(model)}
     model.set_attn_implementation(NAME)
+    if _reads_padding(model):
+        for module in model.modules():
+            if _is_stack(module):
+                unpad.keep_padded(module)
     return saved
 
 
@@ -139,6 +143,14 @@ def _restore_attention(model: PreTrainedModel, saved: dict[str, str | None]) -> 
     for where, config in _configs(model):
         if where in saved:
             config._attn_implementation_internal = saved[where]
+    if _reads_padding(model):
+        for module in model.modules():
+            unpad.keep_padded(module, False)
+
+
+def _reads_padding(model: PreTrainedModel) -> bool:
+    """Whether a head looks at all tokens, padding too: one that chooses among them does."""
+    return "QuestionAnswering" in type(model).__name__
 
 
 def _configs(model: PreTrainedModel):
