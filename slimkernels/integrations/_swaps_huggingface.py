@@ -11,7 +11,8 @@ from transformers import PreTrainedModel, activations
 from slimkernels.integrations import _hf_layers as layers
 from slimkernels.integrations import _hf_unpad as unpad
 from slimkernels.integrations._hf_twins import combined, is_twin
-from slimkernels.integrations._swap import Swap, class_of
+from slimkernels.integrations._hf_logits import VocabularyLinear
+from slimkernels.integrations._swap import Swap, class_of, swap
 from slimkernels.integrations.huggingface import NAME
 
 
@@ -112,11 +113,27 @@ def _is_layer(cls: type) -> bool:
     return any(is_twin(cls, *of) for of in _PACKING)
 
 
+_VOCABULARY = Swap(torch.nn.Linear, VocabularyLinear)
+
+
 def _model(cls: type[PreTrainedModel], ours: type | None = None) -> Swap:
-    return Swap(cls, ours, _model_refusal, _set_attention, _restore_attention)
+    return Swap(cls, ours, _model_refusal, _adapt, _undo)
 
 
 def _model_refusal(model: PreTrainedModel) -> str | None:
+    return _attention_refusal(model) if _vocabulary(model) is None else None
+
+
+def _vocabulary(model: PreTrainedModel) -> Module | None:
+    """The product with the vocabulary's matrix that makes the model's logits, if it may be lazy."""
+    linear = model.get_output_embeddings()
+    if type(linear) is not torch.nn.Linear or "forward" in vars(linear):
+        return None
+    hooks = linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks
+    return None if any(hooks) or linear._backward_pre_hooks else linear
+
+
+def _attention_refusal(model: PreTrainedModel) -> str | None:
     if getattr(model.config, "output_attentions", False):
         return "config.output_attentions asks for attention's weights, which ours never stores"
     if not model._can_set_attn_implementation():
@@ -129,9 +146,15 @@ def _model_refusal(model: PreTrainedModel) -> str | None:
     return None
 
 
-def _set_attention(model: PreTrainedModel) -> dict[str, str | None]:
-    saved = {where: config._attn_implementation for where, config in _configs(model)}
-    model.set_attn_implementation(NAME)
+def _adapt(model: PreTrainedModel) -> dict[str, str | None]:
+    """Sets the attention, and what goes with being a model; returns the former attentions."""
+    saved = {}
+    if _attention_refusal(model) is None:
+        saved = {where: config._attn_implementation for where, config in _configs(model)}
+        model.set_attn_implementation(NAME)
+    linear = _vocabulary(model)
+    if linear is not None:
+        swap(linear, _VOCABULARY)
     if _reads_padding(model):
         for module in model.modules():
             if _is_stack(module):
@@ -139,7 +162,7 @@ def _set_attention(model: PreTrainedModel) -> dict[str, str | None]:
     return saved
 
 
-def _restore_attention(model: PreTrainedModel, saved: dict[str, str | None]) -> None:
+def _undo(model: PreTrainedModel, saved: dict[str, str | None]) -> None:
     for where, config in _configs(model):
         if where in saved:
             config._attn_implementation_internal = saved[where]
