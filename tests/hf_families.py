@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,7 +31,6 @@ class Family:
     swapped: tuple[str, ...]
     packs: bool = False
     generates: bool = False
-    left_padded: bool = field(default=False)
 
     def make(self) -> torch.nn.Module:
         import transformers
@@ -188,7 +187,7 @@ FAMILIES = {
     "bert-tokens": Family(
         "BertForTokenClassification", "BertConfig", _BERT, tagged, _OUTPUT, packs=True
     ),
-    "bert-qa": Family("BertForQuestionAnswering", "BertConfig", _BERT, answered, _OUTPUT, True),
+    "bert-qa": Family("BertForQuestionAnswering", "BertConfig", _BERT, answered, _OUTPUT),
     "bert-choice": Family("BertForMultipleChoice", "BertConfig", _BERT, chosen, _OUTPUT, True),
     "bert-nsp": Family(
         "BertForNextSentencePrediction", "BertConfig", _BERT, classified, _OUTPUT, packs=True

@@ -150,7 +150,9 @@ def _adapt(model: PreTrainedModel) -> dict[str, str | None]:
     """Sets the attention, and what goes with being a model; returns the former attentions."""
     saved = {}
     if _attention_refusal(model) is None:
-        saved = {where: config._attn_implementation for where, config in _configs(model)}
+        present = {where: config._attn_implementation for where, config in _configs(model)}
+        # A model inside another may have been set with it, and is set back with it.
+        saved = {where: name for where, name in present.items() if name != NAME}
         model.set_attn_implementation(NAME)
     linear = _vocabulary(model)
     if linear is not None:

@@ -12,9 +12,10 @@ import slimkernels
 from slimkernels.testing import assert_no_worse
 
 pytest.importorskip("transformers", minversion="5.0")
+from slimkernels.integrations import _hf_mask
 
 # Sums of a few dozen terms in another order, through a few layers.
-ULPS = 8
+ULPS = 16
 
 
 def _run(model, batch, dtype):
@@ -34,6 +35,11 @@ def _run(model, batch, dtype):
     return main.detach(), loss.detach(), gradients
 
 
+def _rounded(model, dtype):
+    """A copy with parameters that `dtype` can hold, in float64."""
+    return copy.deepcopy(model).to(dtype).double()
+
+
 def _compare(ours, eager, truth, what, smallest=0.0):
     largest = max(truth.abs().max().item(), smallest)
     assert_no_worse(
@@ -41,8 +47,21 @@ def _compare(ours, eager, truth, what, smallest=0.0):
     )
 
 
+@pytest.fixture
+def packings(monkeypatch):
+    """Every packing of padded hidden states that a test begins."""
+    begun, begin = [], _hf_mask.Packing.begin
+
+    def spy(mask, pattern):
+        begun.append(begin(mask, pattern))
+        return begun[-1]
+
+    monkeypatch.setattr(_hf_mask.Packing, "begin", spy)
+    return begun
+
+
 @pytest.mark.parametrize("name", FAMILIES)
-def test_forward_loss_and_gradients_are_those_of_the_model_itself(name):
+def test_forward_loss_and_gradients_are_those_of_the_model_itself(name, packings):
     family = FAMILIES[name]
     model, batch = family.make().train(), family.inputs()
     truth = _run(copy.deepcopy(model).double(), batch, torch.float64)
@@ -55,6 +74,7 @@ def test_forward_loss_and_gradients_are_those_of_the_model_itself(name):
     ours = _run(model, batch, torch.float32)
 
     assert list(model.state_dict()) == keys
+    assert bool(packings) == family.packs
     for what, *three in zip(("output", "loss"), ours, eager, truth, strict=False):
         _compare(*three, what)
     assert ours[2].keys() == eager[2].keys()
@@ -63,3 +83,36 @@ def test_forward_loss_and_gradients_are_those_of_the_model_itself(name):
     for parameter in ours[2]:
         three = (run[2][parameter] for run in (ours, eager, truth))
         _compare(*three, f"d {parameter}", smallest)
+
+
+@pytest.mark.parametrize("name", ["bert-mlm", "llama"])
+def test_bfloat16_errs_no_more_than_the_model_itself(name):
+    family = FAMILIES[name]
+    model, batch = family.make().train(), family.inputs()
+    truth = _run(_rounded(model, torch.bfloat16), batch, torch.float64)
+    model.to(torch.bfloat16)
+    eager = _run(model, batch, torch.bfloat16)
+    slimkernels.replace(model)
+    ours = _run(model, batch, torch.bfloat16)
+    ulp = torch.finfo(torch.bfloat16).eps  # the loss itself is float32, and a single number
+    for what, *three in zip(("output", "loss"), ours, eager, truth, strict=False):
+        assert_no_worse(*three, floor=ulp * three[2].abs().max().item(), what=what)
+    for parameter in ours[2]:
+        mine, theirs, exact = (run[2][parameter] for run in (ours, eager, truth))
+        # The largest error of a few numbers is chance: their sum is not.
+        error, allowed = ((g - exact).norm() for g in (mine.double(), theirs.double()))
+        floor = ulp * max(exact.norm(), 1e-2)
+        assert error <= 2 * allowed + floor, f"d {parameter}: {error:.2e}, eager {allowed:.2e}"
+
+
+@pytest.mark.parametrize("name", [n for n, family in FAMILIES.items() if family.generates])
+def test_generates_the_same_tokens(name):
+    family = FAMILIES[name]
+    model = family.make().eval()
+    batch = {n: t for n, t in family.inputs().items() if n != "labels"}
+    if not model.config.is_encoder_decoder:  # prompts are padded on the left
+        batch = {n: t.flip(1) for n, t in batch.items()}
+    options = {"max_new_tokens": 5, "do_sample": False}
+    expected = model.generate(**batch, **options)
+    slimkernels.replace(model)
+    assert torch.equal(model.generate(**batch, **options), expected)
