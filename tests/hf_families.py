@@ -180,7 +180,9 @@ _VISION = dict(
 _OUTPUT = ("SelfOutput", "Intermediate", "Stack", "Layer", "LayerNorm")
 
 FAMILIES = {
-    "bert-mlm": Family("BertForMaskedLM", "BertConfig", _BERT, masked, _OUTPUT, packs=True),
+    "bert-mlm": Family(
+        "BertForMaskedLM", "BertConfig", _BERT, masked, ("Embeddings", *_OUTPUT), packs=True
+    ),
     "bert-cls": Family(
         "BertForSequenceClassification", "BertConfig", _BERT, classified, _OUTPUT, packs=True
     ),
@@ -313,14 +315,19 @@ FAMILIES = {
         generates=True,
     ),
     "llama": Family(
-        "LlamaForCausalLM", "LlamaConfig", _LLAMA, causal, ("RMSNorm", "GatedMLP"), generates=True
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        _LLAMA,
+        causal,
+        ("RMSNorm", "GatedMLP", "LlamaDecoderLayer"),
+        generates=True,
     ),
     "mistral": Family(
         "MistralForCausalLM",
         "MistralConfig",
         {**_LLAMA, "sliding_window": 4},
         causal,
-        ("RMSNorm", "GatedMLP"),
+        ("RMSNorm", "GatedMLP", "LlamaDecoderLayer"),
         generates=True,
     ),
     "qwen2": Family(
@@ -328,11 +335,16 @@ FAMILIES = {
         "Qwen2Config",
         {**_LLAMA, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
         causal,
-        ("RMSNorm", "GatedMLP"),
+        ("RMSNorm", "GatedMLP", "LlamaDecoderLayer"),
         generates=True,
     ),
     "qwen3": Family(
-        "Qwen3ForCausalLM", "Qwen3Config", _LLAMA, causal, ("RMSNorm", "GatedMLP"), generates=True
+        "Qwen3ForCausalLM",
+        "Qwen3Config",
+        _LLAMA,
+        causal,
+        ("RMSNorm", "GatedMLP", "LlamaDecoderLayer"),
+        generates=True,
     ),
     "gemma2": Family(
         "Gemma2ForCausalLM",
@@ -380,7 +392,7 @@ FAMILIES = {
         "BartConfig",
         _BART,
         translated,
-        ("Stack", "Layer", "LayerNorm", "GELUActivation"),
+        ("Stack", "PostNormEncoderLayer", "PostNormDecoderLayer", "GELUActivation"),
         packs=True,
         generates=True,
     ),
@@ -389,7 +401,7 @@ FAMILIES = {
         "MarianConfig",
         {**_BART, "activation_function": "gelu"},
         translated,
-        ("Stack", "Layer", "LayerNorm", "GELUActivation"),
+        ("Stack", "PostNormEncoderLayer", "PostNormDecoderLayer", "GELUActivation"),
         packs=True,
         generates=True,
     ),
@@ -398,7 +410,7 @@ FAMILIES = {
         "PegasusConfig",
         _BART,
         translated,
-        ("Stack", "Layer", "LayerNorm", "GELUActivation"),
+        ("Stack", "PreNormEncoderLayer", "PreNormDecoderLayer", "GELUActivation"),
         packs=True,
         generates=True,
     ),
@@ -407,7 +419,7 @@ FAMILIES = {
         "WhisperConfig",
         {**_BART, "num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 24},
         speech,
-        ("LayerNorm", "GELUActivation"),
+        ("LayerNorm", "GELUActivation", "PreNormEncoderLayer"),
     ),
     "vit": Family(
         "ViTForImageClassification",

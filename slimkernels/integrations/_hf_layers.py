@@ -76,6 +76,14 @@ def _gated(activation, gate: Tensor, up: Tensor) -> Tensor:
     return swiglu(up, gate=gate) if is_plain(activation, *_SILU) else activation(gate) * up
 
 
+def activated(layer: torch.nn.Module, activation, x: Tensor) -> Tensor:
+    """activation(layer(x)), the bias added inside gelu's pass."""
+    form = _gelu_form(activation)
+    if form is None or not is_plain(layer, torch.nn.Linear):
+        return activation(product(layer, x))
+    return gelu(linear(x, layer.weight), approximate=form, bias=layer.bias)
+
+
 class RMSNorm:
     """LlamaRMSNorm: the output has the wider of the dtypes of input and weight."""
 
@@ -115,14 +123,10 @@ class SelfOutput:
 
 
 class Intermediate:
-    """BertIntermediate: activation(dense(hidden_states)), the bias added inside gelu's pass."""
+    """BertIntermediate: activation(dense(hidden_states))."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        form = _gelu_form(self.intermediate_act_fn)
-        if form is None or not is_plain(self.dense, torch.nn.Linear):
-            return self.intermediate_act_fn(product(self.dense, hidden_states))
-        x = linear(hidden_states, self.dense.weight)
-        return gelu(x, approximate=form, bias=self.dense.bias)
+        return activated(self.dense, self.intermediate_act_fn, hidden_states)
 
 
 class GatedMLP:

@@ -1,9 +1,9 @@
 """The mask half of attn_implementation="slimkernels": masks that also say what they mean.
 
 transformers builds a mask once a forward pass and hands it to every layer. Ours is the mask that
-"sdpa" gets, bool and (B, 1, L, Lk), right whatever a model does to it; and it carries a Pattern, the
-same statement in attention's own arguments, from which kernels skip what is hidden. An operation on
-the mask makes a tensor without the Pattern: then the mask itself is used.
+"sdpa" gets, bool and (B, 1, L, Lk), right whatever a model does to it; and it carries a Pattern,
+the same statement in attention's own arguments, from which kernels skip what is hidden. An
+operation on the mask makes a tensor without the Pattern: then the mask itself is used.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def _is_readable(padding, *offsets):
 
 
 def _lengths(keys):
-    """How many keys each row has, on the host and the device; (None, None) unless all come first."""
+    """How many keys each row has, on host and device; (None, None) unless they all come first."""
     if keys.numel() == 0:
         return None, None
     lengths = keys.sum(-1, dtype=torch.int32)
@@ -142,7 +142,8 @@ def _together(parts):
     """What several mask functions hide together."""
     if any(part is None for part in parts):
         return None
-    left, right, ids = ([value for value in values if value is not None] for values in zip(*parts))
+    columns = zip(*parts, strict=True)
+    left, right, ids = ([value for value in column if value is not None] for column in columns)
     if len(ids) > 1:
         return None
     return min(left, default=None), min(right, default=None), ids[0] if ids else None

@@ -7,9 +7,12 @@ computes something else has other code, and is left.
 
 from __future__ import annotations
 
+import ast
 import functools
+import hashlib
 import importlib
 import inspect
+import textwrap
 from collections.abc import Callable
 
 from torch.nn import Module
@@ -29,28 +32,59 @@ def prototype(family: str, name: str) -> type[Module] | None:
 def is_twin(cls: type[Module], family: str, name: str) -> bool:
     """Whether the forward of `cls` is that of a class of transformers, instruction by instruction.
 
-    Names that the code looks up must mean the same thing, too, where both know them.
+    So are the methods that it calls, and names that it looks up mean the same thing where both
+    files know them.
     """
     other = prototype(family, name)
     if other is None:
         return False
     if cls is other:
         return True
-    mine, theirs = _function(cls), _function(other)
-    if mine is None or theirs is None or _code(mine) != _code(theirs):
-        return False
-    shared = set(mine.__code__.co_names) & set(mine.__globals__) & set(theirs.__globals__)
-    return all(mine.__globals__[n] is theirs.__globals__[n] for n in shared - _ITS_OWN)
+    mine, theirs = _functions(cls), _functions(other)
+    return mine.keys() == theirs.keys() and all(_alike(mine[n], theirs[n]) for n in mine)
+
+
+@functools.cache
+def fingerprint(family: str, name: str) -> str:
+    """Eight digits of what transformers' class does, by which a later version is known as another.
+
+    Comments, docstrings, annotations and layout do not count.
+    """
+    cls = prototype(family, name)
+    texts = []
+    for method, function in sorted(_functions(cls).items() if cls else ()):
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+        except (OSError, SyntaxError):
+            return ""
+        arguments = [a.arg for a in ast.walk(tree.args) if isinstance(a, ast.arg)]
+        body = tree.body[1:] if ast.get_docstring(tree) is not None else tree.body
+        texts.append(f"{method}{arguments}" + "".join(ast.unparse(line) for line in body))
+    return hashlib.sha256("".join(texts).encode()).hexdigest()[:8]
 
 
 # Each model file has its own.
 _ITS_OWN = {"eager_attention_forward", "apply_rotary_pos_emb", "logger", "repeat_kv"}
 
 
-def _function(cls: type[Module]) -> Callable | None:
-    """The forward that `cls` was written with, under its decorators."""
-    function = inspect.unwrap(cls.forward)
-    return function if inspect.isfunction(function) else None
+def _functions(cls: type[Module]) -> dict[str, Callable]:
+    """The forward that `cls` was written with, under its decorators, and the methods it calls."""
+    forward = inspect.unwrap(cls.forward)
+    if not inspect.isfunction(forward):
+        return {}
+    found = {"forward": forward}
+    for name in forward.__code__.co_names:
+        method = inspect.getattr_static(cls, name, None)
+        if inspect.isfunction(method) and name not in vars(Module):
+            found[name] = inspect.unwrap(method)
+    return found
+
+
+def _alike(mine: Callable, theirs: Callable) -> bool:
+    if _code(mine) != _code(theirs):
+        return False
+    shared = set(mine.__code__.co_names) & set(mine.__globals__) & set(theirs.__globals__)
+    return all(mine.__globals__[n] is theirs.__globals__[n] for n in shared - _ITS_OWN)
 
 
 def _code(function: Callable) -> tuple:
@@ -59,8 +93,8 @@ def _code(function: Callable) -> tuple:
     return code.co_code, code.co_names, code.co_varnames, code.co_freevars, constants
 
 
-def combined(ours: type, original: type[Module]) -> type[Module]:
-    """The subclass of `original` that runs `ours`; its instances pickle and deepcopy.
+def combined(ours: tuple[type, ...], original: type[Module]) -> type[Module]:
+    """The subclass of `original` that runs `ours`, the first of them first; its instances pickle and deepcopy.
 
     It bears the name of `original`, by which transformers keeps what a model can record, and others
     which modules not to split.
@@ -75,9 +109,9 @@ def _combined(ours, original):
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
         "__reduce_ex__": lambda self, protocol: (_make, (ours, original), self.__getstate__()),
-        "_slimkernels_class": ours,
+        "_slimkernels_class": ours[-1],
     }
-    return type(original.__name__, (ours, original), members)
+    return type(original.__name__, (*ours, original), members)
 
 
 def _make(ours, original):

@@ -5,12 +5,14 @@ from __future__ import annotations
 from operator import attrgetter
 
 import torch
+import transformers
 from torch.nn import Module
 from transformers import PreTrainedModel, activations
 
+from slimkernels.integrations import _hf_blocks as blocks
 from slimkernels.integrations import _hf_layers as layers
 from slimkernels.integrations import _hf_unpad as unpad
-from slimkernels.integrations._hf_twins import combined, is_twin
+from slimkernels.integrations._hf_twins import combined, fingerprint, is_twin
 from slimkernels.integrations._hf_logits import VocabularyLinear
 from slimkernels.integrations._swap import Swap, class_of, swap
 from slimkernels.integrations.huggingface import NAME
@@ -34,17 +36,25 @@ SWAPS = {
     )
 }
 
-# (family, class): what runs in place of the class and its twins.
+# (family, class): what runs in place of the class and its twins, and the fingerprints of the code
+# that it was written for. A version of transformers with other code is left until somebody has read
+# that.
 _LAYERS = {
-    ("llama", "LlamaRMSNorm"): layers.RMSNorm,
-    ("t5", "T5LayerNorm"): layers.T5RMSNorm,
-    ("gemma", "GemmaRMSNorm"): layers.ZeroCenteredRMSNorm,
-    ("bert", "BertSelfOutput"): layers.SelfOutput,
-    ("bert", "BertIntermediate"): layers.Intermediate,
-    ("llama", "LlamaMLP"): layers.GatedMLP,
-    ("phi3", "Phi3MLP"): layers.StackedGatedMLP,
-    ("modernbert", "ModernBertMLP"): layers.ModernBertMLP,
-    ("t5", "T5DenseGatedActDense"): layers.T5GatedMLP,
+    ("llama", "LlamaRMSNorm"): (layers.RMSNorm, "abf7ee53"),
+    ("t5", "T5LayerNorm"): (layers.T5RMSNorm, "ad89ff01"),
+    ("gemma", "GemmaRMSNorm"): (layers.ZeroCenteredRMSNorm, "73fc07b1"),
+    ("bert", "BertSelfOutput"): (layers.SelfOutput, "1e9cb700"),
+    ("bert", "BertIntermediate"): (layers.Intermediate, "25a66c54"),
+    ("bert", "BertEmbeddings"): (blocks.Embeddings, "46d40f73"),
+    ("llama", "LlamaMLP"): (layers.GatedMLP, "d9c10cff"),
+    ("phi3", "Phi3MLP"): (layers.StackedGatedMLP, "64f37bf4"),
+    ("modernbert", "ModernBertMLP"): (layers.ModernBertMLP, "4223a507"),
+    ("t5", "T5DenseGatedActDense"): (layers.T5GatedMLP, "3f85efcc"),
+    ("bart", "BartEncoderLayer"): (blocks.PostNormEncoderLayer, "964bf902"),
+    ("bart", "BartDecoderLayer"): (blocks.PostNormDecoderLayer, "4e8277bc"),
+    ("pegasus", "PegasusEncoderLayer"): (blocks.PreNormEncoderLayer, "f4fa07ac"),
+    ("pegasus", "PegasusDecoderLayer"): (blocks.PreNormDecoderLayer, "8a217d82"),
+    ("llama", "LlamaDecoderLayer"): (blocks.LlamaDecoderLayer, "db3b479d"),
 }
 
 # Layers that may run on packed tokens: (family, class), what packs, and the attention in it, which
@@ -77,15 +87,26 @@ def swap_for(module: Module) -> Swap | None:
     cls = class_of(module)
     if not cls.__module__.startswith("transformers."):
         return _model(cls) if isinstance(module, PreTrainedModel) else None
-    for of, ours in _LAYERS.items():
-        if is_twin(cls, *of):
-            return Swap(cls, combined(ours, cls))
-    packing = _packing(module)
-    if packing is not None:
-        return Swap(cls, combined(packing, cls))
+    ours = tuple(part for part in (_packing(module), _layer(cls)) if part is not None)
+    if _is_stack(module):
+        ours = (unpad.Stack,)
     if isinstance(module, PreTrainedModel):
-        return _model(cls, ours=combined(unpad.Stack, cls) if _is_stack(module) else None)
-    return Swap(cls, combined(unpad.Stack, cls)) if _is_stack(module) else None
+        return _model(cls, combined(ours, cls) if ours else None)
+    if ours:
+        return Swap(cls, combined(ours, cls))
+    known = [of for of in _LAYERS if is_twin(cls, *of)]
+    return Swap(cls, None, _is_newer) if known else None
+
+
+def _layer(cls: type[Module]) -> type | None:
+    for of, (ours, written_for) in _LAYERS.items():
+        if is_twin(cls, *of) and fingerprint(*of) == written_for:
+            return ours
+    return None
+
+
+def _is_newer(module: Module) -> str:
+    return f"transformers {transformers.__version__} computes it otherwise than what ours was for"
 
 
 def _packing(module: Module) -> type | None:

@@ -18,8 +18,14 @@ pytest.importorskip("transformers", minversion="5.0")
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward as with_sinks
 from transformers.models.llama.modeling_llama import eager_attention_forward as plain
 
-from slimkernels.integrations import _hf_attention, _hf_mask, huggingface
+from slimkernels.integrations import (
+    _hf_attention,
+    _hf_mask,
+    _swaps_huggingface,
+    huggingface,
+)
 from slimkernels.integrations._hf_logits import LazyLogits
+from slimkernels.integrations._hf_twins import fingerprint
 
 REAL = torch.arange(L) < torch.tensor(LENGTHS)[:, None]
 
@@ -336,3 +342,32 @@ def test_trainer_is_unchanged(tmp_path):
         losses.append([r["loss"] for r in trainer.state.log_history if "loss" in r])
         losses[-1].append(trainer.evaluate()["eval_loss"])
     torch.testing.assert_close(*map(torch.tensor, losses))
+
+
+@pytest.mark.parametrize("of", _swaps_huggingface._LAYERS, ids=lambda of: of[1])
+def test_layers_are_the_code_that_ours_were_written_for(of):
+    """If not: read the class anew, change ours, and then the fingerprint."""
+    assert fingerprint(*of) == _swaps_huggingface._LAYERS[of][1]
+
+
+def test_other_code_is_left(monkeypatch):
+    """A later version's, or that of a class of the same name: the report says so."""
+    of = "bert", "BertSelfOutput"
+    ours, _ = _swaps_huggingface._LAYERS[of]
+    monkeypatch.setitem(_swaps_huggingface._LAYERS, of, (ours, "another"))
+    report = slimkernels.replace(FAMILIES["bert-cls"].make())
+    left = [row.detail for row in report.left if row.kind.endswith("BertSelfOutput")]
+    assert len(left) == 2 and all("computes it otherwise" in detail for detail in left)
+
+
+def test_a_subclass_is_left():
+    bert = FAMILIES["bert-cls"].make()
+
+    class Own(type(bert.bert.encoder.layer[0].output)):
+        def forward(self, hidden_states, input_tensor):
+            return super().forward(hidden_states, input_tensor) * 2
+
+    bert.bert.encoder.layer[0].output.__class__ = Own
+    report = slimkernels.replace(bert)
+    assert type(bert.bert.encoder.layer[0].output) is Own
+    assert "bert.encoder.layer.0.output" in [row.path for row in report.left]

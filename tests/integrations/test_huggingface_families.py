@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -110,9 +111,33 @@ def test_generates_the_same_tokens(name):
     family = FAMILIES[name]
     model = family.make().eval()
     batch = {n: t for n, t in family.inputs().items() if n != "labels"}
-    if not model.config.is_encoder_decoder:  # prompts are padded on the left
-        batch = {n: t.flip(1) for n, t in batch.items()}
+    prompts = [batch]
+    if not model.config.is_encoder_decoder:  # padded on the left, and not at all
+        alone = {n: t[:1] for n, t in batch.items()}
+        prompts = [{n: t.flip(1) for n, t in batch.items()}, alone]
     options = {"max_new_tokens": 5, "do_sample": False}
-    expected = model.generate(**batch, **options)
+    expected = [model.generate(**prompt, **options) for prompt in prompts]
     slimkernels.replace(model)
-    assert torch.equal(model.generate(**batch, **options), expected)
+    for prompt, tokens in zip(prompts, expected, strict=True):
+        assert torch.equal(model.generate(**prompt, **options), tokens)
+
+
+@pytest.mark.parametrize("name", ["bert-mlm", "bart", "pegasus"])
+def test_dropout_is_applied_in_training_alone(name):
+    family = FAMILIES[name]
+    rates = {n: 0.5 for n in family.config if "drop" in n}
+    family = dataclasses.replace(family, config={**family.config, **rates})
+    model, batch = family.make(), family.inputs()
+    slimkernels.replace(model)
+    model.train()
+
+    def loss():
+        torch.manual_seed(0)
+        return model(**batch).loss
+
+    assert loss() == loss()
+    torch.manual_seed(1)
+    losses = torch.stack([model(**batch).loss for _ in range(4)])
+    assert losses.std() > 1e-3 and losses.isfinite().all()
+    model.eval()
+    assert model(**batch).loss == model(**batch).loss
