@@ -1,8 +1,8 @@
 """Which of transformers' classes compute the same: those whose forward is the same code.
 
 A model file of transformers repeats the classes of others under its own names, so what is written
-for BertSelfOutput here serves RobertaSelfOutput, and that of a family nobody thought of. A class that
-computes something else has other code, and is left.
+for BertSelfOutput here serves RobertaSelfOutput, and that of a family nobody thought of. A class
+that computes something else has other code, and is left.
 """
 
 from __future__ import annotations
@@ -94,10 +94,10 @@ def _code(function: Callable) -> tuple:
 
 
 def combined(ours: tuple[type, ...], original: type[Module]) -> type[Module]:
-    """The subclass of `original` that runs `ours`, the first of them first; its instances pickle and deepcopy.
+    """The subclass of `original` that runs `ours`, the first of them first.
 
-    It bears the name of `original`, by which transformers keeps what a model can record, and others
-    which modules not to split.
+    Its instances pickle and deepcopy. It bears the name of `original`, by which transformers keeps
+    what a model can record, and others which modules not to split.
     """
     return _combined(ours, original)
 

@@ -118,7 +118,7 @@ def _begin(hidden_states: Tensor, mask: Tensor | None) -> Packing | None:
     B, L, Lk = pattern.shape
     real = sum(pattern.lengths)
     shape = (1, real) if scope.packing is not None else (B, L)
-    if hidden_states.dim() != 3 or tuple(hidden_states.shape[:2]) != shape or L != Lk:
+    if hidden_states.dim() != 3 or tuple(hidden_states.shape[:2]) != shape or Lk != L:
         return None
     if scope.packing is None:
         if pattern.window[0] != pattern.window[1] or pattern.offset != 0:

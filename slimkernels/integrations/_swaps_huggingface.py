@@ -12,8 +12,8 @@ from transformers import PreTrainedModel, activations
 from slimkernels.integrations import _hf_blocks as blocks
 from slimkernels.integrations import _hf_layers as layers
 from slimkernels.integrations import _hf_unpad as unpad
-from slimkernels.integrations._hf_twins import combined, fingerprint, is_twin
 from slimkernels.integrations._hf_logits import VocabularyLinear
+from slimkernels.integrations._hf_twins import combined, fingerprint, is_twin
 from slimkernels.integrations._swap import Swap, class_of, swap
 from slimkernels.integrations.huggingface import NAME
 

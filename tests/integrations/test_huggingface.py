@@ -9,7 +9,7 @@ import pickle
 
 import pytest
 import torch
-from hf_families import FAMILIES, LENGTHS, V, B, L, masked, tokens
+from hf_families import FAMILIES, LENGTHS, B, L, V, masked, tokens
 
 import slimkernels
 from slimkernels.testing import assert_no_worse
