@@ -12,7 +12,6 @@ forward that fuses a part asks ``nn._parts.is_plain`` whether that still does wh
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -49,12 +48,18 @@ def is_swapped(module: Module) -> bool:
 
 
 def swap(module: Module, how: Swap) -> None:
-    mark = {"original": class_of(module), "undo": how.undo, "saved": None}
+    original = class_of(module)
+    mark = {"original": original, "ours": how.ours or original, "undo": how.undo, "saved": None}
     if how.adapt is not None:
         mark["saved"] = how.adapt(module)
-    if how.ours is not None:
-        _set_class(module, how.ours)
+    _set_class(module, mark["ours"])
     vars(module)[MARK] = mark
+
+
+def changed_since(module: Module) -> str | None:
+    """The class that somebody else has given a swapped module; None if it has ours."""
+    cls = class_of(module)
+    return None if cls is vars(module)[MARK]["ours"] else cls.__name__
 
 
 def swap_back(module: Module) -> None:
@@ -70,10 +75,19 @@ def class_of(module: Module) -> type[Module]:
     return cls.__bases__[1] if _is_sharded(cls) else cls
 
 
+# The classes that fully_shard has put over others, or would have, by their two bases.
+_sharded: dict[tuple[type, ...], type] = {}
+
+
 def _set_class(module: Module, cls: type[Module]) -> None:
     present = type(module)
     if _is_sharded(present):
-        cls = _sharded(present.__bases__[0], cls, present.__dict__["__deepcopy__"])
+        _sharded[present.__bases__] = present
+        bases = present.__bases__[0], cls
+        if bases not in _sharded:
+            body = {"__deepcopy__": present.__dict__["__deepcopy__"]}
+            _sharded[bases] = type(f"FSDP{cls.__name__}", bases, body)
+        cls = _sharded[bases]
     module.__class__ = cls
 
 
@@ -81,9 +95,3 @@ def _is_sharded(cls: type) -> bool:
     """Whether fully_shard made `cls`, a subclass of FSDPModule and of the class as it was."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and cls.__bases__[:1] == (fsdp.FSDPModule,) and len(cls.__bases__) == 2
-
-
-@functools.cache
-def _sharded(fsdp_module: type, cls: type, deepcopy: Callable) -> type:
-    """The class that fully_shard would have put over `cls`."""
-    return type(f"FSDP{cls.__name__}", (fsdp_module, cls), {"__deepcopy__": deepcopy})

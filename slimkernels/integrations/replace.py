@@ -12,7 +12,14 @@ import torch
 from torch.nn import Module
 from torch.nn.utils import parametrize
 
-from slimkernels.integrations._swap import Swap, class_of, is_swapped, swap, swap_back
+from slimkernels.integrations._swap import (
+    Swap,
+    changed_since,
+    class_of,
+    is_swapped,
+    swap,
+    swap_back,
+)
 from slimkernels.integrations.report import UNKNOWN, UNKNOWN_LEAF, Report, Row, kind_of
 
 # Modules with swaps, and the package without which none of theirs can be in a model.
@@ -36,11 +43,15 @@ def replace(model: Module, *, inplace: bool = True) -> Report:
     Returns  a Report: ``.model`` (the one changed), ``.rows``, ``.swapped``, ``.already``,
              ``.left``; ``print(report)`` shows a table. A second call swaps nothing more.
     Errors   ValueError for what is not an instance of torch.nn.Module, and for a model that is
-             compiled already, even in part: replace first, then compile
-    Caution  a padded nn.TransformerEncoder in evaluation gives torch's ordinary output in the
-             padded rows, and not the zeros of its fast path
+             compiled or scripted already, even in part: replace first, then compile
+    Caution  torch.jit.script cannot read the modules that take the places: restore() first
     """
-    _check("replace", model)
+    _check_model("replace", model)
+    for path, how in _compiled(model):
+        raise ValueError(
+            f"replace: model must not be {how} yet, and {path or 'it'} is; "
+            f"replace first, then compile"
+        )
     if not inplace:
         model = copy.deepcopy(model)
     sources = _sources()
@@ -52,15 +63,22 @@ def restore(model: Module) -> Report:
     """Undo replace(): classes, attributes and outputs are bit for bit as before.
 
     Returns  a Report whose rows are what was restored; a model that was never swapped has none
-    Errors   as replace
+    Errors   ValueError for what is not an instance of torch.nn.Module, and, before anything is
+             changed, for a swapped module to which another class was given since (parametrized)
     """
-    _check("restore", model)
+    _check_model("restore", model)
+    swapped = [(path, module) for path, module in model.named_modules() if is_swapped(module)]
+    for path, module in swapped:
+        if (name := changed_since(module)) is not None:
+            raise ValueError(
+                f"restore: {path or 'model'} must be of the class that replace gave it, and has "
+                f"become a {name} since; undo that first"
+            )
     rows = []
-    for path, module in model.named_modules():
-        if is_swapped(module):
-            kind = kind_of(class_of(module))
-            swap_back(module)
-            rows.append(Row(path, kind, "restored", kind_of(class_of(module))))
+    for path, module in swapped:
+        kind = kind_of(class_of(module))
+        swap_back(module)
+        rows.append(Row(path, kind, "restored", kind_of(class_of(module))))
     return Report(model, rows)
 
 
@@ -112,21 +130,14 @@ def _sources() -> list[ModuleType]:
     return [importlib.import_module(name) for name, of in _SOURCES.items() if of in sys.modules]
 
 
-def _check(function: str, model: object) -> None:
+def _check_model(function: str, model: object) -> None:
     if isinstance(model, type) and issubclass(model, Module):
-        raise ValueError(
-            f"{function}: model must be an instance of torch.nn.Module; "
-            f"got the class {model.__name__} itself"
-        )
-    if not isinstance(model, Module):
-        raise ValueError(
-            f"{function}: model must be an instance of torch.nn.Module; got {type(model).__name__}"
-        )
-    for path, how in _compiled(model):
-        raise ValueError(
-            f"{function}: model must not be {how} yet, and {path or 'it'} is; "
-            f"{function} first, then compile"
-        )
+        got = f"the class {model.__name__} itself"
+    elif not isinstance(model, Module):
+        got = type(model).__name__
+    else:
+        return
+    raise ValueError(f"{function}: model must be an instance of torch.nn.Module; got {got}")
 
 
 def _compiled(model: Module) -> Iterator[tuple[str, str]]:

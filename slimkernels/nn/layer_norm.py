@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from slimkernels.nn._nested import is_nested
 from slimkernels.ops.layer_norm import layer_norm
 
 
@@ -12,4 +13,6 @@ class LayerNorm(torch.nn.LayerNorm):
     """torch.nn.LayerNorm; inputs, errors and precision as in slimkernels.layer_norm."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if is_nested(input):
+            return super().forward(input)
         return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)

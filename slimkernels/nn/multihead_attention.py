@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from slimkernels.nn._nested import is_nested
 from slimkernels.ops._attention_variant import AttentionVariant
 from slimkernels.ops.linear import linear
 from slimkernels.ops.scaled_dot_product_attention import scaled_dot_product_attention
@@ -88,6 +89,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         Caution               whether a bool key_padding_mask ends every row is looked at on the
                               CPU; elsewhere valid keys are moved to the front, so nobody waits
         """
+        if is_nested(query) or is_nested(key) or is_nested(value):
+            masks = dict(key_padding_mask=key_padding_mask, attn_mask=attn_mask)
+            flags = dict(average_attn_weights=average_attn_weights, is_causal=is_causal)
+            return super().forward(query, key, value, need_weights=need_weights, **masks, **flags)
         _check(self, query, key, value, key_padding_mask, attn_mask)
         layout = "flat" if query.dim() == 2 else "batch" if self.batch_first else "sequence"
         q, k, v = (self._heads(t, layout) for t in self._project(query, key, value))
@@ -200,8 +205,6 @@ def _check(module, query, key, value, padding, mask):
     widths = {"query": module.embed_dim, "key": module.kdim, "value": module.vdim}
     tensors = {"query": query, "key": key, "value": value}
     for name, x in tensors.items():
-        if x.is_nested:
-            raise ValueError(f"MultiheadAttention: {name} is a NestedTensor, not implemented")
         if x.dim() != query.dim() or x.dim() not in (2, 3) or x.shape[-1] != widths[name]:
             raise ValueError(
                 f"MultiheadAttention: {name} must have 3 dimensions, or 2 unbatched, alike in all, "

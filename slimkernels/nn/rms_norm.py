@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from slimkernels.nn._nested import is_nested
 from slimkernels.ops.rms_norm import rms_norm
 
 
@@ -12,4 +13,6 @@ class RMSNorm(torch.nn.RMSNorm):
     """torch.nn.RMSNorm; inputs, errors and precision as in slimkernels.rms_norm."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if is_nested(input):
+            return super().forward(input)
         return rms_norm(input, self.normalized_shape, self.weight, self.eps)

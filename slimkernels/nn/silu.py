@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from slimkernels.nn._nested import is_nested
 from slimkernels.ops.silu import silu
 
 
@@ -17,4 +18,6 @@ class SiLU(torch.nn.SiLU):
         super().__init__()
 
     def forward(self, input: Tensor) -> Tensor:
+        if is_nested(input):
+            return super().forward(input)
         return silu(input)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from slimkernels.nn._nested import is_nested
 from slimkernels.ops.log_softmax import log_softmax
 from slimkernels.ops.softmax import softmax
 
@@ -20,6 +21,8 @@ class Softmax(torch.nn.Softmax):
         super().__init__(_given("Softmax", dim))
 
     def forward(self, input: Tensor) -> Tensor:
+        if is_nested(input):
+            return super().forward(input)
         return softmax(input, self.dim)
 
 
@@ -34,6 +37,8 @@ class LogSoftmax(torch.nn.LogSoftmax):
         super().__init__(_given("LogSoftmax", dim))
 
     def forward(self, input: Tensor) -> Tensor:
+        if is_nested(input):
+            return super().forward(input)
         return log_softmax(input, self.dim)
 
 
