@@ -137,8 +137,9 @@ class Embeddings:
         segments, norm, dropout = self.token_type_embeddings, self.LayerNorm, self.dropout
         plain = all(_is_plain_table(t) for t in (words, positions, segments))
         plain = plain and is_plain(norm, nn.LayerNorm, torch.nn.LayerNorm)
-        plain = plain and positions.padding_idx is segments.padding_idx is None
-        if input_ids is None or not plain or type(dropout) is not torch.nn.Dropout:
+        plain = plain and is_plain(dropout, nn.Dropout, torch.nn.Dropout)
+        plain = plain and dropout.p < 1 and positions.padding_idx is segments.padding_idx is None
+        if input_ids is None or not plain:
             return super().forward(
                 input_ids, token_type_ids, position_ids, inputs_embeds, cache_length
             )

@@ -8,6 +8,7 @@ that computes something else has other code, and is left.
 from __future__ import annotations
 
 import ast
+import copyreg
 import functools
 import hashlib
 import importlib
@@ -96,10 +97,22 @@ def _code(function: Callable) -> tuple:
 def combined(ours: tuple[type, ...], original: type[Module]) -> type[Module]:
     """The subclass of `original` that runs `ours`, the first of them first.
 
-    Its instances pickle and deepcopy. It bears the name of `original`, by which transformers keeps
+    It and its instances pickle. It bears the name of `original`, by which transformers keeps
     what a model can record, and others which modules not to split.
     """
     return _combined(ours, original)
+
+
+class _Combined(type):
+    """The type of combined classes, by which pickle knows how to make them again."""
+
+
+def _parts(cls: type) -> str | tuple:
+    parts = vars(cls).get("_slimkernels_parts")
+    return cls.__qualname__ if parts is None else (combined, parts)
+
+
+copyreg.pickle(_Combined, _parts)
 
 
 @functools.cache
@@ -108,12 +121,7 @@ def _combined(ours, original):
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
-        "__reduce_ex__": lambda self, protocol: (_make, (ours, original), self.__getstate__()),
         "_slimkernels_class": ours[-1],
+        "_slimkernels_parts": (ours, original),
     }
-    return type(original.__name__, (*ours, original), members)
-
-
-def _make(ours, original):
-    cls = combined(ours, original)
-    return cls.__new__(cls)
+    return _Combined(original.__name__, (*ours, original), members)
