@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function_unary
 
 from slimkernels.ops._loss_arguments import REDUCTIONS
 from slimkernels.ops.cross_entropy import cross_entropy
@@ -40,6 +41,8 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         )
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        if has_torch_function_unary(input):  # a kind of tensor that has its own cross_entropy
+            return super().forward(input, target)
         return cross_entropy(
             input,
             target,
