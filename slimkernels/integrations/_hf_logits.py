@@ -95,7 +95,7 @@ class LazyLogits(Tensor):
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
             result = None
-            if function in _RESHAPES:
+            if function in _KEPT:
                 result = _kept(function, *args, **kwargs)
             elif function is F.cross_entropy:
                 result = _loss(*args, **kwargs)
@@ -119,7 +119,8 @@ class LazyLogits(Tensor):
         return output
 
 
-_RESHAPES = {Tensor.float, Tensor.view, Tensor.reshape, Tensor.contiguous}
+_ADDS = {Tensor.add, Tensor.__add__}
+_KEPT = {Tensor.float, Tensor.view, Tensor.reshape, Tensor.contiguous, *_ADDS}
 # Past torch's dispatcher, which would have computed the logits for them.
 _READS_MEMORY = {
     *(Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__, Tensor.__deepcopy__),
@@ -157,9 +158,11 @@ class _Project(torch.autograd.Function):
 
 
 def _kept(function, x: LazyLogits, *args, **kwargs) -> LazyLogits | None:
-    """What a change of shape or dtype makes of logits that are not computed yet."""
+    """What a change of shape or dtype, or a bias, makes of logits that are not computed yet."""
     if not isinstance(x, LazyLogits) or x._source.value is not None:
         return None
+    if function in _ADDS:
+        return _with_bias(x, *args) if len(args) == 1 and not kwargs else None
     shape, dtype = x.shape, x.dtype
     if function is Tensor.float and not kwargs:
         dtype = torch.float32
@@ -176,6 +179,21 @@ def _kept(function, x: LazyLogits, *args, **kwargs) -> LazyLogits | None:
         return x
     source = x._source
     return _Project.apply(*source.tensors, source, tuple(shape), dtype)
+
+
+def _with_bias(x: LazyLogits, bias) -> LazyLogits | None:
+    """x + bias, where that is one number for each word, as BART's final_logits_bias."""
+    hidden, weight, own = x._source.tensors
+    if type(bias) is not Tensor or bias.shape not in ((weight.shape[0],), (1, weight.shape[0])):
+        return None
+    if bias.requires_grad or bias.dtype != x.dtype or bias.device != hidden.device:
+        return None
+    if x.shape != x._source.shape:
+        return None
+    bias = bias.flatten() if own is None else own + bias.flatten()
+    with x._source.as_recorded():
+        source = _Source(hidden, weight, bias)
+    return _Project.apply(hidden, weight, bias, source, None, None)
 
 
 def _loss(

@@ -297,6 +297,31 @@ def test_logits_are_computed_when_read(replaced):
     slimkernels.restore(model)
 
 
+@pytest.mark.parametrize("name", ["distilbert", "gpt2", "t5", "bart", "whisper", "deberta-v2"])
+def test_losses_do_without_logits(name):
+    family = FAMILIES[name]
+    model = family.make().train()
+    slimkernels.replace(model)
+    output = model(**family.inputs())
+    assert output.logits._source.value is None and output.loss.isfinite()
+
+
+def test_positions_of_a_packed_bias_are_those_in_the_sequences(monkeypatch):
+    """The bias would be right between all tokens, too, and as large as their number's square."""
+    family = FAMILIES["t5"]
+    model = family.make()
+    slimkernels.replace(model)
+    attention, sizes = model.encoder.block[0].layer[0].SelfAttention, []
+    compute = attention.compute_bias
+    monkeypatch.setattr(
+        attention,
+        "compute_bias",
+        lambda *args, **kw: sizes.append(args[:2]) or compute(*args, **kw),
+    )
+    model(**family.inputs())
+    assert sizes == [(L, L)]
+
+
 def _own_loss(logits):
     return logits.log_softmax(-1)[REAL].square().mean()
 
