@@ -66,7 +66,7 @@ def _masks():
 
 
 @pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize("kind, batch, real", _masks(), ids=[kind for kind, *_ in _masks()])
+@pytest.mark.parametrize("kind, batch, real", list(_masks()), ids=[kind for kind, *_ in _masks()])
 def test_every_kind_of_mask_is_obeyed(kind, batch, real, window):
     family = FAMILIES["mistral"]
     model = FAMILIES["mistral"].make().model.eval()
