@@ -69,7 +69,7 @@ def mask(
     lengths = key_lengths = made = None
     if padding is not None:
         keys = padding[:, kv_offset : kv_offset + kv_length]
-        lengths, key_lengths = _lengths(keys)
+        lengths, key_lengths = _lengths(keys) if len(keys) == batch_size else (None, None)
         if lengths is None or min(lengths) < kv_length:
             if (left, right) == (None, None):  # all queries alike: one row serves them
                 made = keys[:, None, None, :].expand(batch_size, 1, q_length, kv_length)

@@ -96,7 +96,8 @@ def _visit(path: str, module: Module, sources: list[ModuleType]) -> Row:
     if reason is not None:
         return Row(path, kind, "left", reason)
     swap(module, how)
-    return Row(path, kind, "swapped", kind_of(class_of(module)))
+    detail = kind_of(class_of(module)) if how.says is None else how.says(module)
+    return Row(path, kind, "swapped", detail)
 
 
 def _find(module: Module, sources: list[ModuleType]) -> Swap | str:

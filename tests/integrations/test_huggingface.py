@@ -212,6 +212,11 @@ def test_padding_is_not_computed_and_comes_back_as_zeros(bert, replaced):
     hook.remove()
     assert shapes == [(B, L, 32)]
 
+    layer._compiled_call_impl = layer._call_impl  # as after layer.compile()
+    replaced.bert(**tokens())
+    assert sizes[-1] == (B, L, 32)
+    layer._compiled_call_impl = None
+
     left = {n: t.flip(1) for n, t in tokens().items()}
     expected = bert.bert(**left).last_hidden_state
     torch.testing.assert_close(replaced.bert(**left).last_hidden_state, expected)
