@@ -9,6 +9,7 @@ label. Any other operation computes the logits first, once, as they would have b
 from __future__ import annotations
 
 import contextlib
+import weakref
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +53,7 @@ class _Source:
         self.shape = *hidden.shape[:-1], weight.shape[0]
         self.dtype = self.autocast or hidden.dtype
         self.value: Tensor | None = None
+        self.forms: list[weakref.ref] = []  # every LazyLogits of it
 
     def as_recorded(self):
         """Autocast as it was for the product."""
@@ -84,8 +86,15 @@ class LazyLogits(Tensor):
     def __init__(self, source: _Source, shape, dtype) -> None:
         self._source = source
         self._plain: Tensor | None = None
+        source.forms.append(weakref.ref(self))
 
     def _computed(self) -> Tensor:
+        others = [x for form in self._source.forms if (x := form()) is not None and x is not self]
+        if any(x._version for x in others):
+            raise RuntimeError(
+                "logits were written in place after view(), reshape() or float() had made others "
+                "of them, whose gradients do not know: make those after the writing"
+            )
         if self._plain is None:
             self._plain = self._source.compute().view(self.shape).to(self.dtype)
         return self._plain

@@ -352,6 +352,14 @@ def test_gradients_flow_through_logits_that_are_read(bert, replaced, loss):
         torch.testing.assert_close(ours, theirs)
 
 
+def test_logits_written_after_they_were_reshaped_are_refused(replaced):
+    logits = replaced.train()(**tokens()).logits
+    flat = logits.view(-1, V)
+    logits[..., 3] = -5.0
+    with pytest.raises(RuntimeError, match="make those after the writing"):
+        torch.nn.functional.cross_entropy(flat, masked()["labels"].view(-1))
+
+
 def test_trainer_is_unchanged(tmp_path):
     pytest.importorskip("accelerate")
     from transformers import Trainer, TrainingArguments
