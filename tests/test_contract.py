@@ -63,7 +63,10 @@ LAYERS = {
     "integrations": {"dispatch", "ops", "nn"},
     "data": set(),
     "training": {"dispatch", "ops", "nn", "optim", "models", "data"},
-    "scripts": {"__version__", "dispatch", "info", "ops", "nn", "models", "data", "training"},
+    "scripts": {
+        *("__version__", "dispatch", "info", "ops", "nn", "models", "integrations", "data"),
+        "training",
+    },
     "testing": {"dispatch", "ops"},
     "info": {"__version__", "dispatch"},
     "__init__": {"dispatch", "info", "ops", "nn", "optim", "integrations", "models"},

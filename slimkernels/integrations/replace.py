@@ -6,7 +6,7 @@ import copy
 import importlib
 import sys
 from collections.abc import Iterator
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import torch
 from torch.nn import Module
@@ -128,7 +128,25 @@ def _general_refusal(module: Module) -> str | None:
 
 def _sources() -> list[ModuleType]:
     """Those whose package is imported: a model has none of another's modules."""
-    return [importlib.import_module(name) for name, of in _SOURCES.items() if of in sys.modules]
+    sources = []
+    for name, package in _SOURCES.items():
+        if package not in sys.modules:
+            continue
+        try:
+            sources.append(importlib.import_module(name))
+        except ImportError as error:  # another version than it is for
+            sources.append(_unusable(package, str(error)))
+    return sources
+
+
+def _unusable(package: str, why: str) -> SimpleNamespace:
+    """A source that refuses every module of `package`."""
+
+    def swap_for(module):
+        cls = class_of(module)
+        return Swap(cls, None, lambda _: why) if cls.__module__.startswith(f"{package}.") else None
+
+    return SimpleNamespace(SWAPS={}, swap_for=swap_for)
 
 
 def _check_model(function: str, model: object) -> None:

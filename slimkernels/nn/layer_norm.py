@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slimkernels.nn._nested import is_nested
+from slimkernels.nn._torchs_own import is_nested
 from slimkernels.ops.layer_norm import layer_norm
 
 

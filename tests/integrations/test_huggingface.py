@@ -6,6 +6,7 @@ import copy
 import importlib.metadata
 import importlib.util
 import pickle
+import sys
 
 import pytest
 import torch
@@ -187,6 +188,17 @@ def test_another_transformers_is_refused(monkeypatch, version, found):
     spec = importlib.util.find_spec("slimkernels.integrations.huggingface")
     with pytest.raises(ImportError, match=f"needs transformers 5 or newer.*{found}"):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+def test_under_another_transformers_its_modules_are_left(monkeypatch):
+    for name in ("huggingface", "_swaps_huggingface"):
+        monkeypatch.delitem(sys.modules, f"slimkernels.integrations.{name}")
+        monkeypatch.delattr(slimkernels.integrations, name)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "4.57.1")
+    report = slimkernels.replace(FAMILIES["bert-cls"].make())
+    assert {row.kind for row in report.swapped} == {"torch.nn.LayerNorm", "torch.nn.Dropout"}
+    (model,) = [row for row in report.left if row.path == ""]
+    assert "needs transformers 5 or newer; found 4.57.1" in model.detail
 
 
 def test_padding_is_not_computed_and_comes_back_as_zeros(bert, replaced):

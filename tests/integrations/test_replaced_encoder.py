@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import slimkernels.nn as slim_nn
-from slimkernels import replace
-from slimkernels.nn import transformer
+from slimkernels import replace, use_backend
+from slimkernels.nn import _torchs_own, transformer
 from slimkernels.testing import assert_no_worse
 
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
@@ -106,7 +106,7 @@ def test_training_keeps_padding(calls):
 
 @pytest.mark.parametrize("smallest", [0, 65536])
 def test_autocast_where_torchs_path_raises(smallest, monkeypatch):
-    monkeypatch.setattr(transformer, "MIN_ELEMENTS", smallest)
+    monkeypatch.setattr(_torchs_own, "MIN_ELEMENTS", smallest)
     theirs, x = encoder(), torch.randn(B, T, C)
     ours = replace(theirs, inplace=False).model
     truth = copy.deepcopy(theirs).double()(x.double(), src_key_padding_mask=ENDS)
@@ -136,14 +136,20 @@ def test_a_stack_that_is_left_hands_swapped_layers_nested_tensors():
     assert (y[ENDS] == ours.norm(torch.zeros(C))).all()
 
 
-def test_small_calls_take_torchs_path(monkeypatch, calls):
+def test_small_calls_take_torchs_path(monkeypatch):
     monkeypatch.undo()
-    theirs = encoder()
-    ours, x = replace(theirs, inplace=False).model, torch.randn(B, T, C)
+    theirs, x = encoder(), torch.randn(B, T, C)
+    ours = replace(theirs, inplace=False).model
+    attention = theirs.layers[0].self_attn, ours.layers[0].self_attn
     with torch.no_grad():
         for padding in (None, ENDS):
             y, expected = (m(x, src_key_padding_mask=padding) for m in (ours, theirs))
             assert torch.equal(y, expected)
+        y, expected = (m(x, x, x)[0] for m in attention)
+        assert torch.equal(y, expected)
+    monkeypatch.setattr(torch, "_transformer_encoder_layer_fwd", None)
+    with torch.no_grad(), use_backend("torch"):  # an order, which torch's path would not obey
+        ours(x), ours(x, src_key_padding_mask=ENDS)
 
 
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
