@@ -1,4 +1,7 @@
-"""Layers of transformers on the library's kernels, each over the modules that it has."""
+"""Layers of transformers on the library's kernels, each over the modules that it has.
+
+What is small in evaluation is left to transformers' own code: Python would take the longer.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from transformers import activations
 
 from slimkernels import nn
 from slimkernels.nn._parts import add_norm, is_plain, product
+from slimkernels.nn._torchs_own import is_small
 from slimkernels.ops.geglu import geglu
 from slimkernels.ops.gelu import gelu
 from slimkernels.ops.linear import linear
@@ -20,32 +24,32 @@ from slimkernels.ops.swiglu import swiglu
 
 class GELUActivation(activations.GELUActivation):
     def forward(self, input: Tensor) -> Tensor:
-        return gelu(input)
+        return super().forward(input) if is_small(input) else gelu(input)
 
 
 class NewGELUActivation(activations.NewGELUActivation):
     def forward(self, input: Tensor) -> Tensor:
-        return gelu(input, approximate="tanh")
+        return super().forward(input) if is_small(input) else gelu(input, approximate="tanh")
 
 
 class FastGELUActivation(activations.FastGELUActivation):
     def forward(self, input: Tensor) -> Tensor:
-        return gelu(input, approximate="tanh")
+        return super().forward(input) if is_small(input) else gelu(input, approximate="tanh")
 
 
 class GELUTanh(activations.GELUTanh):
     def forward(self, input: Tensor) -> Tensor:
-        return gelu(input, approximate="tanh")
+        return super().forward(input) if is_small(input) else gelu(input, approximate="tanh")
 
 
 class SiLUActivation(activations.SiLUActivation):
     def forward(self, input: Tensor) -> Tensor:
-        return silu(input)
+        return super().forward(input) if is_small(input) else silu(input)
 
 
 class ReLUSquaredActivation(activations.ReLUSquaredActivation):
     def forward(self, input: Tensor) -> Tensor:
-        return relu_squared(input)
+        return super().forward(input) if is_small(input) else relu_squared(input)
 
 
 _GELU = (activations.GELUActivation, GELUActivation)
@@ -118,6 +122,8 @@ class SelfOutput:
     """BertSelfOutput, BertOutput: LayerNorm(input_tensor + dropout(dense(hidden_states)))."""
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+        if is_small(hidden_states):
+            return super().forward(hidden_states, input_tensor)
         branch = product(self.dense, hidden_states)
         return add_norm(branch, input_tensor, self.LayerNorm, self.dropout)[0]
 
@@ -126,6 +132,8 @@ class Intermediate:
     """BertIntermediate: activation(dense(hidden_states))."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        if is_small(hidden_states):
+            return super().forward(hidden_states)
         return activated(self.dense, self.intermediate_act_fn, hidden_states)
 
 
@@ -133,6 +141,8 @@ class GatedMLP:
     """LlamaMLP."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if is_small(x):
+            return super().forward(x)
         gate, up = product(self.gate_proj, x), product(self.up_proj, x)
         return product(self.down_proj, _gated(self.act_fn, gate, up))
 
@@ -141,6 +151,8 @@ class StackedGatedMLP:
     """Phi3MLP: gate and up in one product."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        if is_small(hidden_states):
+            return super().forward(hidden_states)
         gate, up = product(self.gate_up_proj, hidden_states).chunk(2, dim=-1)
         return product(self.down_proj, _gated(self.activation_fn, gate, up))
 
@@ -149,6 +161,8 @@ class ModernBertMLP:
     """ModernBertMLP: calls what is activated input, and the other half gate."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        if is_small(hidden_states):
+            return super().forward(hidden_states)
         gate, up = product(self.Wi, hidden_states).chunk(2, dim=-1)
         return product(self.Wo, self.drop(_gated(self.act, gate, up)))
 
@@ -157,6 +171,8 @@ class T5GatedMLP:
     """T5DenseGatedActDense; wo may be kept in float32 in a narrower model."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        if is_small(hidden_states):
+            return super().forward(hidden_states)
         gate, up = product(self.wi_0, hidden_states), product(self.wi_1, hidden_states)
         x = self.dropout(_gated(self.act, gate, up))
         if x.dtype != self.wo.weight.dtype and self.wo.weight.dtype != torch.int8:

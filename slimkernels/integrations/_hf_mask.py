@@ -101,6 +101,8 @@ def _lengths(keys):
     """How many keys each row has, on host and device; (None, None) unless they all come first."""
     if keys.numel() == 0:
         return None, None
+    if keys.is_cpu and keys.all():  # the quickest to look at, where looking costs no waiting
+        return (keys.shape[1],) * len(keys), None
     lengths = keys.sum(-1, dtype=torch.int32)
     first = torch.arange(keys.shape[1], device=keys.device) < lengths[:, None]
     *on_host, is_first = torch.cat((lengths, (first == keys).all()[None])).tolist()

@@ -15,6 +15,8 @@ class Dropout(torch.nn.Dropout):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.training or self.inplace or not 0 < self.p < 1 or input.dim() == 0:
+        if not self.training:
+            return input
+        if self.inplace or not 0 < self.p < 1 or input.dim() == 0:
             return super().forward(input)
         return bias_dropout_add(input, dropout_p=self.p)

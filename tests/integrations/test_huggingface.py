@@ -27,6 +27,7 @@ from slimkernels.integrations import (
 )
 from slimkernels.integrations._hf_logits import LazyLogits
 from slimkernels.integrations._hf_twins import fingerprint
+from slimkernels.nn import _torchs_own
 
 REAL = torch.arange(L) < torch.tensor(LENGTHS)[:, None]
 
@@ -233,6 +234,18 @@ def test_padding_is_not_computed_and_comes_back_as_zeros(bert, replaced):
     expected = bert.bert(**left).last_hidden_state
     torch.testing.assert_close(replaced.bert(**left).last_hidden_state, expected)
     assert sizes[-1] == (B, L, 32)
+
+
+@pytest.mark.parametrize("lengths", [(5, 3), (8, 5)])
+def test_small_batches_in_evaluation_too(bert, replaced, monkeypatch, lengths):
+    """Where transformers' own code runs between the packing; as many tokens as a row has places."""
+    monkeypatch.setattr(_torchs_own, "MIN_ELEMENTS", 1 << 20)
+    ids = tokens()["input_ids"][:2, :8]
+    seen = torch.arange(8) < torch.tensor(lengths)[:, None]
+    batch = {"input_ids": ids, "attention_mask": seen.long()}
+    with torch.no_grad():
+        expected, actual = (model(**batch).logits for model in (bert, replaced))
+    torch.testing.assert_close(actual[seen], expected[seen])
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
