@@ -8,6 +8,7 @@ operation on the mask makes a tensor without the Pattern: then the mask itself i
 
 from __future__ import annotations
 
+import inspect
 from typing import NamedTuple
 
 import torch
@@ -86,6 +87,13 @@ def mask(
         pattern = shape, (left, right), q_offset - kv_offset, key_lengths, lengths, boundaries
         setattr(made, _PATTERN, Pattern(*pattern))
     return made
+
+
+def mask_function():
+    """`mask`, or transformers' own where it is given other arguments, as by the first of 5."""
+    given = inspect.signature(masking_utils.sdpa_mask).parameters
+    is_known = {"q_length", "q_offset", "kv_length", "kv_offset"} <= set(given)
+    return mask if is_known and hasattr(masking_utils, "is_tracing") else masking_utils.sdpa_mask
 
 
 def _is_readable(padding, *offsets):

@@ -121,6 +121,15 @@ def test_sequences_named_by_cu_seq_lens_see_only_themselves():
     torch.testing.assert_close(actual[:, :4], one)
 
 
+def test_another_mask_interface_gets_its_own_mask(monkeypatch):
+    def sdpa_mask(batch_size, cache_position, kv_length, kv_offset=0):
+        raise NotImplementedError
+
+    assert _hf_mask.mask_function() is _hf_mask.mask
+    monkeypatch.setattr(_hf_mask.masking_utils, "sdpa_mask", sdpa_mask)
+    assert _hf_mask.mask_function() is sdpa_mask
+
+
 def _heads(dtype=torch.float32):
     generator = torch.Generator().manual_seed(3)
     shapes = (2, 4, 5, 8), (2, 2, 7, 8), (2, 2, 7, 8)
