@@ -44,7 +44,8 @@ def replace(model: Module, *, inplace: bool = True) -> Report:
              ``.left``; ``print(report)`` shows a table. A second call swaps nothing more.
     Errors   ValueError for what is not an instance of torch.nn.Module, and for a model that is
              compiled or scripted already, even in part: replace first, then compile
-    Caution  torch.jit.script cannot read the modules that take the places: restore() first
+    Caution  torch.jit and torch.fx.symbolic_trace cannot read the modules that take the places:
+             restore() first. torch.compile and torch.export can.
     """
     _check_model("replace", model)
     for path, how in _compiled(model):

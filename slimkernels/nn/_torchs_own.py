@@ -1,4 +1,4 @@
-"""The calls that torch's own modules take: NestedTensors, and what is small in evaluation."""
+"""The calls that torch's own modules take: NestedTensors, DTensors, what is small in evaluation."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ from slimkernels.dispatch import is_forced
 MIN_ELEMENTS = 65536
 
 
-def is_nested(x: object) -> bool:
-    """No kernel takes a NestedTensor: torch does what torch can do with it."""
-    return isinstance(x, Tensor) and x.is_nested
+def is_torchs(x: object) -> bool:
+    """Whether x is a NestedTensor or a DTensor: no kernel takes these, torch does what it can."""
+    if type(x) is Tensor:
+        return x.is_nested
+    # DTensor's own method: its package is large, and whoever has one has imported it.
+    return isinstance(x, Tensor) and (x.is_nested or hasattr(type(x), "redistribute"))
 
 
 def is_small(x: Tensor) -> bool:
@@ -24,6 +27,6 @@ def is_small(x: Tensor) -> bool:
 
     It raises under autocast on the CPU, and whoever has named a backend gets that.
     """
-    if torch.compiler.is_compiling() or is_nested(x) or torch.is_grad_enabled() or is_forced():
+    if torch.compiler.is_compiling() or is_torchs(x) or torch.is_grad_enabled() or is_forced():
         return False
     return x.is_cpu and x.numel() < MIN_ELEMENTS and not torch.is_autocast_enabled("cpu")

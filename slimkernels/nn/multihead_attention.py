@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slimkernels.nn._torchs_own import is_nested, is_small
+from slimkernels.nn._torchs_own import is_small, is_torchs
 from slimkernels.ops._attention_variant import AttentionVariant
 from slimkernels.ops.linear import linear
 from slimkernels.ops.scaled_dot_product_attention import scaled_dot_product_attention
@@ -89,7 +89,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         Caution               whether a bool key_padding_mask ends every row is looked at on the
                               CPU; elsewhere valid keys are moved to the front, so nobody waits
         """
-        if is_nested(query) or is_nested(key) or is_nested(value):
+        if is_torchs(query) or is_torchs(key) or is_torchs(value):
             masks = dict(key_padding_mask=key_padding_mask, attn_mask=attn_mask)
             flags = dict(average_attn_weights=average_attn_weights, is_causal=is_causal)
             return super().forward(query, key, value, need_weights=need_weights, **masks, **flags)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slimkernels.nn._parts import activated_product, add_norm, is_plain, product
-from slimkernels.nn._torchs_own import is_nested, is_small
+from slimkernels.nn._torchs_own import is_small, is_torchs
 from slimkernels.nn.layer_norm import LayerNorm
 from slimkernels.nn.multihead_attention import MultiheadAttention
 from slimkernels.ops._checks import is_readable
@@ -78,7 +78,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         # A stack of torch's hands NestedTensors to a layer that was torch's.
         was_torchs = self.activation_relu_or_gelu and not self.training
         is_masked = src_mask is not None or src_key_padding_mask is not None
-        if is_nested(src) or was_torchs and not is_masked and is_small(src):
+        if is_torchs(src) or was_torchs and not is_masked and is_small(src):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
 
         def attend(x):
@@ -235,7 +235,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         had_fast_path = getattr(self, "use_nested_tensor", False)
         if not had_fast_path or self.layers[0].training or torch.compiler.is_compiling():
             return False
-        if padding is None or padding.dtype != torch.bool or is_nested(src) or src.dim() != 3:
+        if padding is None or padding.dtype != torch.bool or is_torchs(src) or src.dim() != 3:
             return False
         # Under autocast on the CPU torch's path raises.
         is_autocast = src.is_cuda and torch.is_autocast_enabled("cuda")
@@ -244,9 +244,8 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         tensors = (src, *self.layers[0].parameters())
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             return False
-        return not (getattr(self, "mask_check", True) and is_readable(padding)) or _ends_rows(
-            padding
-        )
+        is_looked_at = getattr(self, "mask_check", True) and is_readable(padding)
+        return not is_looked_at or _ends_rows(padding)
 
     def _without_padding(self, src, padding):
         kept = ~padding
@@ -272,9 +271,10 @@ def _ends_rows(padding):
 def _is_plain_layer(layer):
     """Whether _unpadded_layer does what a call of `layer` does."""
     attention = layer.self_attn
-    is_torchs = layer.norm_first or not attention.batch_first or attention.in_proj_weight is None
-    classes = is_plain(layer, TransformerEncoderLayer) and is_plain(attention, MultiheadAttention)
-    return classes and not is_torchs
+    if not (is_plain(layer, TransformerEncoderLayer) and is_plain(attention, MultiheadAttention)):
+        return False
+    is_packed = attention.batch_first and attention.in_proj_weight is not None
+    return is_packed and not layer.norm_first and not attention.training
 
 
 def _unpadded_layer(layer, x, cu_seqlens):

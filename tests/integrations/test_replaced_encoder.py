@@ -99,9 +99,11 @@ def test_elsewhere_padded_rows_are_as_from_torchs_ordinary_path(where, padding, 
 
 def test_training_keeps_padding(calls):
     ours, x = replace(encoder(), inplace=False).model, torch.randn(B, T, C)
+    ours.layers[1].self_attn.train().dropout = 0.5  # Monte Carlo dropout
     with torch.no_grad():
+        first, second = (ours(x, src_key_padding_mask=ENDS) for _ in range(2))
         ours.train()(x, src_key_padding_mask=ENDS)
-    assert calls == []
+    assert calls == [] and not torch.equal(first, second)
 
 
 @pytest.mark.parametrize("smallest", [0, 65536])
@@ -162,3 +164,12 @@ def test_nested_tensors_go_to_torch(layout):
         ours = replace(theirs, inplace=False).model
         for y, expected in zip(ours(x).unbind(), theirs(x).unbind(), strict=True):
             assert torch.equal(y, expected)
+
+
+def test_nested_tensors_go_to_torchs_attention():
+    theirs = nn.MultiheadAttention(8, 2, batch_first=True).eval()
+    ours = replace(theirs, inplace=False).model
+    x = torch.nested.nested_tensor([torch.randn(3, 8), torch.randn(5, 8)])
+    with torch.no_grad():
+        y, expected = (m(x, x, x, need_weights=False)[0] for m in (ours, theirs))
+    assert all(map(torch.equal, y.unbind(), expected.unbind()))
