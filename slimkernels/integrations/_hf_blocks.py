@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slimkernels import nn
-from slimkernels.integrations._hf_layers import RMSNorm, activated
+from slimkernels.integrations._hf_layers import RMSNorm, activated, is_theirs
 from slimkernels.nn._parts import is_plain, product
 from slimkernels.nn._torchs_own import is_small
 from slimkernels.ops.add_layer_norm import add_layer_norm
@@ -20,7 +20,7 @@ class PostNormEncoderLayer:
     """BartEncoderLayer."""
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor, **kwargs) -> Tensor:
-        if is_small(hidden_states):
+        if is_theirs(hidden_states):
             return super().forward(hidden_states, attention_mask, **kwargs)
         branch, _ = self.self_attn(hidden_states, attention_mask=attention_mask, **kwargs)
         x, _ = _add_norm(self, branch, hidden_states, self.self_attn_layer_norm)
@@ -43,7 +43,7 @@ class PostNormDecoderLayer:
         use_cache: bool | None = True,
         **kwargs,
     ) -> Tensor:
-        if is_small(hidden_states):
+        if is_theirs(hidden_states):
             return super().forward(
                 hidden_states,
                 attention_mask,
@@ -73,7 +73,7 @@ class PreNormEncoderLayer:
     """PegasusEncoderLayer."""
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor, **kwargs) -> Tensor:
-        if is_small(hidden_states):
+        if is_theirs(hidden_states):
             return super().forward(hidden_states, attention_mask, **kwargs)
         x = self.self_attn_layer_norm(hidden_states)
         branch, _ = self.self_attn(hidden_states=x, attention_mask=attention_mask, **kwargs)
@@ -95,7 +95,7 @@ class PreNormDecoderLayer:
         use_cache: bool | None = True,
         **kwargs,
     ) -> Tensor:
-        if is_small(hidden_states):
+        if is_theirs(hidden_states):
             return super().forward(
                 hidden_states,
                 attention_mask,
@@ -128,7 +128,7 @@ class LlamaDecoderLayer:
 
     def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
         norm = self.post_attention_layernorm
-        if is_small(hidden_states) or not _is_rms_norm(norm, hidden_states):
+        if is_theirs(hidden_states) or not _is_rms_norm(norm, hidden_states):
             return super().forward(hidden_states, *args, **kwargs)
         x = self.input_layernorm(hidden_states)
         kwargs |= dict(zip(_LLAMA_ARGUMENTS, args, strict=False))
