@@ -13,7 +13,7 @@ pytest.importorskip("tyro", reason="tyro is not installed")
 import slimkernels  # noqa: E402
 from slimkernels.dispatch import Op  # noqa: E402
 from slimkernels.integrations._swap import is_swapped  # noqa: E402
-from slimkernels.nn import _torchs_own
+from slimkernels.nn import _torchs_own  # noqa: E402
 from slimkernels.scripts import doctor  # noqa: E402
 from slimkernels.scripts.main import main  # noqa: E402
 
