@@ -197,9 +197,9 @@ def _with_bias(x: LazyLogits, bias) -> LazyLogits | None:
         return None
     if bias.requires_grad or bias.dtype != x.dtype or bias.device != hidden.device:
         return None
-    if x.shape != x._source.shape:
+    if x.shape != x._source.shape or own is not None:
         return None
-    bias = bias.flatten() if own is None else own + bias.flatten()
+    bias = bias.flatten()
     with x._source.as_recorded():
         source = _Source(hidden, weight, bias)
     return _Project.apply(hidden, weight, bias, source, None, None)
