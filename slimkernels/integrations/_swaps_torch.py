@@ -49,6 +49,7 @@ SWAPS = {
         Swap(torch.nn.Softmax, nn.Softmax, _no_dim),
         Swap(torch.nn.LogSoftmax, nn.LogSoftmax, _no_dim),
         Swap(torch.nn.CrossEntropyLoss, nn.CrossEntropyLoss),
+        Swap(torch.nn.Dropout, nn.Dropout, _inplace),
         Swap(torch.nn.MultiheadAttention, nn.MultiheadAttention, _attention),
         Swap(torch.nn.TransformerEncoderLayer, nn.TransformerEncoderLayer),
         Swap(torch.nn.TransformerEncoder, nn.TransformerEncoder, _ENCODERS),

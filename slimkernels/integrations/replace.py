@@ -6,7 +6,7 @@ import copy
 import importlib
 import sys
 from collections.abc import Iterator
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import torch
 from torch.nn import Module
@@ -24,6 +24,7 @@ from slimkernels.integrations.report import UNKNOWN, UNKNOWN_LEAF, Report, Row, 
 
 # Modules with swaps, and the package without which none of theirs can be in a model.
 _SOURCES = {
+    "slimkernels.integrations._swaps_huggingface": "transformers",
     "slimkernels.integrations._swaps_torch": "torch",
 }
 _QUANTISED = ("torch.ao.", "torch.nn.quantized.", "torchao.", "bitsandbytes.", "auto_gptq.", "awq.")
@@ -96,7 +97,8 @@ def _visit(path: str, module: Module, sources: list[ModuleType]) -> Row:
     if reason is not None:
         return Row(path, kind, "left", reason)
     swap(module, how)
-    return Row(path, kind, "swapped", kind_of(class_of(module)))
+    detail = kind_of(class_of(module)) if how.says is None else how.says(module)
+    return Row(path, kind, "swapped", detail)
 
 
 def _find(module: Module, sources: list[ModuleType]) -> Swap | str:
@@ -127,7 +129,25 @@ def _general_refusal(module: Module) -> str | None:
 
 def _sources() -> list[ModuleType]:
     """Those whose package is imported: a model has none of another's modules."""
-    return [importlib.import_module(name) for name, of in _SOURCES.items() if of in sys.modules]
+    sources = []
+    for name, package in _SOURCES.items():
+        if package not in sys.modules:
+            continue
+        try:
+            sources.append(importlib.import_module(name))
+        except ImportError as error:  # another version than it is for
+            sources.append(_unusable(package, str(error)))
+    return sources
+
+
+def _unusable(package: str, why: str) -> SimpleNamespace:
+    """A source that refuses every module of `package`."""
+
+    def swap_for(module):
+        cls = class_of(module)
+        return Swap(cls, None, lambda _: why) if cls.__module__.startswith(f"{package}.") else None
+
+    return SimpleNamespace(SWAPS={}, swap_for=swap_for)
 
 
 def _check_model(function: str, model: object) -> None:

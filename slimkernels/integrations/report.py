@@ -86,6 +86,7 @@ class Report:
 
 def kind_of(cls: type) -> str:
     """A class's name as one would import it."""
+    cls = vars(cls).get("_slimkernels_class", cls)  # one made for a class at hand
     module = cls.__module__
     for public in ("torch.nn", "slimkernels.nn"):
         if module == public or module.startswith(public + "."):

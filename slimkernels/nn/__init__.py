@@ -5,6 +5,7 @@ argument that is not implemented raises ValueError; none is accepted and ignored
 """
 
 from slimkernels.nn.cross_entropy import CrossEntropyLoss
+from slimkernels.nn.dropout import Dropout
 from slimkernels.nn.gelu import GELU
 from slimkernels.nn.group_norm import GroupNorm
 from slimkernels.nn.layer_norm import LayerNorm
@@ -23,6 +24,7 @@ from slimkernels.nn.transformer import (
 __all__ = [
     "GELU",
     "CrossEntropyLoss",
+    "Dropout",
     "GroupNorm",
     "LayerNorm",
     "LinearCrossEntropy",

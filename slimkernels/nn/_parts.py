@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from slimkernels.nn.dropout import Dropout
 from slimkernels.nn.gelu import GELU
 from slimkernels.nn.layer_norm import LayerNorm
 from slimkernels.ops.add_layer_norm import add_layer_norm
@@ -56,7 +57,7 @@ def add_norm(
 ) -> tuple[Tensor, Tensor]:
     """(norm(total), total) with total = residual + dropout(branch)."""
     fused = is_plain(norm, LayerNorm, torch.nn.LayerNorm)
-    if not (fused and is_plain(dropout, torch.nn.Dropout)):
+    if not (fused and is_plain(dropout, Dropout, torch.nn.Dropout)):
         total = residual + dropout(branch)
         return norm(total), total
     return add_layer_norm(

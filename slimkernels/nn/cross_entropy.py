@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function_unary
 
 from slimkernels.nn._torchs_own import is_torchs
 from slimkernels.ops._loss_arguments import check_loss_options
@@ -38,7 +39,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         )
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        if is_torchs(input):
+        if is_torchs(input) or has_torch_function_unary(input):  # which has a loss of its own
             return super().forward(input, target)
         return cross_entropy(
             input,

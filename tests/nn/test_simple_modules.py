@@ -142,3 +142,19 @@ def test_copies_and_pickles(case):
 def test_what_is_not_implemented_is_refused(make, sentence):
     with pytest.raises(ValueError, match=sentence):
         make()
+
+
+def test_dropout_drops_its_share_and_passes_the_same_gradients():
+    torch.manual_seed(0)
+    dropout, x = slim_nn.Dropout(0.25), torch.ones(64, 256, requires_grad=True)
+    y = dropout(x)
+    y.sum().backward()
+    assert torch.equal(x.grad, y)
+    torch.testing.assert_close(y.unique(), torch.tensor([0, 1 / 0.75]))
+    assert (y == 0).double().mean().item() == pytest.approx(0.25, abs=0.02)
+    assert not torch.equal(dropout(x), y)
+    assert dropout.eval()(x) is x
+    assert (slim_nn.Dropout(1.0)(x) == 0).all()
+    assert slim_nn.Dropout(0.5)(torch.ones(())).shape == ()
+    written = x.detach().clone()
+    assert slim_nn.Dropout(0.5, inplace=True)(written) is written
