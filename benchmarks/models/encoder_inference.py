@@ -92,9 +92,7 @@ def measure(encoder: Encoder, B: int, T: int, options) -> list[dict]:
             notes[name] = f"not run: {error}"
             continue
         eager = outputs.get(EAGER.get(name))
-        notes[name], cosines[name] = encoder_peers.verdict(
-            name, outputs[name], batch, truth, eager
-        )
+        notes[name], cosines[name] = encoder_peers.verdict(name, outputs[name], batch, truth, eager)
         if not notes[name].startswith("FAIL"):
             runs[name] = functools.partial(_timed, run, clock)
     samples = timing.interleave(runs, timing.Budget(options.seconds, least=5, most=60, warm_up=2))
