@@ -18,7 +18,7 @@ build:
 
 # gomp's spinning costs whole scheduler slices where other processes want the cores.
 test: build
-	OMP_WAIT_POLICY=passive pytest -n 2 --dist loadgroup
+	OMP_WAIT_POLICY=passive pytest -n 2 --dist worksteal
 
 bench: build
 	python -m benchmarks.run

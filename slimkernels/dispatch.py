@@ -43,9 +43,10 @@ class BackendError(RuntimeError):
     """The backend that was asked for cannot run this call."""
 
 
-def _known(name: str | None, where: str = "") -> str | None:
+def _known(name: str | None, who: str, where: str = "") -> str | None:
     if name is not None and name not in BACKENDS:
-        raise ValueError(f"unknown backend {name!r}{where}; the backends are {', '.join(BACKENDS)}")
+        known = ", ".join(BACKENDS)
+        raise ValueError(f"{who}: unknown backend {name!r}{where}; the backends are {known}")
     return name
 
 
@@ -64,11 +65,16 @@ def use_backend(name: str | None) -> Iterator[None]:
     not end as they began.
     """
     global _forced
-    previous, _forced = _forced, _known(name)
+    previous, _forced = _forced, _known(name, "use_backend")
     try:
         yield
     finally:
         _forced = previous
+
+
+def is_forced() -> bool:
+    """Whether use_backend or SLIMKERNELS_BACKEND has named a backend."""
+    return _forced is not None
 
 
 def _is_transformed() -> bool:
@@ -140,7 +146,7 @@ class Op:
                 if self._refusal(candidate, *args) is None:
                     return candidate
             return "torch"
-        wanted = _known(backend) or _known(_forced, " in SLIMKERNELS_BACKEND")
+        wanted = _known(backend, self.name) or _known(_forced, self.name, " in SLIMKERNELS_BACKEND")
         reason = self.unsupported(wanted, *args)
         if reason is not None and self.is_bonus and backend is None:
             return "torch"
@@ -172,7 +178,8 @@ def explain(op: str | Callable, *args, backend: str | None = None, **kwargs) -> 
     is_ours = isinstance(op, str) or getattr(op, "__module__", "") == f"slimkernels.ops.{name}"
     if name not in OPS or not is_ours:
         ours = f"; did you mean slimkernels.{name}?" if name in OPS else ""
-        name = op if isinstance(op, str) else f"{getattr(op, '__module__', '')}.{name}"
+        if not isinstance(op, str):
+            name = f"{op.__module__}.{name}" if hasattr(op, "__module__") else name
         known = ", ".join(sorted(OPS))
         raise ValueError(f"explain: unknown op {name!r}; the ops are {known}{ours}")
     return OPS[name].explain(*OPS[name].arguments(*args, **kwargs), backend=backend)

@@ -21,6 +21,7 @@ from slimkernels import dispatch
 # What each extra of pyproject.toml brings, by import name.
 EXTRAS = {
     "train": ("tokenizers", "safetensors", "tqdm", "tyro"),
+    "hf": ("tqdm", "transformers", "tyro"),
     "bench": ("matplotlib", "transformers"),
 }
 _REBUILD = "pip install --force-reinstall --no-deps . , or python setup.py build_ext --inplace"

@@ -30,6 +30,7 @@ import importlib
 import importlib.util
 import io
 import itertools
+import math
 import os
 import re
 import subprocess
@@ -90,6 +91,15 @@ SASS_COUNTS = re.compile(
     r"\b(HGMMA|QGMMA|IGMMA|UTCHMMA|HMMA|FFMA|UTMALDG|UTMASTG|LDGSTS|LDG|STG|LDS|STS|LDSM|STSM|LDL"
     r"|STL|MUFU|SHFL|SYNCS|BAR|USETMAXREG|WARPGROUP|RED|ATOMG)\b"
 )
+# Blocks that are loaded and stored, in TTGIR, and instructions of 128 bits or more, in SASS.
+BLOCKS = {
+    "load": r"(?:tt\.load|ttg\.async_copy_global_to_local)\b.*?tensor<([\dx]+)x!tt\.ptr<\w*?(\d+)>",
+    "store": r"tt\.store\b.*?tensor<([\dx]+)x!tt\.ptr<\w*?(\d+)>",
+}
+WIDE = {
+    "load": r"\b(?:LDG|LDGSTS)\.\S*?(?:128|256)\b",
+    "store": r"\bSTG\.\S*?(?:128|256)\b",
+}
 
 
 @dataclasses.dataclass
@@ -110,6 +120,10 @@ class Report:
     smem: int = 0
     ptx: dict = dataclasses.field(default_factory=dict)
     sass: dict = dataclasses.field(default_factory=dict)
+    # {"load": n, "store": n}: 128-bit pieces that a thread's share of the blocks is, and
+    # instructions that access so much. Fewer of these: some block is accessed in smaller pieces.
+    pieces: dict = dataclasses.field(default_factory=dict)
+    wide: dict = dataclasses.field(default_factory=dict)
     ptxas_warnings: list = dataclasses.field(default_factory=list)
     asm: dict = dataclasses.field(default_factory=dict, repr=False)
     sass_text: str = dataclasses.field(default="", repr=False)
@@ -149,6 +163,8 @@ class Report:
             f"blocks/SM {blocks} ({blocks * self.total_warps} warps)",
             "  PTX  " + " ".join(f"{k}:{v}" for k, v in self.ptx.items() if v),
             "  SASS " + " ".join(f"{k}:{v}" for k, v in self.sass.items() if v),
+            "  128 bits  "
+            + "  ".join(f"{k}s {self.wide[k]} of {v}" for k, v in self.pieces.items()),
             *(f"  ptxas: {warning}" for warning in self.ptxas_warnings),
         ]
         if self.smem > self.smem_limit:
@@ -196,6 +212,8 @@ def aot_check(
         smem=metadata.shared,
         ptx={name: len(re.findall(pattern, ptx)) for name, pattern in PTX_COUNTS.items()},
         sass=collections.Counter(SASS_COUNTS.findall(sass)),
+        wide={way: len(re.findall(pattern, sass)) for way, pattern in WIDE.items()},
+        pieces={way: _pieces(asm["ttgir"], way, 32 * num_warps) for way in BLOCKS},
         ptxas_warnings=[x.strip() for x in log.splitlines() if re.search("arning|serializ|C75", x)],
         asm=asm,
         sass_text=sass,
@@ -203,6 +221,19 @@ def aot_check(
     if keep:
         _keep(report, log, Path(keep))
     return report
+
+
+def _pieces(ttgir: str, way: str, threads: int) -> int:
+    """How many accesses of 128 bits the blocks that a kernel loads (stores) are for one thread.
+
+    At least one for a block that has so much for each thread of four warps, however many there
+    are; none for scalars and short vectors.
+    """
+    sizes = [
+        math.prod(map(int, shape.split("x"))) * int(bits)
+        for shape, bits in re.findall(BLOCKS[way], ttgir)
+    ]
+    return sum(max(size // (128 * threads), size >= 128 * 128) for size in sizes)
 
 
 def _source(kernel, signature, constexprs) -> ASTSource:

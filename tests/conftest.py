@@ -23,26 +23,18 @@ def _words(item) -> set[str]:
     return set(re.split(r"[\[\]-]", item.name))
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """For --dist loadgroup: a file, whose fixtures and caches are shared, stays in one process; of
-    the tests of all ops, a function does, or the longest file would be all that the end waits for.
-
-    Triton's interpreter is slow, and float16's kernels are bfloat16's, those of compiled calls the
-    eager ones'. layer_norm and attention stand for all; -m slow runs the others, as a GPU does.
+    """Triton's interpreter is slow, and float16's kernels are bfloat16's, those of compiled calls
+    the eager ones'. layer_norm stands for all; -m slow runs the others, as a GPU does.
     """
     is_interpreted = not torch.cuda.is_available()
-    kept = ("test_layer_norm", "test_scaled_dot_product_attention")
     for item in items:
         is_alike = "torch.float16" in item.name or {"torch.float32", "compiled"} <= _words(item)
         is_alike = is_alike and "triton" in item.name
-        if is_interpreted and is_alike and not any(name in item.nodeid for name in kept):
+        if is_interpreted and is_alike and "test_layer_norm" not in item.nodeid:
             item.add_marker(pytest.mark.slow)
-        if not any(item.iter_markers("xdist_group")):
-            file, _, test = item.nodeid.partition("::")
-            is_shared = "/ops/" not in file and not file.endswith("test_contract.py")
-            group = file if is_shared else f"{file}::{test.partition('[')[0]}"
-            item.add_marker(pytest.mark.xdist_group(group))
+    # First what takes minutes, or one process would be left with it at the end.
+    items.sort(key=lambda item: "test_drawn_calls" not in item.name)
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ from op_cases import DTYPES, KERNEL_BACKENDS, device_of, maybe_compiled, skip_un
 import slimkernels as sk
 from slimkernels.dispatch import OPS
 from slimkernels.ops._gated import gated_reference
-from slimkernels.testing import assert_op_matches, run_with_gradients
+from slimkernels.testing import assert_no_worse, assert_op_matches, run_with_gradients
 
 SHAPES = [(1, 1), (3, 7), (2, 5, 64), (37, 65), (70, 33), (5, 600), (9,), (0, 8), (8, 0)]
 INF = float("inf")
@@ -127,7 +127,8 @@ class GatedTests:
         actual = run_with_gradients(self.call(variant, backend), (gate, up), (one,))
         for name, expected in truth.items():
             expected = expected.float()
-            torch.testing.assert_close(actual[name], expected, rtol=2e-6, atol=0, equal_nan=True)
+            rtol = 16 * torch.finfo(torch.float32).eps  # element by element
+            torch.testing.assert_close(actual[name], expected, rtol=rtol, atol=0, equal_nan=True)
 
     @pytest.mark.parametrize("backend", KERNEL_BACKENDS)
     def test_same_bits_every_time(self, backend, variant):
@@ -177,3 +178,17 @@ class GatedTests:
         for arguments, sentence in cases:
             with pytest.raises(ValueError, match=f"^{self.op}: {sentence}"):
                 getattr(sk, self.op)(**arguments, backend=backend)
+
+    @pytest.mark.parametrize("backend", ["cpu", "torch"])
+    def test_autocast_multiplies_two_dtypes_as_torch_does(self, variant, backend):
+        gate, up = inputs_of((5, 12), torch.bfloat16, "cpu", False)
+        for inputs in ((gate.float(), up), (gate, up.float())):
+            skip_unsupported(self.op, backend, inputs[1].float(), gate=inputs[0].float())
+            with torch.autocast("cpu", torch.bfloat16):
+                y = self.call(variant, backend)(*inputs)
+            assert y.dtype == torch.float32
+            eager, truth = (
+                self.eager(*(t.to(dtype) for t in inputs), **variant)
+                for dtype in (torch.float32, torch.float64)
+            )
+            assert_no_worse(y, eager, truth)

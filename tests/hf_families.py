@@ -44,6 +44,9 @@ class Family:
                     p.add_(0.2 * torch.randn_like(p))
                 elif p.dim() > 1:
                     p.mul_(4.0)
+            for name, buffer in model.named_buffers():
+                if name == "final_logits_bias":
+                    buffer.normal_()
         return model
 
 

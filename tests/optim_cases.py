@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor
+
+from slimkernels import optim
+from slimkernels.optim import AdamW, Muon
 
 # Odd sizes, a scalar, nothing at all, more than one chunk of every backend.
 SHAPES = [(64,), (7, 33), (1030,), (), (0,), (5, 7, 3), (16384 + 9,)]
 SMALL = [(64,), (7, 33), (1030,), (), (0,)]
+MATRICES = [(4, 6), (6, 4), (3, 3)]  # what every optimizer takes
+BACKENDS = ["torch", "cpu", "triton"]
+OURS = [getattr(optim, name) for name in optim.__all__]
+
+every_optimizer = pytest.mark.parametrize("make", OURS)
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def drawn(shapes: list[tuple], seed: int, scale: float = 1.0) -> list[Tensor]:
@@ -61,3 +71,21 @@ def assert_same_bits(ours: list[Tensor], theirs: list[Tensor]) -> None:
     assert len(ours) == len(theirs)
     for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         assert a.dtype == b.dtype and torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)), i
+
+
+def feed(params, seed=0):
+    for param, grad in zip(params, drawn([p.shape for p in params], seed), strict=True):
+        param.grad = grad.to(param)
+
+
+def train(params, optimizer, steps=3, first_seed=0):
+    for seed in range(first_seed, first_seed + steps):
+        feed(params, seed)
+        optimizer.step()
+
+
+def close(ours, theirs, make=AdamW):
+    """Muon's products are bfloat16: each step errs by a hundredth of its length."""
+    tolerance = {"rtol": 0, "atol": 5e-3} if make is Muon else {"rtol": 1e-5, "atol": 1e-6}
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, **tolerance)

@@ -4,7 +4,8 @@ A module's COMPILES list has one dict a configuration: kernel, signature, conste
 registers (the most that a thread may need), and where they matter num_stages, smem (the most
 bytes of shared memory), wgmma=True (a matrix kernel, which must use Hopper's instructions, and not
 one at a time) and may_wait (but loads may come between two of them: "newer" if only a newer Triton
-puts them there, or "any").
+puts them there, or "any"), narrow (how many of the 128-bit pieces of memory that a thread loads and
+stores are taken in smaller ones all the same, and why; without it, none).
 
 Neither the interpreter nor a GPU shares a process with the compiler, so what the selected tests
 need is compiled at once, in processes of its own: this file run as a script.
@@ -34,7 +35,7 @@ DECLARED_WITH = "3.6"
 IS_DECLARED = triton.__version__.startswith(DECLARED_WITH + ".")
 ARCHITECTURES = (80, 90, 100) if IS_DECLARED else (90,)
 REQUIRED = {"kernel", "signature", "constexprs", "num_warps", "registers"}
-OPTIONAL = {"num_stages", "smem", "wgmma", "may_wait"}
+OPTIONAL = {"num_stages", "smem", "wgmma", "may_wait", "narrow"}
 
 if __name__ != "__main__":
     import slimkernels.backends.triton as kernels
@@ -146,6 +147,11 @@ def test_compiles_as_declared(name, index, arch, reports):
     if IS_DECLARED:
         assert report["spill_stores"] == report["spill_loads"] == 0, described
         assert report["regs"] <= config["registers"], described
+    if IS_DECLARED and arch == 90 and not config.get("wgmma"):  # memory is what others wait for
+        narrow = {way: max(n - report["wide"][way], 0) for way, n in report["pieces"].items()}
+        declared = config.get("narrow", {})
+        assert report["wide"]["load"] or declared, described
+        assert narrow == {way: declared.get(way, 0) for way in narrow}, described
     assert report["smem"] <= min(config.get("smem", report["smem_limit"]), report["smem_limit"])
     if config.get("wgmma"):
         instructions = report["wgmma"] if arch == 90 else report["mma"]
@@ -187,6 +193,7 @@ def test_declarations_are_complete(name):
     for config in load(name).COMPILES:
         keys = set(config)
         assert REQUIRED <= keys <= REQUIRED | OPTIONAL, (config["kernel"], keys)
+        assert config.get("narrow", {"why": "-"})["why"]
         parameters = inspect.signature(function_of(config["kernel"])).parameters
         given = {**config["signature"], **config["constexprs"]}
         defaults = {p.name for p in parameters.values() if p.default is not p.empty}
@@ -207,6 +214,7 @@ def report_of(name: str, index: int, arch: int) -> dict:
     except RuntimeError as error:
         return {"error": str(error)}
     fields = ("regs", "spill_stores", "spill_loads", "smem", "smem_limit", "wgmma", "mma")
+    fields += ("pieces", "wide")
     numbers = {field: getattr(report, field) for field in fields}
     return numbers | {"warnings": report.ptxas_warnings, "description": str(report)}
 

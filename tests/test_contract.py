@@ -1,4 +1,4 @@
-"""What every op, backend and source file must hold to; CONTRIBUTING.md has the reasons."""
+"""What every op and backend must hold to; CONTRIBUTING.md has the reasons."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import ast
 import functools
 import importlib
 import inspect
-import re
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,6 @@ from slimkernels.testing import sample_inputs
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "slimkernels"
-SOURCES = sorted(PACKAGE.rglob("*.py"))
 KERNEL_BACKENDS = [backend for backend in BACKENDS if backend != "torch"]
 
 PUBLIC_NAMES = {
@@ -39,7 +37,6 @@ CONSTANTS = {"rotary": {"cos", "sin"}}
 LINEAR = {"rotary"}
 # Modules with registered ops that several ops share.
 SHARED = {"slimkernels.ops._activation", "slimkernels.ops._gated"}
-ENVIRONMENT = {"SLIMKERNELS_BACKEND", "TRITON_INTERPRET"}  # all in dispatch.py
 MAX_PUBLIC_PARAMETERS = 9
 MAX_KERNEL_PARAMETERS = 16  # at run time; constexprs are not passed
 # Longer lists, by (function): (how many, why).
@@ -50,37 +47,6 @@ LONG_PARAMETER_LISTS: dict[str, tuple[int, str]] = {
     "embedding": (14, "torch's three, two other tables with their ids, the norm's and dropout's"),
     "cross_entropy": (11, "torch's six, four of ours and backend"),
     "linear_cross_entropy": (12, "linear's three, cross_entropy's seven, positions and backend"),
-}
-
-# What each part of the package may import, besides itself; nothing may import testing.
-LAYERS = {
-    "dispatch": set(),
-    "backends": {"_cpu", "_cuda"},
-    "ops": {"dispatch"},
-    "nn": {"dispatch", "ops"},
-    "optim": {"dispatch", "ops"},
-    "models": {"dispatch", "ops", "nn"},
-    "integrations": {"dispatch", "ops", "nn"},
-    "data": set(),
-    "training": {"dispatch", "ops", "nn", "optim", "models", "data"},
-    "scripts": {"__version__", "dispatch", "info", "ops", "nn", "models", "data", "training"},
-    "testing": {"dispatch", "ops"},
-    "info": {"__version__", "dispatch"},
-    "__init__": {"dispatch", "info", "ops", "nn", "optim", "integrations", "models"},
-}
-# dispatch.INTERPRETED is a constant, read once from the environment, which only dispatch reads.
-# backends/_dropout.py is one number, of which definition and kernels must not have two, and
-# backends/_embedding.py one dtype.
-# backends/_tensor_lists.py is what updates are given, by the optimizers and in the backends alike,
-# and backends/_muon.py has one number that is Muon's definition, too.
-# What `slimkernels tune` measures is one backend's, and has no meaning above it.
-IMPORT_EXCEPTIONS = {
-    ("backends/triton/_common.py", "dispatch"),
-    ("ops/_dropout.py", "backends"),
-    ("ops/_update.py", "backends"),
-    ("ops/embedding.py", "backends"),
-    ("ops/muon.py", "backends"),
-    ("scripts/tune_attention.py", "backends"),
 }
 
 
@@ -268,14 +234,14 @@ def test_a_wrong_call_gets_the_same_sentence_from_every_backend(op, wrong):
 
 
 NUMBERS = {
-    "layer_norm": {"normalized_shape": 8.0, "eps": "a"},
-    "add_layer_norm": {"normalized_shape": [True], "eps": None, "dropout_p": "x"},
-    "group_norm": {"num_groups": 2.0, "eps": "a"},
+    "layer_norm": {"normalized_shape": 8.0, "eps": -1e-5},
+    "add_layer_norm": {"normalized_shape": [True], "eps": -1e-5, "dropout_p": "x"},
+    "group_norm": {"num_groups": 2.0, "eps": -1e-5},
     "rms_norm": {"normalized_shape": 8.0, "eps": "a", "zero_centered": 1},
-    "add_rms_norm": {"normalized_shape": [True], "eps": "a", "dropout_p": "x"},
+    "add_rms_norm": {"normalized_shape": [True], "eps": -1e-5, "dropout_p": "x"},
     "cross_entropy": {"ignore_index": 1.5, "label_smoothing": "a", "z_loss": "a", "softcap": "a"},
     "bias_dropout_add": {"dropout_p": "x"},
-    "embedding": {"padding_idx": 0.5, "eps": "a", "dropout_p": "x"},
+    "embedding": {"padding_idx": 0.5, "eps": -1e-5, "dropout_p": "x"},
     "rotary": {"offset": 0.5},
     "linear_cross_entropy": {"ignore_index": 1.5, "label_smoothing": "a", "z_loss": "a"},
     "softmax": {"dim": 0.5, "scale": "a", "dropout_p": "a", "training": 1},
@@ -313,7 +279,7 @@ def test_meta_tensors_give_shapes(op):
 @every_op
 def test_an_unknown_backend_is_one_sentence(op):
     args, kwargs = sample_inputs[op](torch.device("cpu"), torch.float32)
-    with pytest.raises(ValueError, match="unknown backend 'tpu'; the backends are cuda, triton"):
+    with pytest.raises(ValueError, match=f"^{op}: unknown backend 'tpu'; the backends are "):
         getattr(slimkernels, op)(*args, **kwargs, backend="tpu")
 
 
@@ -392,63 +358,3 @@ def test_kernels_have_few_parameters(path):
         key = f"{relative(path)}:{name}"
         allowed, _ = LONG_PARAMETER_LISTS.get(key, (MAX_KERNEL_PARAMETERS, ""))
         assert len(at_run_time) <= allowed, f"{key} has {len(at_run_time)} parameters"
-
-
-# Source files
-
-
-def imported_parts(path: Path) -> set[str]:
-    """The parts of the package that a file imports, lazily or not: {"dispatch", "ops", ...}."""
-    parts = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{relative(path)}: relative import"
-            if node.module == "slimkernels":
-                parts |= {alias.name for alias in node.names}
-            elif node.module and node.module.startswith("slimkernels."):
-                parts.add(node.module.split(".")[1])
-        elif isinstance(node, ast.Import):
-            names = [a.name.split(".") for a in node.names]
-            parts |= {n[1] if len(n) > 1 else "__version__" for n in names if n[0] == "slimkernels"}
-    return parts
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=relative)
-def test_imports_point_one_way(path):
-    part = path.relative_to(PACKAGE).with_suffix("").parts[0]
-    assert part in LAYERS, f"{part} has no place in the import law"
-    for wanted in imported_parts(path) - {part}:
-        allowed = wanted in LAYERS[part] or (relative(path), wanted) in IMPORT_EXCEPTIONS
-        assert allowed, f"{relative(path)} may not import slimkernels.{wanted}"
-
-
-def test_the_environment_is_read_in_one_place():
-    readers, names = set(), set()
-    for path in SOURCES:
-        text = path.read_text()
-        if re.search(r"\benviron\b|\bgetenv\b", text):
-            readers.add(relative(path))
-            names |= set(re.findall(r"environ(?:\.get\(|\[)\s*[\"'](\w+)", text))
-    assert readers == {"dispatch.py"}, readers
-    assert names == ENVIRONMENT, names
-
-
-TEXTS = sorted(
-    path
-    for pattern in (
-        "slimkernels/**/*.py",
-        "csrc/**/*",
-        "tests/**/*",
-        "benchmarks/**/*",
-        "*",
-        "docs/*",
-    )
-    for path in ROOT.glob(pattern)
-    if path.suffix in {".py", ".cpp", ".h", ".cu", ".cuh", ".md", ".toml", ".yaml", ".in"}
-)
-
-
-def test_sources_are_ascii():
-    assert len(TEXTS) > 50
-    bad = [str(path.relative_to(ROOT)) for path in TEXTS if not path.read_bytes().isascii()]
-    assert not bad, bad

@@ -101,7 +101,9 @@ def test_commands(capsys):
 
 def test_wrong_commands_are_one_sentence(capsys):
     assert command.main(["pertain"]) == 2
-    sentence = "slimkernels: unknown command 'pertain'; the commands are info, pretrain, tune\n"
+    sentence = (
+        "slimkernels: unknown command 'pertain'; the commands are doctor, info, pretrain, tune\n"
+    )
     assert capsys.readouterr().err == sentence
     assert command.main(["info", "--all"]) == 2
     assert capsys.readouterr().err == "slimkernels info takes no options; got --all\n"

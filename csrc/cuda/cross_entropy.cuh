@@ -106,17 +106,12 @@ __device__ bool any_beats(const float (&x)[kVec], int64_t col, float own, int64_
 }
 
 // Where the results of forward go.
-template <typename T>
 struct LossOutputs {
-  T* losses;           // (M,), for a reduction "none"
-  float* wide_losses;  // (M,), for the others
-  uint8_t* correct;    // (M,) or null
+  float* losses;     // (M,)
+  uint8_t* correct;  // (M,) or null
 
   __device__ void store(int64_t row, float loss, bool is_correct) const {
-    if (losses)
-      losses[row] = narrow<T>(loss);
-    else
-      wide_losses[row] = loss;
+    losses[row] = loss;
     if (correct) correct[row] = is_correct;
   }
 };
@@ -139,8 +134,7 @@ __device__ inline float finish_row(const Loss& p, int64_t row, int64_t label, fl
   return loss;
 }
 
-template <typename T>
-__device__ void ignore_row(const Loss& p, int64_t row, const LossOutputs<T>& out) {
+__device__ inline void ignore_row(const Loss& p, int64_t row, const LossOutputs& out) {
   p.stats[row] = p.stats[p.M + row] = p.stats[2 * p.M + row] = 0.f;
   out.store(row, 0.f, false);
 }
@@ -148,7 +142,7 @@ __device__ void ignore_row(const Loss& p, int64_t row, const LossOutputs<T>& out
 // Single elements need more registers than packs of them: more addresses.
 template <typename T, int kVec>
 __global__ void __launch_bounds__(kLossThreads, kVec == 1 ? 2 : 4)
-    cross_entropy_forward_kernel(const T* __restrict__ x, LossOutputs<T> out, Loss p,
+    cross_entropy_forward_kernel(const T* __restrict__ x, LossOutputs out, Loss p,
                                  RowTiling tiling) {
   Team team(tiling);
   const int64_t row = team.first_row();
@@ -184,9 +178,8 @@ __global__ void __launch_bounds__(kLossThreads, kVec == 1 ? 2 : 4)
 constexpr int kTotalThreads = 1024;
 
 // The loss of all rows, and what their mean divides by, in one block: always the same sum.
-template <typename T>
 __global__ void __launch_bounds__(kTotalThreads)
-    cross_entropy_total_kernel(const float* __restrict__ losses, T* __restrict__ total,
+    cross_entropy_total_kernel(const float* __restrict__ losses, float* __restrict__ total,
                                float* __restrict__ divisor, bool is_mean, Loss p) {
   SumPair sums = {0.f, 0.f};  // of losses and of weights
   for (int64_t row = threadIdx.x; row < p.M; row += kTotalThreads) {
@@ -197,14 +190,13 @@ __global__ void __launch_bounds__(kTotalThreads)
   sums = block_reduce<kTotalThreads / 32>(sums, combine_sum_pair);
   if (threadIdx.x > 0) return;
   // 0 / 0 = NaN where every row is ignored, as in torch
-  *total = narrow<T>(is_mean ? sums.first / sums.second : sums.first);
+  *total = is_mean ? sums.first / sums.second : sums.first;
   *divisor = sums.second;
 }
 
 // What backward is told besides.
-template <typename T>
 struct LossGradients {
-  const T* dy;           // (M,) if per_row, else one number
+  const float* dy;       // (M,) if per_row, else one number
   const float* dlse;     // (M,) or null
   const float* divisor;  // of a mean, else null
   bool per_row;
@@ -237,9 +229,9 @@ struct Slopes {
   }
 };
 
-template <typename T>
-__device__ Slopes slopes_of(const Loss& p, const LossGradients<T>& g, int64_t row, int64_t label) {
-  float dy = widen(g.dy[g.per_row ? row : 0]);
+__device__ inline Slopes slopes_of(const Loss& p, const LossGradients& g, int64_t row,
+                                   int64_t label) {
+  float dy = g.dy[g.per_row ? row : 0];
   if (g.divisor) dy /= *g.divisor;
   const float max = p.stats[row], log_sum = p.stats[p.M + row];
   const float scale = p.is_valid(label) ? dy * p.weight_of(label) : 0.f;
@@ -257,7 +249,7 @@ constexpr int kSegmentThreads = 256, kSegmentPacks = 2;
 
 template <typename T, int kVec>
 __global__ void __launch_bounds__(kSegmentThreads, 4)
-    cross_entropy_backward_kernel(const T* __restrict__ x, T* __restrict__ dx, LossGradients<T> g,
+    cross_entropy_backward_kernel(const T* __restrict__ x, T* __restrict__ dx, LossGradients g,
                                   unsigned segments, Loss p) {
   const int64_t row = int64_t(blockIdx.x / segments) * blockDim.y + threadIdx.y;
   if (row >= p.M) return;
@@ -290,7 +282,7 @@ inline RowTiling loss_tiling(int64_t V, int max_cluster) {
 }
 
 template <typename T, int kVec, typename Stream>
-void launch_cross_entropy_forward(const T* x, const LossOutputs<T>& out, const Loss& p,
+void launch_cross_entropy_forward(const T* x, const LossOutputs& out, const Loss& p,
                                   int max_cluster, Stream stream) {
   const RowTiling tiling = loss_tiling(p.V, max_cluster);
   LAUNCH_CLUSTER((cross_entropy_forward_kernel<T, kVec>), tiling.grid(p.M), tiling.block(),
@@ -298,7 +290,7 @@ void launch_cross_entropy_forward(const T* x, const LossOutputs<T>& out, const L
 }
 
 template <typename T, int kVec, typename Stream>
-void launch_cross_entropy_backward(const T* x, T* dx, const LossGradients<T>& g, const Loss& p,
+void launch_cross_entropy_backward(const T* x, T* dx, const LossGradients& g, const Loss& p,
                                    Stream stream) {
   int wide = 32;
   while (wide < kSegmentThreads && wide * kVec * kSegmentPacks < p.V) wide *= 2;
@@ -310,8 +302,8 @@ void launch_cross_entropy_backward(const T* x, T* dx, const LossGradients<T>& g,
 }
 
 template <typename T, typename Stream>
-void cross_entropy_forward_rows(const T* x, const LossOutputs<T>& out, const Loss& p,
-                                int max_cluster, Stream stream) {
+void cross_entropy_forward_rows(const T* x, const LossOutputs& out, const Loss& p, int max_cluster,
+                                Stream stream) {
   if (!p.M) return;
   if (rows_aligned<T>(p.V, x, p.weight))
     launch_cross_entropy_forward<T, kFullVec<T>>(x, out, p, max_cluster, stream);
@@ -319,15 +311,15 @@ void cross_entropy_forward_rows(const T* x, const LossOutputs<T>& out, const Los
     launch_cross_entropy_forward<T, 1>(x, out, p, max_cluster, stream);
 }
 
-template <typename T, typename Stream>
-void cross_entropy_total(const float* losses, T* total, float* divisor, bool is_mean, const Loss& p,
-                         Stream stream) {
-  LAUNCH((cross_entropy_total_kernel<T>), dim3(1), dim3(kTotalThreads), stream, losses, total,
-         divisor, is_mean, p);
+template <typename Stream>
+void cross_entropy_total(const float* losses, float* total, float* divisor, bool is_mean,
+                         const Loss& p, Stream stream) {
+  LAUNCH(cross_entropy_total_kernel, dim3(1), dim3(kTotalThreads), stream, losses, total, divisor,
+         is_mean, p);
 }
 
 template <typename T, typename Stream>
-void cross_entropy_backward_rows(const T* x, T* dx, const LossGradients<T>& g, const Loss& p,
+void cross_entropy_backward_rows(const T* x, T* dx, const LossGradients& g, const Loss& p,
                                  Stream stream) {
   if (rows_aligned<T>(p.V, x, dx, p.weight))
     launch_cross_entropy_backward<T, kFullVec<T>>(x, dx, g, p, stream);

@@ -24,18 +24,18 @@ void activation_backward(const void* dy, const void* x, const void* bias, void* 
 int64_t activation_shares(int64_t M, int64_t N, int device);
 
 // cross_entropy.cu: x (M, V), labels (M,), weight (V,) or null, stats (3, M), correct (M,) of bool
-// or null. losses (M,): of x's dtype if total is null, else float32, and total is their sum or
-// mean, divisor what a mean divides by.
-void cross_entropy_forward(const void* x, const int64_t* target, const float* weight, void* losses,
-                           void* total, float* stats, float* divisor, void* correct, int64_t M,
+// or null. losses (M,); total, unless it is null, is their sum or mean, divisor what a mean divides
+// by.
+void cross_entropy_forward(const void* x, const int64_t* target, const float* weight, float* losses,
+                           float* total, float* stats, float* divisor, void* correct, int64_t M,
                            int64_t V, int64_t ignore_index, float smoothing, float z_loss,
                            float softcap, int is_mean, int dtype, int device, void* stream);
 // dy (M,) if per_row, else one number; dlse (M,) or null; divisor null unless it is a mean.
-void cross_entropy_backward(const void* dy, const float* dlse, const void* x, const int64_t* target,
-                            const float* weight, float* stats, const float* divisor, void* dx,
-                            int64_t M, int64_t V, int64_t ignore_index, float smoothing,
-                            float z_loss, float softcap, int per_row, int dtype, int device,
-                            void* stream);
+void cross_entropy_backward(const float* dy, const float* dlse, const void* x,
+                            const int64_t* target, const float* weight, float* stats,
+                            const float* divisor, void* dx, int64_t M, int64_t V,
+                            int64_t ignore_index, float smoothing, float z_loss, float softcap,
+                            int per_row, int dtype, int device, void* stream);
 
 // layer_norm.cu, rms_norm.cu (kRms: no mean, no bias). y = norm(total), total = residual +
 // row_scale * dropout(x); a null residual means that total is x, and is not written. x, y are in

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from slimkernels.integrations._hf_mask import Pattern, packing_of, pattern_of
+from slimkernels.nn._torchs_own import is_small
 from slimkernels.ops._attention_variant import AttentionVariant
 from slimkernels.ops.scaled_dot_product_attention import scaled_dot_product_attention
 
@@ -45,49 +46,64 @@ def attention(
             'attn_implementation="slimkernels" never stores attention\'s weights, so there are '
             'none to return: use model.set_attn_implementation("eager") for output_attentions=True'
         )
-    query, key, value = _as_autocast((query, key, value))
     dropout = dropout if module.training else 0.0
-    extras = {"softcap": softcap or None, "sinks": s_aux, "bias": position_bias}
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    pattern = pattern_of(attention_mask)
-    boundaries = window = None
-    if pattern is not None and not _fits(pattern, query, key):
-        packing = packing_of(attention_mask)
-        if packing is not None and query.shape[0] == 1 and query.shape[2] == len(packing.indices):
-            boundaries, window = (packing.cu_seqlens,) * 2, pattern.window
-        pattern = None
-    elif pattern is not None and pattern.cu_seqlens is not None:
-        boundaries, window = (pattern.cu_seqlens,) * 2, pattern.window
-    elif cu_seq_lens_q is not None and attention_mask is None:
-        boundaries = cu_seq_lens_q, cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k
-        window = _window(sliding_window, is_causal)
-    if boundaries is not None:
-        return _ragged(query, key, value, boundaries, window, dropout, scaling, extras), None
-    if _is_foreign(query, key):
+    is_plain = cu_seq_lens_q is s_aux is None and not softcap
+    if _is_foreign(query, key) or (is_plain and _is_small(query, attention_mask)):
         options = {"scaling": scaling, "is_causal": is_causal, "position_bias": position_bias}
         options |= {"softcap": softcap} if softcap else {}
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, **options
         )
-    call = {"dropout_p": dropout, "scale": scaling, "enable_gqa": key.shape[1] != query.shape[1]}
-    if pattern is not None:
-        call["key_lengths"] = pattern.key_lengths
-        extras |= {"window": pattern.window, "causal_offset": pattern.offset}
-    elif attention_mask is None:
-        # A single query is the newest one; of several the first stands at the first key.
-        call["is_causal"] = query.shape[2] > 1 and is_causal
-    elif attention_mask.dtype == torch.bool:
-        call["attn_mask"] = attention_mask
-    elif position_bias is None:
-        call["attn_mask"] = _bias(attention_mask, query)
-    else:
-        extras["bias"] = position_bias + attention_mask
+    query, key, value = _as_autocast((query, key, value))
+    extras = {"softcap": softcap or None, "sinks": s_aux, "bias": position_bias}
+    pattern = pattern_of(attention_mask)
+    boundaries = None
+    if attention_mask is not None:
+        boundaries = _packed(attention_mask, pattern, query, key)
+        extras["window"] = None if pattern is None else pattern.window
+    elif cu_seq_lens_q is not None:
+        boundaries = cu_seq_lens_q, cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k
+        extras["window"] = _window(sliding_window, is_causal)
+    if boundaries is not None:
+        return _ragged(query, key, value, boundaries, dropout, scaling, extras), None
+    call = _masked(attention_mask, pattern, query, key, is_causal, extras)
+    call |= {"dropout_p": dropout, "scale": scaling, "enable_gqa": key.shape[1] != query.shape[1]}
     y = scaled_dot_product_attention(query, key, value, variant=_variant(extras), **call)
     return y.transpose(1, 2).contiguous(), None
 
 
-def _ragged(query, key, value, boundaries, window, dropout, scaling, extras):
+def _packed(mask, pattern: Pattern | None, query, key):
+    """The boundaries of the sequences that are in one row, or in one since they were packed."""
+    if pattern is None:
+        return None
+    if _fits(pattern, query, key):
+        return None if pattern.cu_seqlens is None else (pattern.cu_seqlens,) * 2
+    packing = packing_of(mask)
+    if packing is None or query.shape[0] != 1 or query.shape[2] != len(packing.indices):
+        return None
+    return (packing.cu_seqlens,) * 2
+
+
+def _masked(mask, pattern: Pattern | None, query, key, is_causal, extras) -> dict:
+    """Arguments of attention for a mask; what belongs to its variant goes into `extras`."""
+    extras["window"] = None
+    if pattern is not None and _fits(pattern, query, key):
+        extras |= {"window": pattern.window, "causal_offset": pattern.offset}
+        return {"key_lengths": pattern.key_lengths}
+    if mask is None:
+        # A single query is the newest one; of several the first stands at the first key.
+        return {"is_causal": query.shape[2] > 1 and is_causal}
+    if mask.dtype == torch.bool:
+        return {"attn_mask": mask}
+    if extras["bias"] is None:
+        return {"attn_mask": _bias(mask, query)}
+    extras["bias"] = extras["bias"] + mask
+    return {}
+
+
+def _ragged(query, key, value, boundaries, dropout, scaling, extras):
     """(B, H, L, D) holding B * L tokens of some sequences, to (B, L, H, Dv)."""
     B, H, L, _ = query.shape
     q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
@@ -97,7 +113,7 @@ def _ragged(query, key, value, boundaries, window, dropout, scaling, extras):
         scale=scaling,
         enable_gqa=k.shape[1] != H,
         cu_seqlens=tuple(t.to(torch.int32) for t in boundaries),
-        variant=_variant({**extras, "window": window}),
+        variant=_variant(extras),
     )
     return y.view(B, L, H, -1)
 
@@ -127,6 +143,13 @@ def _variant(extras) -> AttentionVariant | None:
 def _bias(mask, query):
     """An added mask in a dtype that the op takes."""
     return mask if mask.dtype in (query.dtype, torch.float32) else mask.to(query.dtype)
+
+
+def _is_small(query, mask):
+    """Whether torch's function is as fast, unless the mask is that of tokens packed since."""
+    if not is_small(query) or mask is None:
+        return is_small(query)
+    return mask.shape[0] == query.shape[0] and mask.shape[-2] == query.shape[2]
 
 
 def _is_foreign(query, key):

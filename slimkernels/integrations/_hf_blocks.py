@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slimkernels import nn
-from slimkernels.integrations._hf_layers import RMSNorm, activated
+from slimkernels.integrations._hf_layers import RMSNorm, activated, is_theirs
 from slimkernels.nn._parts import is_plain, product
+from slimkernels.nn._torchs_own import is_small
 from slimkernels.ops.add_layer_norm import add_layer_norm
 from slimkernels.ops.add_rms_norm import add_rms_norm
 from slimkernels.ops.bias_dropout_add import bias_dropout_add
@@ -19,6 +20,8 @@ class PostNormEncoderLayer:
     """BartEncoderLayer."""
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor, **kwargs) -> Tensor:
+        if is_theirs(hidden_states):
+            return super().forward(hidden_states, attention_mask, **kwargs)
         branch, _ = self.self_attn(hidden_states, attention_mask=attention_mask, **kwargs)
         x, _ = _add_norm(self, branch, hidden_states, self.self_attn_layer_norm)
         x, _ = _add_norm(self, _feed_forward(self, x), x, self.final_layer_norm)
@@ -40,6 +43,16 @@ class PostNormDecoderLayer:
         use_cache: bool | None = True,
         **kwargs,
     ) -> Tensor:
+        if is_theirs(hidden_states):
+            return super().forward(
+                hidden_states,
+                attention_mask,
+                encoder_hidden_states,
+                encoder_attention_mask=encoder_attention_mask,
+                cache=cache,
+                use_cache=use_cache,
+                **kwargs,
+            )
         branch, _ = self.self_attn(
             hidden_states, cache=cache, attention_mask=attention_mask, **kwargs
         )
@@ -60,6 +73,8 @@ class PreNormEncoderLayer:
     """PegasusEncoderLayer."""
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor, **kwargs) -> Tensor:
+        if is_theirs(hidden_states):
+            return super().forward(hidden_states, attention_mask, **kwargs)
         x = self.self_attn_layer_norm(hidden_states)
         branch, _ = self.self_attn(hidden_states=x, attention_mask=attention_mask, **kwargs)
         x, total = _add_norm(self, branch, hidden_states, self.final_layer_norm)
@@ -80,6 +95,16 @@ class PreNormDecoderLayer:
         use_cache: bool | None = True,
         **kwargs,
     ) -> Tensor:
+        if is_theirs(hidden_states):
+            return super().forward(
+                hidden_states,
+                attention_mask,
+                encoder_hidden_states,
+                encoder_attention_mask=encoder_attention_mask,
+                cache=cache,
+                use_cache=use_cache,
+                **kwargs,
+            )
         x = self.self_attn_layer_norm(hidden_states)
         branch, _ = self.self_attn(
             hidden_states=x, cache=cache, attention_mask=attention_mask, **kwargs
@@ -103,7 +128,7 @@ class LlamaDecoderLayer:
 
     def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
         norm = self.post_attention_layernorm
-        if not _is_rms_norm(norm, hidden_states):
+        if is_theirs(hidden_states) or not _is_rms_norm(norm, hidden_states):
             return super().forward(hidden_states, *args, **kwargs)
         x = self.input_layernorm(hidden_states)
         kwargs |= dict(zip(_LLAMA_ARGUMENTS, args, strict=False))
@@ -139,7 +164,11 @@ class Embeddings:
         plain = plain and is_plain(norm, nn.LayerNorm, torch.nn.LayerNorm)
         plain = plain and is_plain(dropout, nn.Dropout, torch.nn.Dropout)
         plain = plain and dropout.p < 1 and positions.padding_idx is segments.padding_idx is None
-        if input_ids is None or not plain:
+        if (
+            input_ids is None
+            or not plain
+            or is_small(words.weight[:1].expand(input_ids.numel(), -1))
+        ):
             return super().forward(
                 input_ids, token_type_ids, position_ids, inputs_embeds, cache_length
             )

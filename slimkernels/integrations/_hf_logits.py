@@ -9,6 +9,7 @@ label. Any other operation computes the logits first, once, as they would have b
 from __future__ import annotations
 
 import contextlib
+import weakref
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +53,7 @@ class _Source:
         self.shape = *hidden.shape[:-1], weight.shape[0]
         self.dtype = self.autocast or hidden.dtype
         self.value: Tensor | None = None
+        self.forms: list[weakref.ref] = []  # every LazyLogits of it
 
     def as_recorded(self):
         """Autocast as it was for the product."""
@@ -84,8 +86,15 @@ class LazyLogits(Tensor):
     def __init__(self, source: _Source, shape, dtype) -> None:
         self._source = source
         self._plain: Tensor | None = None
+        source.forms.append(weakref.ref(self))
 
     def _computed(self) -> Tensor:
+        others = [x for form in self._source.forms if (x := form()) is not None and x is not self]
+        if any(x._version for x in others):
+            raise RuntimeError(
+                "logits were written in place after view(), reshape() or float() had made others "
+                "of them, whose gradients do not know: make those after the writing"
+            )
         if self._plain is None:
             self._plain = self._source.compute().view(self.shape).to(self.dtype)
         return self._plain
@@ -95,7 +104,7 @@ class LazyLogits(Tensor):
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
             result = None
-            if function in _RESHAPES:
+            if function in _KEPT:
                 result = _kept(function, *args, **kwargs)
             elif function is F.cross_entropy:
                 result = _loss(*args, **kwargs)
@@ -119,7 +128,8 @@ class LazyLogits(Tensor):
         return output
 
 
-_RESHAPES = {Tensor.float, Tensor.view, Tensor.reshape, Tensor.contiguous}
+_ADDS = {Tensor.add, Tensor.__add__}
+_KEPT = {Tensor.float, Tensor.view, Tensor.reshape, Tensor.contiguous, *_ADDS}
 # Past torch's dispatcher, which would have computed the logits for them.
 _READS_MEMORY = {
     *(Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__, Tensor.__deepcopy__),
@@ -157,9 +167,11 @@ class _Project(torch.autograd.Function):
 
 
 def _kept(function, x: LazyLogits, *args, **kwargs) -> LazyLogits | None:
-    """What a change of shape or dtype makes of logits that are not computed yet."""
+    """What a change of shape or dtype, or a bias, makes of logits that are not computed yet."""
     if not isinstance(x, LazyLogits) or x._source.value is not None:
         return None
+    if function in _ADDS:
+        return _with_bias(x, *args) if len(args) == 1 and not kwargs else None
     shape, dtype = x.shape, x.dtype
     if function is Tensor.float and not kwargs:
         dtype = torch.float32
@@ -176,6 +188,21 @@ def _kept(function, x: LazyLogits, *args, **kwargs) -> LazyLogits | None:
         return x
     source = x._source
     return _Project.apply(*source.tensors, source, tuple(shape), dtype)
+
+
+def _with_bias(x: LazyLogits, bias) -> LazyLogits | None:
+    """x + bias, where that is one number for each word, as BART's final_logits_bias."""
+    hidden, weight, own = x._source.tensors
+    if type(bias) is not Tensor or bias.shape not in ((weight.shape[0],), (1, weight.shape[0])):
+        return None
+    if bias.requires_grad or bias.dtype != x.dtype or bias.device != hidden.device:
+        return None
+    if x.shape != x._source.shape or own is not None:
+        return None
+    bias = bias.flatten()
+    with x._source.as_recorded():
+        source = _Source(hidden, weight, bias)
+    return _Project.apply(hidden, weight, bias, source, None, None)
 
 
 def _loss(

@@ -8,6 +8,7 @@ operation on the mask makes a tensor without the Pattern: then the mask itself i
 
 from __future__ import annotations
 
+import inspect
 from typing import NamedTuple
 
 import torch
@@ -69,7 +70,7 @@ def mask(
     lengths = key_lengths = made = None
     if padding is not None:
         keys = padding[:, kv_offset : kv_offset + kv_length]
-        lengths, key_lengths = _lengths(keys)
+        lengths, key_lengths = _lengths(keys) if len(keys) == batch_size else (None, None)
         if lengths is None or min(lengths) < kv_length:
             if (left, right) == (None, None):  # all queries alike: one row serves them
                 made = keys[:, None, None, :].expand(batch_size, 1, q_length, kv_length)
@@ -88,6 +89,13 @@ def mask(
     return made
 
 
+def mask_function():
+    """`mask`, or transformers' own where it is given other arguments, as by the first of 5."""
+    given = inspect.signature(masking_utils.sdpa_mask).parameters
+    is_known = {"q_length", "q_offset", "kv_length", "kv_offset"} <= set(given)
+    return mask if is_known and hasattr(masking_utils, "is_tracing") else masking_utils.sdpa_mask
+
+
 def _is_readable(padding, *offsets):
     """Whether the host may look at values: nobody traces, and a cache counts on the host."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
@@ -101,6 +109,8 @@ def _lengths(keys):
     """How many keys each row has, on host and device; (None, None) unless they all come first."""
     if keys.numel() == 0:
         return None, None
+    if keys.is_cpu and keys.all():  # the quickest to look at, where looking costs no waiting
+        return (keys.shape[1],) * len(keys), None
     lengths = keys.sum(-1, dtype=torch.int32)
     first = torch.arange(keys.shape[1], device=keys.device) < lengths[:, None]
     *on_host, is_first = torch.cat((lengths, (first == keys).all()[None])).tolist()

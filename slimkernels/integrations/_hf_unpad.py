@@ -49,8 +49,9 @@ class Stack:
 
     The padded path is taken under torch.compile, where padding is on the left or absent or less
     than a twentieth of the batch, where a sequence has no tokens, where hidden states or attentions
-    are recorded, where a hook in the stack would see packed shapes, under activation checkpointing
-    of the reentrant kind, and where the head chooses among all tokens (question answering).
+    are recorded, where a hook in the stack would see packed shapes, where a part is compiled, under
+    activation checkpointing of the reentrant kind, and where the head chooses among all tokens
+    (question answering).
     """
 
     def forward(self, *args, **kwargs):
@@ -144,6 +145,8 @@ def _is_seen(stack: Module) -> bool:
         # transformers leaves its recorders in place, idle unless something is recorded.
         if any(getattr(hook, "__name__", "") != "output_capturing_hook" for hook in hooks):
             return True
+        if module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule":
+            return True  # compiled code neither packs nor knows of packing
         if module.training and getattr(module, "gradient_checkpointing", False):
             function = getattr(module, "_gradient_checkpointing_func", None)
             if getattr(function, "keywords", {}).get("use_reentrant", True):

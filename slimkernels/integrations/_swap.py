@@ -34,6 +34,7 @@ class Swap:
               returns what `undo` needs, such as the former values: deepcopy and pickle must do
     undo      undo(module, adapt's result) sets it back, bit for bit, after the class. A function
               of a module's top level: pickle carries it by name
+    says      says(module) is what the report says of a swapped module; None for its new class
     """
 
     original: type[Module]
@@ -41,6 +42,7 @@ class Swap:
     refuse: Callable[[Module], str | None] = lambda module: None
     adapt: Callable[[Module], Any] | None = None
     undo: Callable[[Module, Any], None] | None = None
+    says: Callable[[Module], str] | None = None
 
 
 def is_swapped(module: Module) -> bool:

@@ -138,11 +138,20 @@ _VOCABULARY = Swap(torch.nn.Linear, VocabularyLinear)
 
 
 def _model(cls: type[PreTrainedModel], ours: type | None = None) -> Swap:
-    return Swap(cls, ours, _model_refusal, _adapt, _undo)
+    return Swap(cls, ours, _model_refusal, _adapt, _undo, _model_says)
 
 
 def _model_refusal(model: PreTrainedModel) -> str | None:
     return _attention_refusal(model) if _vocabulary(model) is None else None
+
+
+def _model_says(model: PreTrainedModel) -> str:
+    said = [_attention_refusal(model) or f"attn_implementation={NAME!r}"]
+    if isinstance(model, unpad.Stack):
+        said.append("padding is left out")
+    if type(model.get_output_embeddings()) is VocabularyLinear:
+        said.append("logits are computed when they are read")
+    return "; ".join(said)
 
 
 def _vocabulary(model: PreTrainedModel) -> Module | None:

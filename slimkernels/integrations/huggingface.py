@@ -21,13 +21,13 @@ from transformers import AttentionInterface, AttentionMaskInterface  # noqa: E40
 
 from slimkernels.integrations._hf_attention import attention  # noqa: E402
 from slimkernels.integrations._hf_logits import VocabularyLinear  # noqa: E402
-from slimkernels.integrations._hf_mask import mask  # noqa: E402
+from slimkernels.integrations._hf_mask import mask_function  # noqa: E402
 from slimkernels.integrations._swap import swap_back  # noqa: E402
 
 NAME = "slimkernels"
 
 AttentionInterface.register(NAME, attention)
-AttentionMaskInterface.register(NAME, mask)  # without it every mask would be None
+AttentionMaskInterface.register(NAME, mask_function())  # without it every mask would be None
 
 
 def keep_logits(model: torch.nn.Module) -> None:

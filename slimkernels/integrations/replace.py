@@ -6,7 +6,7 @@ import copy
 import importlib
 import sys
 from collections.abc import Iterator
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import torch
 from torch.nn import Module
@@ -44,7 +44,8 @@ def replace(model: Module, *, inplace: bool = True) -> Report:
              ``.left``; ``print(report)`` shows a table. A second call swaps nothing more.
     Errors   ValueError for what is not an instance of torch.nn.Module, and for a model that is
              compiled or scripted already, even in part: replace first, then compile
-    Caution  torch.jit.script cannot read the modules that take the places: restore() first
+    Caution  torch.jit and torch.fx.symbolic_trace cannot read the modules that take the places:
+             restore() first. torch.compile and torch.export can.
     """
     _check_model("replace", model)
     for path, how in _compiled(model):
@@ -96,7 +97,8 @@ def _visit(path: str, module: Module, sources: list[ModuleType]) -> Row:
     if reason is not None:
         return Row(path, kind, "left", reason)
     swap(module, how)
-    return Row(path, kind, "swapped", kind_of(class_of(module)))
+    detail = kind_of(class_of(module)) if how.says is None else how.says(module)
+    return Row(path, kind, "swapped", detail)
 
 
 def _find(module: Module, sources: list[ModuleType]) -> Swap | str:
@@ -127,7 +129,25 @@ def _general_refusal(module: Module) -> str | None:
 
 def _sources() -> list[ModuleType]:
     """Those whose package is imported: a model has none of another's modules."""
-    return [importlib.import_module(name) for name, of in _SOURCES.items() if of in sys.modules]
+    sources = []
+    for name, package in _SOURCES.items():
+        if package not in sys.modules:
+            continue
+        try:
+            sources.append(importlib.import_module(name))
+        except ImportError as error:  # another version than it is for
+            sources.append(_unusable(package, str(error)))
+    return sources
+
+
+def _unusable(package: str, why: str) -> SimpleNamespace:
+    """A source that refuses every module of `package`."""
+
+    def swap_for(module):
+        cls = class_of(module)
+        return Swap(cls, None, lambda _: why) if cls.__module__.startswith(f"{package}.") else None
+
+    return SimpleNamespace(SWAPS={}, swap_for=swap_for)
 
 
 def _check_model(function: str, model: object) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor, nn
 
@@ -72,10 +74,26 @@ class _TiedEmbedding(torch.autograd.Function):
             return dweight, None
         if dweight is None:
             dweight = drows.new_zeros(ctx.shape)
-        # The decoder's product has just made dweight, and nobody else holds it. Out of place
-        # where a graph is recorded, and on a GPU, where index_add_ has no fixed order of sums.
+        # Out of place where a graph is recorded, and on a GPU, where index_add_ has no fixed order
+        # of sums.
         is_recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        if drows.device.type == "cpu" and dweight.is_contiguous() and not is_recorded:
+        if drows.device.type == "cpu" and not is_recorded:
+            # As a rule the decoder's product has just made dweight, and nobody else holds it.
+            if not dweight.is_contiguous() or _is_held(dweight, drows):
+                dweight = dweight.clone(memory_format=torch.contiguous_format)
             return dweight.index_add_(0, ids, drows), None
         rows = torch.ops.aten.embedding_dense_backward(drows, ids, ctx.shape[0], -1, False)
         return dweight + rows, None
+
+
+def _is_held(gradient: Tensor, other: Tensor) -> bool:
+    """Whether somebody besides this backward may look at `gradient`: a caller of autograd.grad who
+    gave it or asked for it, a node that got the same one, a hook that kept it. Autograd asks the
+    same before it adds gradients up in place. `other` came here as `gradient` did: if nobody holds
+    it, it has the references that are autograd's own."""
+    base = gradient._base  # F.linear's is a view of a product that only the view keeps
+    if base is not None and max(base._use_count(), sys.getrefcount(base) - 1) > 2:
+        return True
+    if gradient._use_count() > 1 or other._use_count() > 1:
+        return True
+    return sys.getrefcount(gradient) > sys.getrefcount(other)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function_unary
 
-from slimkernels.ops._loss_arguments import REDUCTIONS
+from slimkernels.nn._torchs_own import is_torchs
+from slimkernels.ops._loss_arguments import check_loss_options
 from slimkernels.ops.cross_entropy import cross_entropy
 
 
@@ -29,10 +30,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             raise ValueError(
                 "CrossEntropyLoss: size_average and reduce are not implemented; use reduction"
             )
-        if reduction not in REDUCTIONS:
-            raise ValueError(
-                f"CrossEntropyLoss: reduction must be 'none', 'mean' or 'sum'; got {reduction!r}"
-            )
+        check_loss_options("CrossEntropyLoss", ignore_index, reduction, label_smoothing, 0.0, None)
         super().__init__(
             weight,
             ignore_index=ignore_index,
@@ -41,7 +39,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         )
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        if has_torch_function_unary(input):  # a kind of tensor that has its own cross_entropy
+        if is_torchs(input) or has_torch_function_unary(input):  # which has a loss of its own
             return super().forward(input, target)
         return cross_entropy(
             input,

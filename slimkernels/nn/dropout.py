@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from slimkernels.nn._torchs_own import is_torchs
 from slimkernels.ops.bias_dropout_add import bias_dropout_add
 
 
@@ -15,6 +16,8 @@ class Dropout(torch.nn.Dropout):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.training or self.inplace or not 0 < self.p < 1 or input.dim() == 0:
+        if not self.training:
+            return input
+        if is_torchs(input) or self.inplace or not 0 < self.p < 1 or input.dim() == 0:
             return super().forward(input)
         return bias_dropout_add(input, dropout_p=self.p)

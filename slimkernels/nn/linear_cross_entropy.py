@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slimkernels.ops._loss_arguments import REDUCTIONS
+from slimkernels.ops._checks import check_tensor
+from slimkernels.ops._loss_arguments import check_loss_options
 from slimkernels.ops.linear_cross_entropy import linear_cross_entropy
 
 
@@ -33,10 +34,9 @@ class LinearCrossEntropy(torch.nn.Linear):
         softcap: float | None = None,
         reduction: str = "mean",
     ) -> None:
-        if reduction not in REDUCTIONS:
-            raise ValueError(
-                f"LinearCrossEntropy: reduction must be 'none', 'mean' or 'sum'; got {reduction!r}"
-            )
+        check_loss_options(
+            "LinearCrossEntropy", ignore_index, reduction, label_smoothing, z_loss, softcap
+        )
         super().__init__(in_features, out_features, bias, device, dtype)
         self.options = dict(
             ignore_index=ignore_index,
@@ -54,6 +54,12 @@ class LinearCrossEntropy(torch.nn.Linear):
         positions: Tensor | None = None,
         return_correct: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
+        check_tensor("LinearCrossEntropy", "input", input)
+        if input.shape[-1:] != (self.in_features,):
+            raise ValueError(
+                f"LinearCrossEntropy: input must have a last dimension of {self.in_features}, "
+                f"in_features; got shape {tuple(input.shape)}"
+            )
         return linear_cross_entropy(
             *(input, self.weight, target, self.bias),
             **self.options,

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slimkernels.nn._nested import is_nested
+from slimkernels.nn._torchs_own import is_small, is_torchs
 from slimkernels.ops._attention_variant import AttentionVariant
 from slimkernels.ops.linear import linear
 from slimkernels.ops.scaled_dot_product_attention import scaled_dot_product_attention
@@ -23,7 +23,7 @@ from slimkernels.ops.softmax import softmax
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
-    """torch.nn.MultiheadAttention, in eval as in training: there is no separate fast path.
+    """torch.nn.MultiheadAttention, in eval as in training; torch's own path takes small calls.
 
     Errors  ValueError for add_bias_kv and add_zero_attn, which are not implemented, for widths
             that do not fit the heads, and in forward for shapes that do not fit each other
@@ -89,11 +89,15 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         Caution               whether a bool key_padding_mask ends every row is looked at on the
                               CPU; elsewhere valid keys are moved to the front, so nobody waits
         """
-        if is_nested(query) or is_nested(key) or is_nested(value):
+        if is_torchs(query) or is_torchs(key) or is_torchs(value):
             masks = dict(key_padding_mask=key_padding_mask, attn_mask=attn_mask)
             flags = dict(average_attn_weights=average_attn_weights, is_causal=is_causal)
             return super().forward(query, key, value, need_weights=need_weights, **masks, **flags)
         _check(self, query, key, value, key_padding_mask, attn_mask)
+        is_masked = is_causal or key_padding_mask is not None or attn_mask is not None
+        if not (is_masked or self.training) and query is key is value and is_small(query):
+            flags = dict(need_weights=need_weights, average_attn_weights=average_attn_weights)
+            return super().forward(query, key, value, **flags)
         layout = "flat" if query.dim() == 2 else "batch" if self.batch_first else "sequence"
         q, k, v = (self._heads(t, layout) for t in self._project(query, key, value))
         if layout == "flat" and key_padding_mask is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slimkernels.nn._nested import is_nested
+from slimkernels.nn._torchs_own import is_torchs
 from slimkernels.ops.rms_norm import rms_norm
 
 
@@ -13,6 +13,6 @@ class RMSNorm(torch.nn.RMSNorm):
     """torch.nn.RMSNorm; inputs, errors and precision as in slimkernels.rms_norm."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if is_nested(input):
+        if is_torchs(input):
             return super().forward(input)
         return rms_norm(input, self.normalized_shape, self.weight, self.eps)

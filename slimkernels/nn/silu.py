@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slimkernels.nn._nested import is_nested
+from slimkernels.nn._torchs_own import is_torchs
 from slimkernels.ops.silu import silu
 
 
@@ -18,6 +18,6 @@ class SiLU(torch.nn.SiLU):
         super().__init__()
 
     def forward(self, input: Tensor) -> Tensor:
-        if is_nested(input):
+        if is_torchs(input):
             return super().forward(input)
         return silu(input)

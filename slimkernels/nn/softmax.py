@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slimkernels.nn._nested import is_nested
+from slimkernels.nn._torchs_own import is_torchs
 from slimkernels.ops.log_softmax import log_softmax
 from slimkernels.ops.softmax import softmax
 
@@ -21,7 +21,7 @@ class Softmax(torch.nn.Softmax):
         super().__init__(_given("Softmax", dim))
 
     def forward(self, input: Tensor) -> Tensor:
-        if is_nested(input):
+        if is_torchs(input):
             return super().forward(input)
         return softmax(input, self.dim)
 
@@ -37,7 +37,7 @@ class LogSoftmax(torch.nn.LogSoftmax):
         super().__init__(_given("LogSoftmax", dim))
 
     def forward(self, input: Tensor) -> Tensor:
-        if is_nested(input):
+        if is_torchs(input):
             return super().forward(input)
         return log_softmax(input, self.dim)
 

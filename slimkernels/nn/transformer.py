@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slimkernels.nn._nested import is_nested
 from slimkernels.nn._parts import activated_product, add_norm, is_plain, product
+from slimkernels.nn._torchs_own import is_small, is_torchs
 from slimkernels.nn.layer_norm import LayerNorm
 from slimkernels.nn.multihead_attention import MultiheadAttention
 from slimkernels.ops._checks import is_readable
@@ -21,11 +21,6 @@ from slimkernels.ops.linear import linear
 from slimkernels.ops.scaled_dot_product_attention import scaled_dot_product_attention
 
 _ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}
-
-# Elements of src below which, in evaluation on the CPU, the one call into C++ that torch's layer
-# makes is faster than our ops one by one: 1.7 times at (3, 20, 64), 1.3 at (8, 32, 128), 1.2 at
-# (1, 16, 384), 1.1 at (4, 32, 384), level from there on (one thread).
-MIN_ELEMENTS = 65536
 
 
 class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
@@ -81,8 +76,9 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
     ) -> Tensor:
         """torch.nn.TransformerEncoderLayer.forward; masks as in MultiheadAttention.forward."""
         # A stack of torch's hands NestedTensors to a layer that was torch's.
-        is_small = _is_small(src) and src_mask is None and src_key_padding_mask is None
-        if is_nested(src) or is_small and self.activation_relu_or_gelu and not self.training:
+        was_torchs = self.activation_relu_or_gelu and not self.training
+        is_masked = src_mask is not None or src_key_padding_mask is not None
+        if is_torchs(src) or was_torchs and not is_masked and is_small(src):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
 
         def attend(x):
@@ -160,13 +156,6 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         return add_norm(_feed_forward(self, x), x, self.norm3, self.dropout3)[0]
 
 
-def _is_small(src):
-    """Whether torch's own path for evaluation is the faster one, if torch has one for the call."""
-    if torch.compiler.is_compiling() or is_nested(src) or torch.is_autocast_enabled("cpu"):
-        return False
-    return src.is_cpu and src.numel() < MIN_ELEMENTS and not torch.is_grad_enabled()
-
-
 def _check_activation(module, activation):
     if isinstance(activation, str) and activation not in _ACTIVATIONS:
         raise ValueError(
@@ -222,7 +211,8 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         is_causal  a promise that mask is causal; None looks whether it is, on the CPU alone: a
                    mask elsewhere is read as it is, with the same output, so nobody waits
         """
-        if _is_small(src) and self.use_nested_tensor and not self.training:
+        had_fast_path = getattr(self, "use_nested_tensor", False)  # missing in old pickles
+        if had_fast_path and not self.training and is_small(src):
             return super().forward(src, mask, src_key_padding_mask, is_causal)
         is_causal = _is_causal(mask, is_causal)
         if mask is None and self._leaves_padding_out(src, src_key_padding_mask):
@@ -242,9 +232,10 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
 
         It also asks, waiting for the device, whether padding ends the rows: here, only on the CPU.
         """
-        if not self.use_nested_tensor or self.layers[0].training or torch.compiler.is_compiling():
+        had_fast_path = getattr(self, "use_nested_tensor", False)
+        if not had_fast_path or self.layers[0].training or torch.compiler.is_compiling():
             return False
-        if padding is None or padding.dtype != torch.bool or is_nested(src) or src.dim() != 3:
+        if padding is None or padding.dtype != torch.bool or is_torchs(src) or src.dim() != 3:
             return False
         # Under autocast on the CPU torch's path raises.
         is_autocast = src.is_cuda and torch.is_autocast_enabled("cuda")
@@ -253,7 +244,8 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         tensors = (src, *self.layers[0].parameters())
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             return False
-        return not (self.mask_check and is_readable(padding)) or _ends_rows(padding)
+        is_looked_at = getattr(self, "mask_check", True) and is_readable(padding)
+        return not is_looked_at or _ends_rows(padding)
 
     def _without_padding(self, src, padding):
         kept = ~padding
@@ -279,9 +271,10 @@ def _ends_rows(padding):
 def _is_plain_layer(layer):
     """Whether _unpadded_layer does what a call of `layer` does."""
     attention = layer.self_attn
-    is_torchs = layer.norm_first or not attention.batch_first or attention.in_proj_weight is None
-    classes = is_plain(layer, TransformerEncoderLayer) and is_plain(attention, MultiheadAttention)
-    return classes and not is_torchs
+    if not (is_plain(layer, TransformerEncoderLayer) and is_plain(attention, MultiheadAttention)):
+        return False
+    is_packed = attention.batch_first and attention.in_proj_weight is not None
+    return is_packed and not layer.norm_first and not attention.training
 
 
 def _unpadded_layer(layer, x, cu_seqlens):

@@ -67,7 +67,9 @@ def gelu_curve(op: str, approximate: object) -> str:
 
 def check_bias(op: str, bias: object, input: Tensor) -> None:
     """`bias` is None or a vector as long as input's last dimension."""
-    if isinstance(bias, Tensor) and (input.dim() == 0 or bias.shape != input.shape[-1:]):
+    if bias is not None and input.dim() == 0:
+        raise ValueError(f"{op}: input must have a dimension for bias to lie along; got shape ()")
+    if isinstance(bias, Tensor) and bias.shape != input.shape[-1:]:
         raise ValueError(
             f"{op}: bias must have shape {tuple(input.shape[-1:])}, the last dimension of input "
             f"{tuple(input.shape)}; got {tuple(bias.shape)}"

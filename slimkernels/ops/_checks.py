@@ -135,6 +135,13 @@ def check_number(op: str, name: str, value: object) -> None:
         raise ValueError(f"{op}: {name} must be finite in float32; got {value}")
 
 
+def check_eps(op: str, eps: object) -> None:
+    """`eps`, which keeps a root's argument above 0, is a number and not negative."""
+    check_number(op, "eps", eps)
+    if eps < 0:
+        raise ValueError(f"{op}: eps must be at least 0; got {eps}")
+
+
 def check_integer(op: str, name: str, value: object) -> None:
     """`value` is a whole number; what torch.compile counts symbolically is one, too."""
     if isinstance(value, bool) or not isinstance(value, (int, Integral, torch.SymInt)):
@@ -175,6 +182,22 @@ def value_range(values: Tensor) -> tuple[int, int]:
 def autocast_device(x: Tensor) -> str:
     """The device type whose autocast x's products would follow; meta tensors have none."""
     return "cpu" if x.is_cpu or x.is_meta else x.device.type
+
+
+def is_under_autocast(x: Tensor) -> bool:
+    """Whether autocast may change the dtype of x: float64 it leaves alone."""
+    return torch.is_autocast_enabled(autocast_device(x)) and x.dtype != torch.float64
+
+
+def promoted(x: Tensor, other: object) -> tuple[Tensor, object]:
+    """Both in one dtype where autocast has made them differ: the one that torch's operators would
+    compute in. What is no tensor of ours comes back as it is, for the checks to refuse."""
+    if not isinstance(other, Tensor) or other.dtype == x.dtype or other.dtype not in FLOATING:
+        return x, other
+    if not torch.is_autocast_enabled(autocast_device(x)):
+        return x, other
+    dtype = torch.promote_types(x.dtype, other.dtype)
+    return x.to(dtype), other.to(dtype)
 
 
 def outside_autocast(function: Callable[..., Tensor], x: Tensor, *args) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from slimkernels.dispatch import OPS, Op, distinct, kernel_op, needs_gradient
 from slimkernels.ops._activation import DEFINITIONS, EAGER
-from slimkernels.ops._checks import check_alike, check_tensor
+from slimkernels.ops._checks import check_alike, check_tensor, promoted
 from slimkernels.ops._first_order import first_order
 
 _OP_OF = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu"}
@@ -36,6 +36,7 @@ def gated_arguments(op: str, input: object, gate: object, curve: str) -> tuple:
     if input.dim() == 0:
         raise ValueError(f"{op}: input must have at least one dimension; got shape ()")
     if gate is not None:
+        input, gate = promoted(input, gate)
         check_alike(op, "gate", gate, input)
     elif input.shape[-1] % 2:
         raise ValueError(

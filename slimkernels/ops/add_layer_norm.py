@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from slimkernels.dispatch import Op, distinct, kernel_op, needs_gradient
-from slimkernels.ops._checks import check_number
+from slimkernels.ops._checks import check_eps
 from slimkernels.ops._dropout import draw_seed
 from slimkernels.ops._first_order import first_order
 from slimkernels.ops._residual import (
@@ -110,7 +110,7 @@ def _arguments(
         row_scale=row_scale,
         zero_centered=zero_centered,
     )
-    check_number("add_layer_norm", "eps", eps)
+    check_eps("add_layer_norm", eps)
     return *tensors, eps, dropout_p, row_scale, zero_centered
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from slimkernels.dispatch import Op, distinct, kernel_op, needs_gradient
 from slimkernels.ops._activation import check_bias
-from slimkernels.ops._checks import check_alike, check_dropout, check_tensor
+from slimkernels.ops._checks import check_alike, check_dropout, check_tensor, promoted
 from slimkernels.ops._dropout import draw_seed, dropped
 from slimkernels.ops._first_order import first_order
 from slimkernels.ops.layer_norm import gradient_of
@@ -36,11 +36,13 @@ def bias_dropout_add(
 
     input      (..., N) float32, float16, bfloat16 or float64
     bias       (N,), in input's dtype or float32, of the linear layer that made input; or None
-    residual   input's shape, dtype and device; or None, for dropout(input + bias)
+    residual   input's shape, dtype and device; or None, for dropout(input + bias). Under autocast
+               another dtype will do: both are computed in the wider one, as torch adds them
     dropout_p  probability of dropping an element, in [0, 1); survivors are multiplied by
                1 / (1 - dropout_p). Pass 0 outside training.
-    Returns    input's shape and dtype; computed in float32 (float64 for float64) and rounded once;
-               without dropout the backend "torch" rounds each sum, as eager does
+    Returns    input's shape and dtype (residual's where that is wider); computed in float32
+               (float64 for float64) and rounded once; without dropout the backend "torch" rounds
+               each sum, as eager does
     Saves      bias and the seed of the dropout
     Errors     ValueError naming the argument whose value, shape, dtype or device is wrong
     """
@@ -70,7 +72,11 @@ def _arguments(input, bias=None, residual=None, dropout_p=0.0):
         raise ValueError(f"{op}: input must have at least one dimension; got shape ()")
     check_bias(op, bias, input)
     if residual is not None:
+        narrow = input.dtype
+        input, residual = promoted(input, residual)
         check_alike(op, "residual", residual, input)
+        if bias is not None and input.dtype != narrow:
+            bias = bias.to(input.dtype)
     check_dropout(op, dropout_p)
     return input, bias, residual, dropout_p
 

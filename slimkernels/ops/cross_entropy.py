@@ -14,6 +14,7 @@ from slimkernels.ops._checks import (
     check_flag,
     check_parameter,
     check_tensor,
+    is_under_autocast,
 )
 from slimkernels.ops._first_order import first_order
 from slimkernels.ops._loss_arguments import check_label_range, check_labels, check_loss_options
@@ -97,17 +98,19 @@ def cross_entropy(
     return_lse       also return lse, log(sum(exp(logits))), through which gradients flow
     return_correct   also return which labels are their row's argmax, from the same pass; class
                      labels only. Accuracy is correct.sum() / (target != ignore_index).sum().
-    Returns          input's dtype; computed in float32 (float64 for float64) and rounded once.
-                     The mean of no rows is NaN, as in torch. With return_lse or return_correct a
-                     tuple, (loss, lse), (loss, correct) or (loss, lse, correct): lse in float32
-                     (float64), the shape of labels, 0 in ignored rows; correct in bool, the shape
-                     of labels, False in ignored rows. As in torch.argmax, of equal logits the
-                     first counts, and NaN is the greatest; softcap and weight do not matter.
+    Returns          input's dtype, rounded once from float32 (float64 for float64); under autocast
+                     float32, as in torch. The mean of no rows is NaN, as in torch.
+                     With return_lse or return_correct a tuple, (loss, lse), (loss, correct) or
+                     (loss, lse, correct): lse in float32 (float64), the shape of labels, 0 in
+                     ignored rows; correct in bool, the shape of labels, False in ignored rows. As
+                     in torch.argmax, of equal logits the first counts, and NaN is the greatest;
+                     softcap and weight do not matter.
     Saves            input, target, weight and three float32 a row; the softmax is not stored
     Errors           ValueError naming the argument that is wrong. A label out of range is one too
                      on the CPU; on a GPU, where looking would cost a synchronisation, its row's
-                     loss and gradient are NaN. In compiled code the same where a kernel runs, and
-                     torch's own error where the backend is "torch".
+                     loss and gradient are NaN. In compiled code the same where a kernel runs; where
+                     the backend is "torch" its own error, which ends the process if it comes in one
+                     of Inductor's threads, as that of torch's cross_entropy does.
     """
     args = _arguments(
         *(input, target, weight),
@@ -126,7 +129,7 @@ def cross_entropy(
         results = _CrossEntropy.apply(*args, return_lse, chosen)
     else:
         loss, stats, _, correct = cross_entropy_forward(*args, chosen)
-        results = _asked_for(loss, stats, correct, return_lse, return_correct)
+        results = _asked_for(args[0], loss, stats, correct, return_lse, return_correct)
     if input.dim() == 2:
         return results
     rows = (*input.shape[:1], *input.shape[2:]) if input.dim() > 1 else ()
@@ -152,7 +155,8 @@ def _by_torch(
     """The definition in torch's fused kernels where they know it all, as eager code would."""
     how = ignore_index, reduction, label_smoothing
     correct = (is_correct(x, target, ignore_index),) if return_correct else ()
-    with torch.autocast(autocast_device(x), enabled=False):  # which would return float32
+    x = x.float() if is_under_autocast(x) else x
+    with torch.autocast(autocast_device(x), enabled=False):  # which has its own idea of some parts
         if z_loss > 0 or softcap > 0 or return_lse:
             loss, lse = cross_entropy_reference(x, target, weight, *how, z_loss, softcap)
             others = *((lse,) if return_lse else ()), *correct
@@ -251,8 +255,9 @@ def _check_weight(weight, input, V):
 CROSS_ENTROPY = Op("cross_entropy", order=("triton", "cuda", "cpu"), arguments=_arguments)
 
 
-def _asked_for(loss, stats, correct, return_lse, return_correct):
+def _asked_for(x, loss, stats, correct, return_lse, return_correct):
     """What the public function returns of a kernel's results."""
+    loss = loss if is_under_autocast(x) else loss.to(x.dtype)
     if not (return_lse or return_correct):
         return loss
     lse = (stats[0] + stats[1],) if return_lse else ()
@@ -271,7 +276,7 @@ class _CrossEntropy(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if return_correct:
             ctx.mark_non_differentiable(correct)
-        return _asked_for(loss, stats, correct, return_lse, return_correct)
+        return _asked_for(x, loss, stats, correct, return_lse, return_correct)
 
     @staticmethod
     @first_order("cross_entropy")
@@ -292,7 +297,7 @@ def _check_compiled(x, target, weight, ignore_index, *_):
 def _forward_fake(x, target, weight, ignore_index, reduction, *how):
     *_, return_correct, _ = how
     rows = x.shape[:1]
-    loss = x.new_empty(rows if reduction == "none" else ())
+    loss = x.new_empty(rows if reduction == "none" else (), dtype=torch.float32)
     stats = x.new_empty((3, *rows), dtype=torch.float32)
     correct = x.new_empty(rows if return_correct else 0, dtype=torch.bool)
     return loss, stats, x.new_empty(1, dtype=torch.float32), correct
@@ -311,10 +316,10 @@ def cross_entropy_forward(
     return_correct: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss; stats (3, M): a row's maximum, the logarithm of its sum of exp(x - maximum), and
-    the mass of what smoothing or probabilities spread over its classes, 0 without; divisor (1,):
-    what a mean divides by, on the device, so that no one waits for it; for "none" anything; correct
-    (M,) bool, empty if it is not asked for.
+    """The loss, float32; stats (3, M): a row's maximum, the logarithm of its sum of
+    exp(x - maximum), and the mass of what smoothing or probabilities spread over its classes, 0
+    without; divisor (1,): what a mean divides by, on the device, so that no one waits for it; for
+    "none" anything; correct (M,) bool, empty if it is not asked for.
 
     lse is the sum of the first two. Rounded to one float32 it would be wrong by 5e-4 at logits of
     1e4, and so would every probability made from it.

@@ -12,10 +12,10 @@ from slimkernels.backends._embedding import widest
 from slimkernels.dispatch import Op, distinct, kernel_op, needs_gradient
 from slimkernels.ops._checks import (
     check_dropout,
+    check_eps,
     check_flag,
     check_integer,
     check_like,
-    check_number,
     check_parameter,
     check_tensor,
     is_readable,
@@ -165,9 +165,7 @@ def _arguments(
     for name, parameter in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
         check_parameter(NAME, name, parameter, weight, weight.shape[1], "the columns", "weight")
     if eps is not None:
-        check_number(NAME, "eps", eps)
-        if eps < 0:
-            _refuse("eps", "0 or more", eps)
+        check_eps(NAME, eps)
     elif norm_weight is not None or norm_bias is not None:
         eps = 1e-5
     check_dropout(NAME, dropout_p)

@@ -21,10 +21,11 @@ def geglu(
     input        (..., 2 N), [gate, up] side by side, gate first; or up alone, (..., N), with
                  `gate` given. float32, float16, bfloat16 or float64. Views, such as halves that
                  are stored in the other order, are read where they lie.
-    gate         input's shape, dtype and device, or None
+    gate         input's shape, dtype and device, or None; under autocast as in swiglu
     approximate  "none" or "tanh", as in gelu; Gemma and T5 1.1 take "tanh"
-    Returns      (..., N), input's dtype; computed in float32 (float64 for float64);
-                 the backend "torch" rounds the gate's activation, as eager does
+    Returns      (..., N), input's dtype (gate's where that is wider); computed in float32
+                 (float64 for float64); the backend "torch" rounds the gate's activation, as
+                 eager does
     Saves        input and gate
     Errors       ValueError naming the argument whose value, shape, dtype or device is wrong
 

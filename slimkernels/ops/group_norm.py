@@ -8,8 +8,8 @@ from torch import Tensor
 
 from slimkernels.dispatch import Op, distinct, kernel_op, needs_gradient
 from slimkernels.ops._checks import (
+    check_eps,
     check_integer,
-    check_number,
     check_parameter,
     check_tensor,
     outside_autocast,
@@ -86,7 +86,7 @@ def _arguments(input, num_groups, weight=None, bias=None, eps=1e-5):
         )
     check_parameter("group_norm", "weight", weight, input, shape[1], "the channels")
     check_parameter("group_norm", "bias", bias, input, shape[1], "the channels")
-    check_number("group_norm", "eps", eps)
+    check_eps("group_norm", eps)
     return input, num_groups, weight, bias, eps
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from slimkernels.dispatch import Op, distinct, kernel_op, needs_gradient
-from slimkernels.ops._checks import check_flag, check_number, normalized_rows, outside_autocast
+from slimkernels.ops._checks import check_eps, check_flag, normalized_rows, outside_autocast
 from slimkernels.ops._first_order import first_order
 
 
@@ -76,7 +76,7 @@ def layer_norm_by_torch(
 
 def _arguments(input, normalized_shape, weight=None, bias=None, eps=1e-5, *, zero_centered=False):
     rows = normalized_rows("layer_norm", input, normalized_shape, weight, bias)
-    check_number("layer_norm", "eps", eps)
+    check_eps("layer_norm", eps)
     check_flag("layer_norm", "zero_centered", zero_centered)
     return *rows, eps, zero_centered
 

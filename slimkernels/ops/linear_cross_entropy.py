@@ -14,7 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slimkernels.dispatch import Op, distinct, kernel_op, needs_gradient
-from slimkernels.ops._checks import autocast_device, check_flag, check_tensor
+from slimkernels.ops._checks import (
+    autocast_device,
+    check_flag,
+    check_tensor,
+    is_under_autocast,
+)
 from slimkernels.ops._first_order import first_order
 from slimkernels.ops._loss_arguments import (
     check_label_range,
@@ -106,10 +111,7 @@ def linear_cross_entropy(
         loss, _, _, correct, *_ = linear_cross_entropy_forward(*args, chosen)
         results = (loss, correct) if return_correct else loss
     loss = results[0] if return_correct else results
-    dtype = input.dtype
-    if torch.is_autocast_enabled(autocast_device(input)) and dtype != torch.float64:
-        dtype = torch.float32
-    loss = loss.to(dtype)
+    loss = loss.to(torch.float32 if is_under_autocast(input) else input.dtype)
     loss = loss.view(target.shape) if reduction == "none" else loss
     return (loss, results[1].view(target.shape)) if return_correct else loss
 
@@ -130,13 +132,13 @@ def _by_torch(
 ):
     """As eager code would, in its dtypes."""
     x = x if positions is None else x[positions]
-    autocast = torch.is_autocast_enabled(autocast_device(x))
+    autocast = is_under_autocast(x)
     x = x.masked_fill((target == ignore_index).unsqueeze(1), 0.0)
     with torch.autocast(autocast_device(x), enabled=False):
         bias = None if bias is None else bias.to(x.dtype)
         logits = F.linear(x, weight.to(x.dtype), bias)
         return cross_entropy(
-            logits.float() if autocast and x.dtype != torch.float64 else logits,
+            logits.float() if autocast else logits,
             target,
             ignore_index=ignore_index,
             reduction=reduction,
@@ -185,7 +187,7 @@ def _arguments(
             _check_alike(op, name, parameter, input)
     check_loss_options(op, ignore_index, reduction, label_smoothing, z_loss, softcap)
     check_flag(op, "return_correct", return_correct)
-    x = input.reshape(-1, C)
+    x = input.reshape(input.shape[:-1].numel(), C)  # not -1, which no features leave open
     if positions is None:
         shape = tuple(input.shape[:-1])
         whose = f"that of input {tuple(input.shape)} without its last dimension"
@@ -195,9 +197,8 @@ def _arguments(
         positions = positions.to(torch.int64)
     check_labels(op, target, shape, whose, input.device)
     check_label_range(op, target, weight.shape[0], ignore_index)
-    device = autocast_device(input)
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(device))
+    if is_under_autocast(x):
+        x = x.to(torch.get_autocast_dtype(autocast_device(x)))
     target = target.reshape(-1).to(torch.int64)
     softcap = 0.0 if softcap is None else softcap
     wanted = [_wants_gradient(t) for t in (x, weight, bias)]

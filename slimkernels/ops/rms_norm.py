@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slimkernels.dispatch import Op, distinct, kernel_op, needs_gradient
-from slimkernels.ops._checks import check_flag, check_number, normalized_rows, outside_autocast
+from slimkernels.ops._checks import check_eps, check_flag, normalized_rows, outside_autocast
 from slimkernels.ops._first_order import first_order
 from slimkernels.ops.layer_norm import full_weight, gradient_of
 
@@ -76,7 +76,7 @@ def checked_eps(op: str, eps: float | None, x: Tensor) -> float:
     """eps, or torch's default for it."""
     if eps is None:
         return torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
-    check_number(op, "eps", eps)
+    check_eps(op, eps)
     return eps
 
 

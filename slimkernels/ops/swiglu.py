@@ -15,9 +15,10 @@ def swiglu(input: Tensor, *, gate: Tensor | None = None, backend: str | None = N
              weights of gate_proj and up_proj makes them; or up alone, (..., N), with `gate` given.
              float32, float16, bfloat16 or float64. Views, such as halves that are stored in the
              other order, are read where they lie.
-    gate     input's shape, dtype and device, or None
-    Returns  (..., N), input's dtype; computed in float32 (float64 for float64);
-             the backend "torch" rounds the gate's activation, as eager does
+    gate     input's shape, dtype and device, or None. Under autocast another dtype will do: both
+             are computed in the wider one, as torch multiplies them
+    Returns  (..., N), input's dtype (gate's where that is wider); computed in float32 (float64
+             for float64); the backend "torch" rounds the gate's activation, as eager does
     Saves    input and gate
     Errors   ValueError naming the argument whose shape, dtype or device is wrong
 

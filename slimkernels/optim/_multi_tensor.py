@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from slimkernels.dispatch import BACKENDS
-from slimkernels.ops._checks import check_flag
+from slimkernels.ops._checks import check_flag, is_readable
 from slimkernels.ops._update import TensorLists, Update
 from slimkernels.ops.grad_norm import grad_norm
 
+# State that begins anew where there is none: of an option, and of a parameter's dtype.
+LATER = ("max_exp_avg_sq", "master")
 # What torch's optimizers keep in their groups to choose among their own implementations.
 FOREIGN = ("foreach", "fused", "differentiable", "decoupled_weight_decay")
 LOW = (torch.bfloat16, torch.float16)
@@ -66,12 +68,19 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
 
     def _check_group(self, group: dict) -> None:
         """ValueError in a sentence if a value of the group makes no sense."""
-        for param in group["params"]:
+        for name in self.settings:
+            if name in group:
+                raise ValueError(
+                    f"{_name(self)}: {name} must be given for the whole optimizer, not for a group"
+                )
+        params = group["params"]
+        for param in params:
             if not param.is_floating_point():
                 raise ValueError(f"{_name(self)}: parameters must be real; got {param.dtype}")
-        lr = group["lr"]
-        if isinstance(lr, Tensor) and lr.numel() != 1:
-            raise ValueError(f"{_name(self)}: lr must be one number; got {tuple(lr.shape)}")
+        if len(set(params)) < len(params):  # one pass updates them all, in any order
+            raise ValueError(f"{_name(self)}: a group must hold each parameter once")
+        if isinstance(group["lr"], Tensor):
+            self._check_rate(group["lr"])
         for name in ("lr", "eps", "weight_decay", "momentum"):
             if name in group and not isinstance(group[name], Tensor):
                 self._check_number(name, group[name])
@@ -82,6 +91,14 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         is_pair = isinstance(betas, (tuple, list)) and len(betas) == 2
         if not is_pair or not all(isinstance(b, Real) and 0.0 <= b < 1.0 for b in betas):
             raise ValueError(f"{_name(self)}: betas must be two numbers in [0, 1); got {betas!r}")
+
+    def _check_rate(self, lr: Tensor) -> None:
+        if lr.numel() != 1 or not lr.is_floating_point():
+            raise ValueError(
+                f"{_name(self)}: lr must be one real number; got {lr.dtype} of {tuple(lr.shape)}"
+            )
+        if is_readable(lr):  # on a GPU it would cost a synchronisation
+            self._check_number("lr", lr.item())
 
     def _check_number(self, name: str, value: object) -> None:
         is_number = isinstance(value, Real) and not isinstance(value, bool)
@@ -238,8 +255,13 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         """Take over a state dict of this class, or of torch's optimizer of the same name."""
         # Hooks, since other hooks may have replaced state_dict, or may read what was loaded.
         given = []
+
+        def before(_, loaded: dict) -> None:
+            self._check_state_dict(loaded)
+            given.append(loaded)
+
         hooks = [
-            self.register_load_state_dict_pre_hook(lambda _, loaded: given.append(loaded)),
+            self.register_load_state_dict_pre_hook(before),
             self.register_load_state_dict_post_hook(
                 lambda _: self._restore(given[-1]), prepend=True
             ),
@@ -249,6 +271,23 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def _check_state_dict(self, state_dict: dict) -> None:
+        """ValueError where the state is another kind of optimizer's; torch compares the sizes."""
+        wanted = [name for name in ("betas", "momentum", "eps") if name in self.defaults]
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            missing = [name for name in wanted if name not in saved]
+            where = "its groups have"
+            for param, number in zip(group["params"], saved["params"], strict=False):
+                state = state_dict["state"].get(number)
+                if state and not missing:
+                    names = (name for name in self._columns(group, param) if name not in LATER)
+                    missing, where = [n for n in names if n not in state], "its state has"
+            if missing:
+                raise ValueError(
+                    f"{_name(self)}: the state dict is another optimizer's: {where} no "
+                    f"{', '.join(missing)}"
+                )
 
     def _restore(self, state_dict: dict) -> None:
         """Give groups our own keys, and states their dtype: torch cast them to the parameter's."""

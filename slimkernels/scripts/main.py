@@ -7,6 +7,10 @@ import sys
 
 # The module of each command, imported only when it is asked for, and what it does.
 COMMANDS = {
+    "doctor": (
+        "slimkernels.scripts.doctor",
+        "what swapping does to a Hugging Face model, measured",
+    ),
     "info": ("slimkernels.info", "what is installed, which backends run here, what is missing"),
     "pretrain": ("slimkernels.scripts.pretrain", "train a BERT from scratch"),
     "tune": ("slimkernels.scripts.tune", "measure the fastest tiles of a kernel on this GPU"),
@@ -33,7 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] == "slimkernels":
             raise  # a fault of ours, not a package that is missing
-        sentence = f'slimkernels {name} needs {error.name}: pip install "slimkernels[train]"'
+        extra = "hf" if error.name.split(".")[0] == "transformers" else "train"
+        sentence = f'slimkernels {name} needs {error.name}: pip install "slimkernels[{extra}]"'
         print(sentence, file=sys.stderr)
         return 1
     return module.main(rest) or 0

@@ -7,7 +7,7 @@ import torch
 from module_cases import assert_model_no_worse, outputs_and_gradients
 from torch import nn
 
-from slimkernels.nn import transformer
+from slimkernels.nn import _torchs_own
 
 V, C, H = 31, 48, 4
 
@@ -48,7 +48,7 @@ def call(model, *batch):
 
 @pytest.fixture(autouse=True)
 def kernels_at_every_size(monkeypatch):
-    monkeypatch.setattr(transformer, "MIN_ELEMENTS", 0)
+    monkeypatch.setattr(_torchs_own, "MIN_ELEMENTS", 0)
 
 
 @pytest.fixture(scope="session")

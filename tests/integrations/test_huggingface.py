@@ -6,6 +6,7 @@ import copy
 import importlib.metadata
 import importlib.util
 import pickle
+import sys
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from slimkernels.integrations import (
 )
 from slimkernels.integrations._hf_logits import LazyLogits
 from slimkernels.integrations._hf_twins import fingerprint
+from slimkernels.nn import _torchs_own
 
 REAL = torch.arange(L) < torch.tensor(LENGTHS)[:, None]
 
@@ -66,7 +68,7 @@ def _masks():
 
 
 @pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize("kind, batch, real", _masks(), ids=[kind for kind, *_ in _masks()])
+@pytest.mark.parametrize("kind, batch, real", list(_masks()), ids=[kind for kind, *_ in _masks()])
 def test_every_kind_of_mask_is_obeyed(kind, batch, real, window):
     family = FAMILIES["mistral"]
     model = FAMILIES["mistral"].make().model.eval()
@@ -117,6 +119,15 @@ def test_sequences_named_by_cu_seq_lens_see_only_themselves():
     torch.testing.assert_close(actual, expected)
     one = model(ids[:1, :4]).last_hidden_state
     torch.testing.assert_close(actual[:, :4], one)
+
+
+def test_another_mask_interface_gets_its_own_mask(monkeypatch):
+    def sdpa_mask(batch_size, cache_position, kv_length, kv_offset=0):
+        raise NotImplementedError
+
+    assert _hf_mask.mask_function() is _hf_mask.mask
+    monkeypatch.setattr(_hf_mask.masking_utils, "sdpa_mask", sdpa_mask)
+    assert _hf_mask.mask_function() is sdpa_mask
 
 
 def _heads(dtype=torch.float32):
@@ -189,6 +200,17 @@ def test_another_transformers_is_refused(monkeypatch, version, found):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
+def test_under_another_transformers_its_modules_are_left(monkeypatch):
+    for name in ("huggingface", "_swaps_huggingface"):
+        monkeypatch.delitem(sys.modules, f"slimkernels.integrations.{name}")
+        monkeypatch.delattr(slimkernels.integrations, name)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "4.57.1")
+    report = slimkernels.replace(FAMILIES["bert-cls"].make())
+    assert {row.kind for row in report.swapped} == {"torch.nn.LayerNorm", "torch.nn.Dropout"}
+    (model,) = [row for row in report.left if row.path == ""]
+    assert "needs transformers 5 or newer; found 4.57.1" in model.detail
+
+
 def test_padding_is_not_computed_and_comes_back_as_zeros(bert, replaced):
     """Layers see the real tokens; what looks at hidden states sees them padded."""
     sizes = []
@@ -212,10 +234,27 @@ def test_padding_is_not_computed_and_comes_back_as_zeros(bert, replaced):
     hook.remove()
     assert shapes == [(B, L, 32)]
 
+    layer._compiled_call_impl = layer._call_impl  # as after layer.compile()
+    replaced.bert(**tokens())
+    assert sizes[-1] == (B, L, 32)
+    layer._compiled_call_impl = None
+
     left = {n: t.flip(1) for n, t in tokens().items()}
     expected = bert.bert(**left).last_hidden_state
     torch.testing.assert_close(replaced.bert(**left).last_hidden_state, expected)
     assert sizes[-1] == (B, L, 32)
+
+
+@pytest.mark.parametrize("lengths", [(5, 3), (8, 5)])
+def test_small_batches_in_evaluation_too(bert, replaced, monkeypatch, lengths):
+    """Where transformers' own code runs between the packing; as many tokens as a row has places."""
+    monkeypatch.setattr(_torchs_own, "MIN_ELEMENTS", 1 << 20)
+    ids = tokens()["input_ids"][:2, :8]
+    seen = torch.arange(8) < torch.tensor(lengths)[:, None]
+    batch = {"input_ids": ids, "attention_mask": seen.long()}
+    with torch.no_grad():
+        expected, actual = (model(**batch).logits for model in (bert, replaced))
+    torch.testing.assert_close(actual[seen], expected[seen])
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -297,6 +336,31 @@ def test_logits_are_computed_when_read(replaced):
     slimkernels.restore(model)
 
 
+@pytest.mark.parametrize("name", ["distilbert", "gpt2", "t5", "bart", "whisper", "deberta-v2"])
+def test_losses_do_without_logits(name):
+    family = FAMILIES[name]
+    model = family.make().train()
+    slimkernels.replace(model)
+    output = model(**family.inputs())
+    assert output.logits._source.value is None and output.loss.isfinite()
+
+
+def test_positions_of_a_packed_bias_are_those_in_the_sequences(monkeypatch):
+    """The bias would be right between all tokens, too, and as large as their number's square."""
+    family = FAMILIES["t5"]
+    model = family.make()
+    slimkernels.replace(model)
+    attention, sizes = model.encoder.block[0].layer[0].SelfAttention, []
+    compute = attention.compute_bias
+    monkeypatch.setattr(
+        attention,
+        "compute_bias",
+        lambda *args, **kw: sizes.append(args[:2]) or compute(*args, **kw),
+    )
+    model(**family.inputs())
+    assert sizes == [(L, L)]
+
+
 def _own_loss(logits):
     return logits.log_softmax(-1)[REAL].square().mean()
 
@@ -320,6 +384,14 @@ def test_gradients_flow_through_logits_that_are_read(bert, replaced, loss):
         results.append([value.detach(), *(p.grad for p in model.parameters())])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_logits_written_after_they_were_reshaped_are_refused(replaced):
+    logits = replaced.train()(**tokens()).logits
+    flat = logits.view(-1, V)
+    logits[..., 3] = -5.0
+    with pytest.raises(RuntimeError, match="make those after the writing"):
+        torch.nn.functional.cross_entropy(flat, masked()["labels"].view(-1))
 
 
 def test_trainer_is_unchanged(tmp_path):

@@ -3,6 +3,8 @@
 import copy
 import io
 import pickle
+import sys
+import types
 
 import pytest
 import torch
@@ -11,6 +13,9 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import slimkernels
 from slimkernels import replace, restore
+from slimkernels.integrations._swap import Swap
+
+replacing = sys.modules["slimkernels.integrations.replace"]  # the module, not the function
 
 SWAPPED = {
     *("LayerNorm", "RMSNorm", "GroupNorm", "GELU", "SiLU", "Softmax", "LogSoftmax", "Dropout"),
@@ -135,6 +140,12 @@ def with_own_forward():
     return module
 
 
+def stack_with_own_forward():
+    stack = nn.TransformerDecoder(nn.TransformerDecoderLayer(8, 2, 8), 1)
+    stack.layers[0].forward = lambda x, *_, **__: x
+    return stack
+
+
 LEFT = {
     "subclass": (lambda: Doubling(8), "a subclass of torch.nn.LayerNorm, which may"),
     "own forward": (with_own_forward, "its forward has been replaced on the instance"),
@@ -147,6 +158,10 @@ LEFT = {
     "stack of subclasses": (
         lambda: nn.TransformerEncoder(Plain(8, 2, 8), 1, enable_nested_tensor=False),
         "a layer of it is not torch.nn's TransformerEncoderLayer",
+    ),
+    "stack with own forward": (
+        stack_with_own_forward,
+        "a layer of it is not torch.nn's TransformerDecoderLayer",
     ),
     "leaf": (lambda: nn.Tanh(), "nothing of ours takes its place"),
     "container": (lambda: nn.Sequential(nn.ReLU()), "not known; its parts were looked at"),
@@ -171,6 +186,44 @@ def test_a_model_it_does_not_know_is_left_alone():
     report = replace(model)
     assert fingerprint(model) == before and not report.swapped
     assert len(report.left) == 4 and str(report).startswith("Sequential: 4 left")
+
+
+class Configured(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.config = {"attention": "eager"}
+
+
+def configure(module):
+    before = module.config["attention"]
+    module.config["attention"] = "slimkernels"
+    return before
+
+
+def set_back(module, before):
+    assert type(module) is Configured
+    module.config["attention"] = before
+
+
+def test_another_source_may_adapt_modules_of_any_class(monkeypatch):
+    how = Swap(Configured, None, adapt=configure, undo=set_back)
+    source = types.ModuleType("source_of_a_test")
+    source.SWAPS = {}
+    source.swap_for = lambda module: how if hasattr(module, "config") else None
+    monkeypatch.setitem(sys.modules, source.__name__, source)
+    monkeypatch.setitem(replacing._SOURCES, source.__name__, "torch")
+    monkeypatch.setitem(replacing._SOURCES, "not.there", "a_package_not_imported")
+    model = nn.Sequential(Configured(), nn.GELU())
+    assert [row.path for row in replace(model).swapped] == ["0", "1"]
+    assert [row.path for row in replace(model).already] == ["0", "1"]
+    other = copy.deepcopy(model)
+    assert model[0].config["attention"] == "slimkernels"
+    restore(model)
+    assert model[0].config["attention"] == "eager" and set(vars(model[0])) == set(
+        vars(Configured())
+    )
+    restore(other)
+    assert other[0].config["attention"] == "eager"
 
 
 def test_the_report_prints_as_a_table():

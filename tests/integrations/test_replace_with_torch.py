@@ -9,6 +9,7 @@ from module_cases import assert_model_no_worse, outputs_and_gradients
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, distribute_module, distribute_tensor
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 
@@ -183,3 +184,27 @@ def test_fully_shard(model, first, mesh, batch, expected):
     if first == "shard":
         assert [type(m) for m in model.modules()] == before
     model(*batch)[0].backward()
+
+
+DISTRIBUTED = {
+    "layer norm": (nn.LayerNorm(64), ()),
+    "rms norm": (nn.RMSNorm(64), ()),
+    "group norm": (nn.GroupNorm(2, 64), ()),
+    "gelu": (nn.GELU(), ()),
+    "silu": (nn.SiLU(), ()),
+    "softmax": (nn.Softmax(-1), ()),
+    "log softmax": (nn.LogSoftmax(-1), ()),
+    "loss": (nn.CrossEntropyLoss(), (torch.arange(48),)),
+}
+
+
+@pytest.mark.parametrize("case", DISTRIBUTED)
+def test_distributed_tensors_go_to_torch(case, mesh):
+    """Tensor and sequence parallelism hand them to norms, activations and the loss."""
+    theirs, others = DISTRIBUTED[case]
+    theirs = distribute_module(copy.deepcopy(theirs), mesh)
+    ours = replace(theirs, inplace=False).model
+    x, *others = (distribute_tensor(t, mesh, [Replicate()]) for t in (torch.randn(48, 64), *others))
+    y = ours(x, *others)
+    assert isinstance(y, DTensor)
+    assert torch.equal(y.full_tensor(), theirs(x, *others).full_tensor())

@@ -3,11 +3,13 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 from module_cases import assert_model_no_worse, outputs_and_gradients
 
 from slimkernels.dispatch import use_backend
 from slimkernels.models.block import Block, Wanted
 from slimkernels.models.embedding import _TiedEmbedding
+from slimkernels.ops.linear import linear
 
 T = 9
 CAUSAL = torch.ones(T, T, dtype=torch.bool).triu(1)
@@ -156,3 +158,39 @@ def test_tied_embedding_has_the_gradients_of_two_uses(used):
 
     assert torch.autograd.gradcheck(call, (weight,))
     assert torch.autograd.gradgradcheck(call, (weight,))
+
+
+def test_tied_embedding_writes_no_gradient_that_others_hold():
+    weight, x = torch.randn(6, 3, requires_grad=True), torch.randn(4, 3)
+    ids, dy, kept = torch.tensor([4, 1, 4, 0]), torch.randn(4, 6), []
+
+    def call(dmatrix=None, keep=None):
+        """The gradient of weight, and what arrived for the matrix."""
+        rows, matrix = _TiedEmbedding.apply(weight, ids)
+        if keep is not None:
+            matrix.register_hook(keep)
+        y, dy_ = (matrix.view(-1), dmatrix) if dmatrix is not None else (F.linear(x, matrix), dy)
+        wanted = (weight, matrix) if keep is None and dmatrix is None else (weight,)
+        return torch.autograd.grad((rows.sum(), y), wanted, (None, dy_))
+
+    (expected,) = torch.autograd.grad(F.linear(x, weight), weight, dy)
+    assert torch.equal(call()[1], expected)  # asked for
+    call(keep=kept.append)  # kept by a hook
+    assert torch.equal(kept[0], expected)
+    given = torch.ones(18)  # given, as a view
+    call(dmatrix=given)
+    assert torch.equal(given, torch.ones(18))
+    other = torch.ones(6, 3, requires_grad=True)  # of two nodes, one that runs after
+    earlier = other * 1
+    rows, matrix = _TiedEmbedding.apply(weight, ids)
+    (rows.sum() + F.linear(x, matrix + earlier).sum()).backward()
+    assert torch.equal(other.grad, torch.ones(4, 6).T @ x)
+
+
+def test_tied_embedding_adds_to_the_decoders_gradient_in_place(monkeypatch):
+    weight, x = torch.randn(6, 3, requires_grad=True), torch.randn(4, 3)
+    rows, matrix = _TiedEmbedding.apply(weight, torch.tensor([4, 1, 4, 0]))
+    monkeypatch.setattr(torch.Tensor, "clone", None)
+    for product in (F.linear, linear):
+        loss = product(x, matrix).square().sum() + rows.sum()
+        torch.autograd.grad(loss, weight, retain_graph=True)

@@ -124,7 +124,19 @@ def test_copies_and_pickles(case):
         (lambda: slim_nn.CrossEntropyLoss(size_average=True), "use reduction"),
         (lambda: slim_nn.CrossEntropyLoss(reduce=False), "use reduction"),
         (lambda: slim_nn.CrossEntropyLoss(reduction="max"), "must be .* or 'sum'; got 'max'"),
+        (
+            lambda: slim_nn.CrossEntropyLoss(label_smoothing=2),
+            r"^Cross.*must be in \[0, 1\]; got 2",
+        ),
         (lambda: slim_nn.LinearCrossEntropy(2, 3, reduction=1), "must be .* or 'sum'; got 1"),
+        (
+            lambda: slim_nn.LinearCrossEntropy(2, 3, softcap=-1.0),
+            "^Linear.*softcap must be None or",
+        ),
+        (
+            lambda: slim_nn.LinearCrossEntropy(2, 3)(torch.ones(1, 4), torch.ones(1).long()),
+            r"^LinearCrossEntropy: input must have a last dimension of 2, in_features; .*\(1, 4\)",
+        ),
     ],
 )
 def test_what_is_not_implemented_is_refused(make, sentence):

@@ -71,7 +71,9 @@ def test_a_bias_field_is_a_floating_mask_and_stands_beside_a_bool_one():
     variant = AttentionVariant(bias=bias)
     torch.testing.assert_close(attend(q, k, v, variant=variant), attend(q, k, v, bias), **TIGHT)
     both = bias.masked_fill(~mask, -torch.inf)
-    torch.testing.assert_close(attend(q, k, v, mask, variant=variant), attend(q, k, v, both))
+    torch.testing.assert_close(
+        attend(q, k, v, mask, variant=variant), attend(q, k, v, both), **TIGHT
+    )
 
 
 # Everything at once, by the formulas in AttentionVariant's docstring, one number after the other.
@@ -156,7 +158,7 @@ def test_variants_are_their_formulas(case, is_causal):
     actual = attend(q, k, v, mask, **options, return_lse=True)
     expected = by_hand(q, k, v, mask, bias, LENGTHS, is_causal, variant)
     for ours, theirs in zip(actual, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
+        torch.testing.assert_close(ours, theirs, **TIGHT)
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
@@ -195,7 +197,7 @@ def test_flex_attention_is_the_same_function():
     )
     theirs = flex.flex_attention(q, k, v, score_mod, block_mask, enable_gqa=True)
     ours = attend(q, k, v, key_lengths=LENGTHS, variant=variant)
-    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(ours, theirs, **TIGHT)
 
 
 def test_lse_is_logsumexp_of_the_scores():
@@ -307,5 +309,5 @@ def test_one_graph_for_all_lengths_with_everything_on():
             for f in (everything, compiled)
         )
         for name, value in expected.items():
-            torch.testing.assert_close(actual[name], value, msg=name)
+            torch.testing.assert_close(actual[name], value, **TIGHT, msg=name)
     assert graphs.frame_count <= 2  # the first, and one for any lengths

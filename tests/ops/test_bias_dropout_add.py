@@ -237,3 +237,26 @@ def test_small_inputs_without_dropout_are_left_to_eager(monkeypatch):
         sk.bias_dropout_add(x, bias, residual, backend="cpu")
     text = sk.explain(sk.bias_dropout_add, x, bias, residual, 0.1)
     assert text.startswith("bias_dropout_add runs on cpu")
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("wide", ["input", "residual"])
+def test_autocast_adds_two_dtypes_as_torch_does(wide, backend):
+    x, bias, residual = inputs_of((5, 12), torch.bfloat16, "cpu")
+    x, residual = (x.float(), residual) if wide == "input" else (x, residual.float())
+    skip_unsupported(NAME, backend, x.float(), bias.float(), residual.float())
+    ours, eager, reference = functions_of(backend, 0.0)
+
+    def autocast(x, bias, residual):
+        with torch.autocast(x.device.type, torch.bfloat16):
+            y = ours(x, bias, residual)
+        assert y.dtype == torch.float32
+        return y
+
+    def promoted(x, bias, residual):
+        return residual + (x.float() + bias)
+
+    inputs = (x, bias.to(x.dtype), residual)
+    assert_op_matches(autocast, promoted, promoted, inputs)
+    with pytest.raises(ValueError, match="residual must have input's dtype"):
+        ours(*inputs)

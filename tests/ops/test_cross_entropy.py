@@ -159,13 +159,25 @@ def test_logits_that_are_not_finite(backend, V, label_smoothing):
         assert_no_worse(ours[name], eager[name], expected, what=name)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_autocast_does_not_touch_the_torch_backend(dtype):
-    x, target = inputs_of((6, 9), dtype, "cpu")
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = sk.cross_entropy(x, target, backend="torch")
-    assert loss.dtype == dtype
-    assert torch.equal(loss, sk.cross_entropy(x, target, backend="torch"))
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("backend", [*KERNEL_BACKENDS, "torch"])
+def test_autocast_gives_a_float32_loss_as_in_torch(backend, reduction):
+    x, target = inputs_of((6, 9), torch.bfloat16, device_of(backend))
+    skip_unsupported("cross_entropy", backend, x, target)
+
+    def autocast(function, **options):
+        def call(x):
+            with torch.autocast(x.device.type, torch.bfloat16):
+                return function(x, target, reduction=reduction, **options)
+
+        return call
+
+    ours, eager = autocast(sk.cross_entropy, backend=backend), autocast(F.cross_entropy)
+    assert ours(x).dtype == eager(x).dtype == torch.float32
+    assert ours(x.double()).dtype == torch.float64 if backend == "torch" else True
+    assert sk.cross_entropy(x, target, backend=backend).dtype == torch.bfloat16
+    for function in (ours, torch.compile(ours, backend="aot_eager", fullgraph=True)):
+        assert_op_matches(function, eager, eager, (x,))
 
 
 @pytest.mark.parametrize("backend", [*KERNEL_BACKENDS, "torch"])

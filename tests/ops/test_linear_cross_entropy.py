@@ -185,12 +185,14 @@ def test_tied_weight(backend):
 
     assert_op_matches(ours, eager, eager, (weight, bias))
     everything = torch.arange(37, device=weight.device)
-    both = torch.autograd.grad(
-        sk.linear_cross_entropy(weight.requires_grad_(), weight, everything, backend=backend),
-        weight,
-    )[0]
-    expected = torch.autograd.grad(F.cross_entropy(weight @ weight.t(), everything), weight)[0]
-    torch.testing.assert_close(both, expected)
+
+    def with_itself(weight):
+        return sk.linear_cross_entropy(weight, weight, everything, backend=backend)
+
+    def eager_with_itself(weight):
+        return F.cross_entropy(weight @ weight.t(), everything)
+
+    assert_op_matches(with_itself, eager_with_itself, eager_with_itself, (weight,))
 
 
 @every_reduction
@@ -231,8 +233,18 @@ def test_a_second_backward_and_no_gradient(backend, reduction):
     dy = torch.full_like(loss, 0.5)
     first = torch.autograd.grad(loss, leaves, dy, retain_graph=True)
     second = torch.autograd.grad(loss, leaves, dy)
-    for a, b in zip(first, second, strict=True):
-        torch.testing.assert_close(a, b)
+
+    def eager(x, weight, bias):
+        return F.cross_entropy(F.linear(x, weight, bias), target, reduction=reduction)
+
+    tensors = [t.detach() for t in leaves]
+    baseline, truth = (
+        run_with_gradients(eager, [t.to(dtype) for t in tensors], (dy.to(dtype),))
+        for dtype in (torch.float32, torch.float64)
+    )
+    for i, gradients in enumerate(zip(first, second, strict=True)):
+        for gradient in gradients:
+            assert_no_worse(gradient, baseline[f"gradient {i}"], truth[f"gradient {i}"])
     with torch.no_grad():
         assert torch.equal(ours(), loss)
 
@@ -297,6 +309,20 @@ def test_same_bits_every_time(backend, dtype, monkeypatch):
         assert torch.equal(second[name], expected), name
 
 
+def test_without_features_logits_are_the_bias():
+    x, weight, target, bias = inputs_of((9, 0, 37), torch.float32, "cpu")
+    tensors = x, weight, bias
+
+    def eager(x, weight, bias):
+        return F.cross_entropy(F.linear(x, weight, bias), target)
+
+    assert_op_matches(
+        lambda x, w, b: sk.linear_cross_entropy(x, w, target, b), eager, eager, tensors
+    )
+    with pytest.raises(sk.BackendError, match="but input has no features"):
+        sk.linear_cross_entropy(x, weight, target, bias, backend="cpu")
+
+
 def test_the_definition_is_torchs():
     x, weight, target, bias = inputs_of((9, 24, 37), torch.float64, "cpu")
     theirs = F.cross_entropy(F.linear(x, weight, bias), target, label_smoothing=0.1)
@@ -339,44 +365,6 @@ def test_memory_is_a_tenth_of_eagers():
     output = subprocess.check_output(command, env=environment, cwd=os.sep)
     ours, eager = map(int, output.split())
     assert ours * 10 <= eager
-
-
-X, W, T, B = torch.randn(4, 8), torch.randn(5, 8), torch.tensor([0, 4, -100, 3]), torch.randn(5)
-
-
-@pytest.mark.parametrize(
-    "arguments, sentence",
-    [
-        (dict(input=[1.0]), "input must be a tensor; got list"),
-        (dict(input=X.sum()), r"input must have a last dimension; got shape \(\)"),
-        (dict(weight=None), "weight must be a tensor; got NoneType"),
-        (dict(weight=W[:, :3]), r"weight must have shape \(V, 8\), V > 0, .*; got \(5, 3\)"),
-        (dict(weight=W[:0]), r"weight must have shape \(V, 8\), V > 0, .*; got \(0, 8\)"),
-        (dict(weight=W.half()), "weight must be torch.float32 like input, or float32; got .*16"),
-        (dict(weight=W.to("meta")), "weight must be on cpu like input; got meta"),
-        (dict(bias=B[:3]), r"bias must have shape \(5,\), the rows of weight .*; got \(3,\)"),
-        (dict(target=T[:3]), r"target must have shape \(4,\), that of input .*; got \(3,\)"),
-        (dict(target=X), "target must hold class labels, int64 or int32; got torch.float32"),
-        (dict(target=T + 1), r"target must be in \[0, 5\) or .* -100; got 5 at position \(1,\)"),
-        (dict(reduction="max"), "reduction must be 'none', 'mean' or 'sum'; got 'max'"),
-        (dict(label_smoothing=2.0), r"label_smoothing must be in \[0, 1\]; got 2.0"),
-        (dict(softcap=-1.0), "softcap must be None or above 0; got -1.0"),
-        (dict(return_correct=None), "return_correct must be True or False; got None"),
-        (dict(positions=[0]), "positions must be a tensor; got list"),
-        (dict(positions=T.bool()), "positions must be int64 or int32; got torch.bool"),
-        (dict(positions=T.view(2, 2)), r"positions must have shape \(K,\); got \(2, 2\)"),
-        (dict(positions=T.to("meta")), "positions must be on cpu like input; got meta"),
-        (dict(positions=T[:2]), r"positions must be in \[0, 4\), rows of input; got 4"),
-        (dict(positions=T[2:]), r"positions must be in \[0, 4\), rows of input; got -100"),
-        (dict(positions=T[:1]), r"target must have shape \(1,\), that of positions; got \(4,\)"),
-        (dict(input=X[:0], positions=T[:1]), "positions must be empty, as input is; got 1"),
-    ],
-)
-@pytest.mark.parametrize("backend", [None, *BACKENDS, "torch"])
-def test_bad_input_is_one_sentence(backend, arguments, sentence):
-    arguments = {"input": X, "weight": W, "target": T, "bias": B, **arguments}
-    with pytest.raises(ValueError, match="^linear_cross_entropy: " + sentence):
-        sk.linear_cross_entropy(**arguments, backend=backend)
 
 
 @every_reduction

@@ -36,7 +36,8 @@ def test_norm_and_coefficient(backend, dtypes, scale):
     eager = torch.nn.utils.get_total_norm(grads)
     truth = torch.nn.utils.get_total_norm([g.double() for g in grads])
     assert_no_worse(clip[0], eager, truth)
-    assert clip[1].item() == pytest.approx(min(2.0 / (clip[0].item() + 1e-6), 1.0), rel=1e-6)
+    rounding = torch.finfo(torch.float32).eps  # of the norm, and of the quotient
+    assert clip[1].item() == pytest.approx(min(2.0 / (clip[0].item() + 1e-6), 1.0), rel=rounding)
     assert clip[2] == 1 and clip.dtype == torch.float32
 
 
@@ -67,8 +68,8 @@ def test_the_norm_does_not_depend_on_threads(each_isa, dtype):
         assert len(norms) == 1
 
 
-def two_groups(device, make=AdamW, **options):
-    params = parameters(SMALL, torch.float32, device)
+def two_groups(device, make=AdamW, dtype=torch.float32, **options):
+    params = parameters(SMALL, dtype, device)
     groups = [{"params": params[:2], "lr": 1e-2}, {"params": params[2:], "weight_decay": 0.3}]
     return params, make(groups, lr=1e-3, **options)
 
@@ -76,18 +77,21 @@ def two_groups(device, make=AdamW, **options):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_clipping_spans_groups_and_leaves_gradients_alone(backend):
     params, ours = two_groups(device_of(backend), max_grad_norm=1.0, backend=backend)
-    others, theirs = two_groups(device_of(backend), torch.optim.AdamW)
+    dtypes = torch.float32, torch.float64  # eager, and the truth
+    theirs = [two_groups(device_of(backend), torch.optim.AdamW, dtype) for dtype in dtypes]
     for step in range(4):
         grads = drawn(SMALL, step, scale=10.0 ** (step % 2 * 2 - 3))
-        for param, other, grad in zip(params, others, grads, strict=True):
-            param.grad, other.grad = grad.to(param), grad.to(param)
+        for params_, _ in ((params, ours), *theirs):
+            for param, grad in zip(params_, grads, strict=True):
+                param.grad = grad.to(param)
         ours.step()
-        norm = torch.nn.utils.clip_grad_norm_(others, 1.0)
-        theirs.step()
-        torch.testing.assert_close(ours.grad_norm, norm, rtol=1e-6, atol=0)
+        norms = [torch.nn.utils.clip_grad_norm_(others, 1.0) for others, _ in theirs]
+        for _, optimizer in theirs:
+            optimizer.step()
+        assert_no_worse(ours.grad_norm, *norms)
         assert_same_bits([p.grad for p in params], [g.to(params[0]) for g in grads])
-    for param, other in zip(params, others, strict=True):
-        torch.testing.assert_close(param, other, rtol=1e-5, atol=1e-6)
+    for param, eager, truth in zip(params, *(others for others, _ in theirs), strict=True):
+        assert_no_worse(param, eager, truth)
 
 
 @pytest.mark.parametrize("max_grad_norm", [None, 1.0])

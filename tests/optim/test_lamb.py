@@ -105,18 +105,18 @@ def test_a_parameter_or_a_direction_of_zeros(backend):
     optimizer = LAMB([zeros, still], lr=0.1, weight_decay=0.0, backend=backend)
     zeros.grad, still.grad = torch.ones_like(zeros), torch.zeros_like(still)
     optimizer.step()
-    torch.testing.assert_close(zeros, torch.full_like(zeros, -0.1))
+    # The optimizer's eps, and rounding.
+    assert (zeros + 0.1).abs().max() <= 0.1 * (1e-6 + 4 * torch.finfo(torch.float32).eps)
     assert (still == 1).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_learning_rate_in_a_tensor(backend):
     device = device_of(backend)
-    rate = torch.tensor(0.05, device=device)
+    rate = torch.tensor(0.0625, device=device)  # which float32 holds
     ours, _ = run(lambda p: LAMB(p, rate, backend=backend), SMALL, 3, device=device)
-    plain, _ = run(lambda p: LAMB(p, 0.05, backend=backend), SMALL, 3, device=device)
-    for a, b in zip(ours, plain, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    plain, _ = run(lambda p: LAMB(p, 0.0625, backend=backend), SMALL, 3, device=device)
+    assert_same_bits(ours, plain)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

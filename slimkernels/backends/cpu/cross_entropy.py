@@ -31,7 +31,7 @@ def forward(
         *(x, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap),
         return_correct,
     )
-    return as_dtype(losses if reduction == "none" else total, x.dtype), *saved
+    return losses if reduction == "none" else total, *saved
 
 
 def losses_of(

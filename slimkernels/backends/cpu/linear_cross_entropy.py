@@ -46,6 +46,8 @@ def unsupported(
 ):
     multiplications = target.shape[0] * weight.numel() * (3 if any(wanted) else 1)
     reason = unsupported_tensor(x)
+    if x.shape[1] == 0:
+        return "input has no features"
     if reason is None and multiplications < MIN_MULTIPLICATIONS:
         return (
             f"eager PyTorch is faster below {MIN_MULTIPLICATIONS} multiplications, gradients "

@@ -26,9 +26,8 @@ def forward(
 ):
     x, target, weight = x.contiguous(), target.contiguous(), _float_of(weight)
     M, V = x.shape
-    is_whole = reduction != "none"
-    losses = x.new_empty(M, dtype=torch.float32 if is_whole else x.dtype)
-    total = x.new_empty(()) if is_whole else None
+    losses = x.new_empty(M, dtype=torch.float32)
+    total = None if reduction == "none" else losses.new_empty(())
     stats = x.new_empty((3, M), dtype=torch.float32)
     divisor = x.new_empty(1, dtype=torch.float32)
     correct = x.new_empty(M if return_correct else 0, dtype=torch.bool)
@@ -55,7 +54,7 @@ def backward(
     z_loss,
     softcap,
 ):
-    dy, dlse, x, target = map(dense, (dy.to(x.dtype), dlse, x, target))
+    dy, dlse, x, target = map(dense, (dy.to(torch.float32), dlse, x, target))
     dx = torch.empty_like(x)
     if x.numel():
         divisor = divisor if reduction == "mean" else None

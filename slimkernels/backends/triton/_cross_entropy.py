@@ -18,10 +18,10 @@ SUMMED = 2048  # rows that total_kernel adds at once
 WIDTH = tl.constexpr(6)
 
 
-def add_up(losses, target, weight, V, ignore_index, reduction, dtype):
+def add_up(losses, target, weight, V, ignore_index, reduction):
     """The loss of all rows, and what their mean divides by."""
     M = losses.shape[0]
-    total, divisor = losses.new_empty((), dtype=dtype), losses.new_empty(1)
+    total, divisor = losses.new_empty(()), losses.new_empty(1)
     total_kernel[(1,)](
         *(losses, target, weight, total, divisor, M, V, ignore_index),
         HAS_LABELS=not target.is_floating_point(),

@@ -163,6 +163,12 @@ def elements(start, BLOCK: tl.constexpr):
     return start + tl.max_contiguous(tl.arange(0, BLOCK), 4)
 
 
+def narrow(load: int, store: int = 0) -> dict:
+    """For COMPILES: pieces of 128 bits that are taken in smaller ones."""
+    why = "a chunk's masked end and tensors at odd addresses go by elements, bfloat16 by four"
+    return dict(load=load, store=store, why=why)
+
+
 @triton.jit
 def sum_of_chunks(sums_ptr, starts_ptr, tensor, BLOCK: tl.constexpr):
     """The sum over a tensor's chunks, in float64 and always in the same order."""

@@ -26,6 +26,7 @@ from slimkernels.backends.triton._tensor_lists import (
     chunks,
     clipped,
     elements,
+    narrow,
     pointer,
     read_master,
     table,
@@ -143,6 +144,7 @@ COMPILES = [
         constexprs={"BLOCK": BEGIN_BLOCK},
         num_warps=4,
         registers=64,
+        narrow=dict(why="a few numbers a tensor"),
     )
 ] + [
     dict(
@@ -162,7 +164,12 @@ COMPILES = [
         ),
         num_warps=4,
         registers=64,
+        narrow=narrow(*pieces),
     )
-    for kind, has_maximum in ((tl.float32, False), (tl.bfloat16, True))
-    for is_aligned in (True, False)
+    for kind, has_maximum, is_aligned, *pieces in (
+        (tl.float32, False, True, 8, 6),
+        (tl.float32, False, False, 16, 12),
+        (tl.bfloat16, True, True, 12, 10),
+        (tl.bfloat16, True, False, 20, 18),
+    )
 ]

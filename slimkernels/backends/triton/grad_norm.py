@@ -15,6 +15,7 @@ from slimkernels.backends.triton._tensor_lists import (
     BLOCK,
     POINTED,
     chunks,
+    narrow,
     pointer,
     programs,
     table,
@@ -115,8 +116,9 @@ COMPILES = [
         constexprs=dict(TYPE=kind, IS_ALIGNED=True, BLOCK=BLOCK),
         num_warps=4,
         registers=64,
+        narrow=narrow(load),
     )
-    for kind in (tl.float32, tl.bfloat16)
+    for kind, load in ((tl.float32, 2), (tl.bfloat16, 1))
 ] + [
     dict(
         kernel=_finish_kernel,
@@ -124,5 +126,6 @@ COMPILES = [
         constexprs=dict(HAS_LIMIT=True, IS_SKIPPING=True, BLOCK=FINISH_BLOCK),
         num_warps=4,
         registers=64,
+        narrow=dict(load=2, why="the programs' sums, a few hundred, are of any number"),
     )
 ]

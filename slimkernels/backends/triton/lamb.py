@@ -20,6 +20,7 @@ from slimkernels.backends.triton._tensor_lists import (
     chunks,
     clipped,
     elements,
+    narrow,
     pointer,
     rate,
     read_master,
@@ -195,9 +196,16 @@ COMPILES = [
         ),
         num_warps=4,
         registers=64,
+        narrow=narrow(*pieces),
     )
-    for kernel in (_measure_kernel, _apply_kernel)
-    for kind, is_aligned in ((tl.float32, True), (tl.bfloat16, True), (tl.bfloat16, False))
+    for kernel, kind, is_aligned, *pieces in (
+        (_measure_kernel, tl.float32, True, 8, 4),
+        (_measure_kernel, tl.bfloat16, True, 10, 4),
+        (_measure_kernel, tl.bfloat16, False, 16, 8),
+        (_apply_kernel, tl.float32, True, 6, 2),
+        (_apply_kernel, tl.bfloat16, True, 8, 4),
+        (_apply_kernel, tl.bfloat16, False, 14, 6),
+    )
 ] + [
     dict(
         kernel=_size_kernel,
@@ -205,5 +213,6 @@ COMPILES = [
         constexprs=dict(BLOCK=SUM_BLOCK),
         num_warps=4,
         registers=64,
+        narrow=dict(load=2, why="a tensor's sums begin anywhere among those of all"),
     )
 ]

@@ -60,6 +60,8 @@ def unsupported(
     reduction,
     wanted,
 ):
+    if x.shape[1] == 0:
+        return "input has no features"
     return unsupported_tensor(x)
 
 
@@ -114,7 +116,7 @@ def forward(
     if reduction == "none":
         divisor = x.new_zeros(1, dtype=torch.float32)
         return _in_order(losses, kept), stats, divisor, correct, *gradients
-    total, divisor = add_up(losses, kept.labels, None, V, ignore_index, reduction, torch.float32)
+    total, divisor = add_up(losses, kept.labels, None, V, ignore_index, reduction)
     return total, stats, divisor, correct, *gradients
 
 

@@ -20,6 +20,7 @@ from slimkernels.backends.triton._tensor_lists import (
     clipped,
     elements,
     factors,
+    narrow,
     pointer,
     rate,
     read_master,
@@ -245,9 +246,16 @@ COMPILES = [
         },
         num_warps=4,
         registers=64,
+        narrow=narrow(*pieces),
     )
-    for kernel in (_momentum_kernel, _direction_kernel, _apply_kernel)
-    for kind, is_aligned in ((tl.float32, True), (tl.bfloat16, False))
+    for kernel, kind, is_aligned, *pieces in (
+        (_momentum_kernel, tl.float32, True, 4, 2),
+        (_momentum_kernel, tl.bfloat16, False, 6, 4),
+        (_direction_kernel, tl.float32, True, 4, 2),
+        (_direction_kernel, tl.bfloat16, False, 6, 2),
+        (_apply_kernel, tl.float32, True, 4, 2),
+        (_apply_kernel, tl.bfloat16, False, 8, 6),
+    )
 ] + [
     dict(
         kernel=_scale_kernel,
@@ -255,5 +263,6 @@ COMPILES = [
         constexprs=dict(BLOCK=SUM_BLOCK),
         num_warps=4,
         registers=64,
+        narrow=dict(load=1, why="a tensor's sums begin anywhere among those of all"),
     )
 ]

@@ -293,13 +293,25 @@ COMPILES = [
         for name, kernel in (_KERNELS | {"dq": _row_sums_kernel}).items()
         for D in (64, 128)
     ),
-    *(compiled(_dq_kernel, "dq", D, _FP32, scoring=_FEATURES[1], registers=255) for D in (64, 128)),
+    *(
+        compiled(
+            *(_dq_kernel, "dq", D, _FP32),
+            scoring=_FEATURES[1],
+            registers=255,
+            narrow=dict(load=1 if D == 64 else 0, why="a bias may have any stride between keys"),
+        )
+        for D in (64, 128)
+    ),
     *(
         compiled(
             *(_attention_decode._split_kernel, "forward", D, _BF16),
             scoring=_FEATURES[1],
             blocks=dict(BLOCK_M=16, BLOCK_N=64),
             registers=255,
+            narrow=dict(
+                load=2 if D == 64 else 1,
+                why="a step's few queries are 8 bytes a thread; a bias may have any stride",
+            ),
         )
         for D in (64, 128)
     ),
@@ -307,6 +319,7 @@ COMPILES = [
         *(_attention_decode._merge_kernel, "forward", 128, _BF16),
         blocks=dict(BLOCK_DV=128),
         registers=64,
+        narrow=dict(why="a row of one head is a float a lane"),
     ),
     compiled(_delta_kernel, "dq", 128, _BF16, blocks=dict(BLOCK_M=32), registers=80),
 ]
