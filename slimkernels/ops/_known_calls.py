@@ -18,7 +18,7 @@ _known: set[Signature] = set()
 _MOST_KNOWN = 4096
 
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
-_ORDINARY = (int, float, bool, str, tuple, type(None))
+_ORDINARY = (int, float, bool, str, tuple, torch.Size, type(None))
 
 
 def signature_of(*call: object) -> Signature | None:
