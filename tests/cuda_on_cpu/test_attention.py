@@ -80,10 +80,10 @@ def test_ragged():
 
 
 def test_equal_scores():
-    """The same weight for all keys, to the last bit, in whichever tile they are: their values, which
-    cancel, give 0."""
-    q, k = torch.full((1, 1, 1, 64), 1.7).to(BF16), torch.full((1, 1, 640, 64), 2.3).to(BF16)
-    v = torch.ones(1, 1, 640, 64).to(BF16)
+    """All keys weigh the same, to the last bit, whichever tile they are in: values that cancel give
+    0."""
+    q = torch.full((1, 1, 1, 64), 1.7, dtype=BF16)
+    k, v = torch.full((1, 1, 640, 64), 2.3, dtype=BF16), torch.ones(1, 1, 640, 64, dtype=BF16)
     v[:, :, :320] = -1
     y, lse = check([q, k, v], {})
     assert not y.any()
