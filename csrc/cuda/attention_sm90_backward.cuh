@@ -99,8 +99,8 @@ __global__ void __launch_bounds__(kDeltaThreads) attention_delta_kernel(Attentio
 
 // What both walks do with scores.
 
-// A statistic of the two elements of a word (pack_pair's) where queries are columns, and where they
-// are this thread's rows.
+// A statistic of the two elements of a word (narrow_pair's) where queries are columns, and where
+// they are this thread's rows.
 struct OfColumns {
   const float* at;  // this thread's first column
 

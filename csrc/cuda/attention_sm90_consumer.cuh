@@ -34,8 +34,10 @@ __device__ void softmax_step(float (&s)[kCount], SoftmaxRows& rows, float factor
       if (row_of_element(i) == r) max = fmaxf(max, s[i]);
     max = quad_max(max);
     // A row that has seen nothing: exp2(-inf - 0) is 0, exp2(-inf + inf) would be NaN.
-    const float shift = max == -INFINITY ? 0.f : max * factor;
-    shrink[r] = exp2_approximate(fmaf(rows.max[r], factor, -shift));
+    const float peak = max == -INFINITY ? 0.f : max, shift = peak * factor;
+    // 1 while the maximum stays: as fmaf(rows.max[r], factor, -shift) it would be off by shift's
+    // rounding, in the same direction at every tile.
+    shrink[r] = exp2_approximate((rows.max[r] - peak) * factor);
     rows.max[r] = max;
     float sum = rows.sum[r] * shrink[r];
 #pragma unroll

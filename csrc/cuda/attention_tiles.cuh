@@ -179,7 +179,7 @@ SLIM_BOTH inline int section_of(const AttentionShape& shape, int blocks, int64_t
 
 // A tile has rows for `packed` heads of each token: 1, or all that read a key head, so that short
 // sequences fill tiles, and their keys are loaded once for all of these heads. All functions here
-// take the packed call, with M for a tile's tokens: M / packed of its rows, the rest being idle.
+// take the packed call, and as M a tile's tokens: its rows / packed; what is left of these is idle.
 SLIM_BOTH inline AttentionShape packed_call(AttentionShape shape, int packed) {
   shape.heads /= packed;
   shape.group /= packed;
@@ -189,9 +189,16 @@ SLIM_BOTH inline AttentionShape packed_call(AttentionShape shape, int packed) {
 // How many heads tiles of `rows` rows pack: all that they can if that makes fewer tiles.
 SLIM_BOTH inline int packed_heads(const AttentionShape& shape, int rows) {
   if (shape.group > rows) return 1;
+  const int tokens = rows / shape.group;
   const AttentionShape packed = packed_call(shape, shape.group);
-  const int tiles = query_tiles(packed, rows / shape.group) * packed.heads;
-  return tiles < query_tiles(shape, rows) * shape.heads ? shape.group : 1;
+  bool pays = query_tiles(packed, tokens) * packed.heads < query_tiles(shape, rows) * shape.heads;
+  // Of ragged sequences both counts are limits. A group that divides the tile needs no more tiles
+  // whatever the lengths are; another, with idle rows, may, and goes by sequences of mean length.
+  if (shape.cu_seqlens_q != nullptr && rows % shape.group && pays) {
+    const int mean = ceil_div(shape.Tq, shape.sequences);
+    pays = ceil_div(mean, tokens) < ceil_div(mean, rows) * shape.group;
+  }
+  return pays ? shape.group : 1;
 }
 
 // The query of a row of a tile, and its head in the call that was not packed.

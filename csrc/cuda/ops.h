@@ -83,9 +83,9 @@ void attention_forward(const void* query, const void* key, const void* value, vo
                        int device, void* stream);
 
 // attention_sm90_backward.cu: the gradients, of the same call, scale and query as forward took
-// them. dy (B, H, Tq, Dv), y and lse forward's, dlse (B, H, Tq) or null,
-// known room for (2, B, H, Tq), dq, dk and dv without gaps. dq, or dk and dv, are null if not
-// wanted. dq_scale: scale, and the sign that went into query.
+// them. dy (B, H, Tq, Dv), y and lse forward's, dlse (B, H, Tq) or null, known room for
+// (2, B, H, Tq), dq, dk and dv without gaps. dq, or dk and dv, are null if not wanted. dq_scale:
+// scale, and the sign that went into query.
 void attention_backward(const void* query, const void* key, const void* value, const void* dy,
                         const void* y, const float* lse, const float* dlse, float* known, void* dq,
                         void* dk, void* dv, const int* cu_seqlens_q, const int* cu_seqlens_k,

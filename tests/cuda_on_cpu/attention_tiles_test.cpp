@@ -110,6 +110,11 @@ void check_packed_heads(std::mt19937& random) {
   expect(packed_heads(shape, 8) == 4, "a short sequence is not packed");
   shape.Tq = 8;
   expect(packed_heads(shape, 8) == 1, "full tiles are packed");
+  for (int length : {2, 8}) {
+    const std::vector<int> cu = {0, length, 2 * length, 3 * length};
+    shape = {3, 6, 3, cu[3], cu[3], -1, -1, 0, cu.data(), cu.data(), nullptr, nullptr};
+    expect(packed_heads(shape, 8) == (length == 2 ? 3 : 1), "idle rows cost more than is saved");
+  }
 }
 
 void check_sections() {

@@ -79,6 +79,32 @@ def test_ragged():
     return check([q, k, v], {"cu_seqlens": cu_seqlens, "is_causal": True})
 
 
+def test_equal_scores():
+    """All keys weigh the same, to the last bit, whichever tile they are in: values that cancel give
+    0."""
+    q = torch.full((1, 1, 1, 64), 1.7, dtype=BF16)
+    k, v = torch.full((1, 1, 640, 64), 2.3, dtype=BF16), torch.ones(1, 1, 640, 64, dtype=BF16)
+    v[:, :, :320] = -1
+    y, lse = check([q, k, v], {})
+    assert not y.any()
+    return y, lse
+
+
+def test_packed_heads_have_their_own_bits():
+    """Whether heads share tiles depends on the batch; which tiles of hidden keys a query visits
+    depends on that, and nothing on these."""
+    os.environ["HOPPER_ON_CPU"] = ""
+    q, k, v = 4 * torch.randn(1, 4, 60, 64), torch.randn(1, 1, 300, 64), torch.randn(1, 1, 300, 64)
+    q, k, v = (t.to(FP16) for t in (q, k, v))
+    call = checked_call([q, k, v], {"variant": Variant(window=(100, 0), causal_offset=200)})
+    y, lse = OP.modules["cuda"].forward(q, k, v, call)
+    for head in range(4):
+        alone = OP.modules["cuda"].forward(q[:, head : head + 1], k, v, call)
+        assert torch.equal(alone[0][:, 0], y[:, head])
+        assert torch.equal(alone[1][:, :, 0], lse[:, :, head])
+    return y, lse
+
+
 REFUSED = {
     "dropout": {"dropout_p": 0.1},
     "bias": {"variant": Variant(bias=torch.zeros(1, 1, 9, 9, dtype=BF16))},
