@@ -50,6 +50,21 @@ def test_attention_without_code_for_hopper_is_refused():
         attention.IS_BUILT = True
 
 
+def test_attention_for_another_device_is_refused():
+    """In a sentence, and by the extension, in which its kernels for such a device are empty."""
+    from slimkernels.backends.cuda import scaled_dot_product_attention as attention
+
+    query = torch.randn(1, 1, 8, 64).bfloat16()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "capability", lambda x: (10, 0))
+        with pytest.raises(sk.BackendError, match="capability 9.0 and cpu has 10.0"):
+            sk.scaled_dot_product_attention(query, query, query, backend="cuda")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_ON_CPU_CAPABILITY", "100")
+        with pytest.raises(RuntimeError, match="capability 9.0 is needed"):
+            sk.scaled_dot_product_attention(query, query, query, backend="cuda")
+
+
 def test_parts_of_tall_narrow_inputs_fit_a_grid():
     os.environ["CUDA_ON_CPU_MULTIPROCESSORS"] = "132"
     try:
