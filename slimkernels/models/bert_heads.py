@@ -144,6 +144,10 @@ class _Classifier(_Padded):
         id2label: dict[int, str] | None = None,
         problem_type: str | None = None,
     ) -> None:
+        is_whole = isinstance(num_labels, int) and not isinstance(num_labels, bool)
+        if not is_whole or num_labels < 1:
+            name = type(self).__name__
+            raise ValueError(f"{name}: num_labels must be an integer >= 1; got {num_labels!r}")
         super().__init__(config)
         self.num_labels, self.problem_type = num_labels, problem_type
         if id2label is None:

@@ -191,6 +191,13 @@ class AutoTokenizer:
 
     def _set(self, padding, truncation, max_length):
         """Every call sets both anew: a tokenizer.json may come with settings of its own."""
+        special = self.inner.num_special_tokens_to_add(is_pair=False)
+        is_whole = isinstance(max_length, int) and not isinstance(max_length, bool)
+        if max_length is not None and not (is_whole and max_length > special):
+            raise ValueError(
+                f"tokenizer: max_length must be an integer above {special}, the number of special "
+                f"tokens; got {max_length!r}"
+            )
         limit = self.model_max_length if max_length is None else max_length
         self.inner.no_truncation()
         self.inner.no_padding()

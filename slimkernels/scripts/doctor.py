@@ -91,7 +91,7 @@ def load(name: str) -> transformers.PreTrainedModel:
     transformers.logging.disable_progress_bar()
     try:
         return transformers.AutoModel.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of a damaged file each format has its own
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise ValueError(
             f"{name!r} must be a folder with config.json and weights, or a name that the Hugging "

@@ -186,6 +186,15 @@ def test_a_folder_is_whole_when_writing_fails(folders, tmp_path, monkeypatch):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.parametrize("count", [0, "2", 2.5])
+def test_a_wrong_number_of_labels_is_one_sentence(folders, count):
+    expected = f"num_labels must be an integer >= 1; got {count!r}"
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        models.BertForSequenceClassification.from_pretrained(
+            folders / "BertForMaskedLM", num_labels=count
+        )
+
+
 def test_a_head_that_is_not_there_is_new_and_named(folders):
     with pytest.warns(UserWarning) as record:
         model = models.BertForSequenceClassification.from_pretrained(

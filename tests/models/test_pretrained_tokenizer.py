@@ -107,6 +107,8 @@ def test_padding_on_the_left(saved):
     "options, sentence",
     [
         ({"padding": "widest"}, "padding must be a bool, .*; got 'widest'"),
+        ({"truncation": True, "max_length": 2}, "max_length must be an integer above 2, .*; got 2"),
+        ({"max_length": -1}, "max_length must be an integer above 2, .*; got -1"),
         ({"truncation": "last"}, "truncation must be a bool or .*; got 'last'"),
         ({"return_tensors": "np"}, "return_tensors must be 'pt' or None; got 'np'"),
         ({"return_tensors": "pt"}, "a tensor of them needs padding=True"),

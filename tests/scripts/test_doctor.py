@@ -107,6 +107,14 @@ def test_what_cannot_be_done_is_one_sentence(arguments, sentence, folder, capsys
     assert error.startswith(f"slimkernels doctor: {sentence}") and error.count("\n") == 1
 
 
+def test_a_damaged_folder_is_one_sentence(folder, tmp_path, capsys):
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    (tmp_path / "model.safetensors").write_bytes(b"cut off")
+    assert run(tmp_path) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("slimkernels doctor: ") and message.count("\n") == 1
+
+
 def test_without_transformers_it_says_how_to_get_it(monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "slimkernels.scripts.doctor")
     monkeypatch.setitem(sys.modules, "transformers", None)
