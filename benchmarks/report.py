@@ -61,7 +61,13 @@ def device_section(folder: Path) -> Iterator[str]:
     tables = {path.stem: read_csv(path) for path in sorted(folder.glob("*.csv"))}
     header = next(iter(tables.values()))[0]
     yield f"## {header.get('device', folder.name)}"
-    for name in ("bert_training", "bert_training_default_allocator", "pretraining", "loss_memory"):
+    for name in (
+        "bert_training",
+        "bert_training_default_allocator",
+        "pretraining",
+        "encoder_inference",
+        "loss_memory",
+    ):
         if name in tables:
             yield from section(name.replace("_", " "), *tables.pop(name), model_table)
     for name, (facts, rows) in tables.items():
@@ -83,7 +89,7 @@ def model_table(rows: list[Row]) -> list[str]:
     """One line a provider, all columns that have a number."""
     names = ["shape", "dtype", "provider", "ratio", "tokens_per_s", "ms", "peak_mib", "loss"]
     names += ["tokens_per_second", "padding_avoided", "waiting", "mfu", "size", "steps"]
-    names += ["mlm_loss_first", "mlm_loss_last", "gate"]
+    names += ["mlm_loss_first", "mlm_loss_last", "cosine", "gate"]
     names = [name for name in names if any(row.get(name) for row in rows)]
     cells = [
         [_ratio(row) if name == "ratio" else row.get(name, "") for name in names] for row in rows
