@@ -25,9 +25,7 @@ class PostNormEncoderLayer:
         branch, _ = self.self_attn(hidden_states, attention_mask=attention_mask, **kwargs)
         x, _ = _add_norm(self, branch, hidden_states, self.self_attn_layer_norm)
         x, _ = _add_norm(self, _feed_forward(self, x), x, self.final_layer_norm)
-        if x.dtype == torch.float16 and not torch.isfinite(x).all():
-            x = _clamped(x)
-        return x
+        return clamped_where_overflown(x) if x.dtype == torch.float16 else x
 
 
 class PostNormDecoderLayer:
@@ -240,3 +238,8 @@ def _feed_forward(layer, x: Tensor) -> Tensor:
 def _clamped(x: Tensor) -> Tensor:
     limit = torch.finfo(x.dtype).max - 1000
     return x.clamp(-limit, limit)
+
+
+def clamped_where_overflown(x: Tensor) -> Tensor:
+    """_clamped(x) if an element is not finite, else x; the host does not wait to hear which."""
+    return torch.where(torch.isfinite(x).all(), x, _clamped(x))

@@ -13,6 +13,7 @@ from slimkernels.testing import assert_no_worse
 
 pytest.importorskip("transformers", minversion="5.0")
 from slimkernels.integrations import _hf_mask
+from slimkernels.integrations._hf_blocks import clamped_where_overflown
 
 # Sums of a few dozen terms in another order, through a few layers.
 ULPS = 16
@@ -169,3 +170,17 @@ def test_autocast(name):
         assert mine.dtype == theirs.dtype
         error, allowed = ((g - exact).norm() for g in (mine, theirs))
         assert error <= 2 * allowed + ulp * max(exact.norm(), 1e-2)
+
+
+@pytest.mark.parametrize("largest", [65504.0, float("inf"), float("nan")])
+def test_half_precision_is_clamped_only_where_something_overflowed(largest):
+    x = torch.tensor([65000.0, -65000.0, 1.0, largest], dtype=torch.float16, requires_grad=True)
+    expected = x
+    if not torch.isfinite(x).all():  # as transformers asks, waiting for the device
+        limit = torch.finfo(x.dtype).max - 1000
+        expected = x.clamp(-limit, limit)
+    actual = clamped_where_overflown(x)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+    dy = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float16)
+    (result,), (truth,) = (torch.autograd.grad(y, x, dy) for y in (actual, expected))
+    assert torch.equal(result, truth)
