@@ -22,7 +22,7 @@ from slimkernels.testing import assert_no_worse, run_with_gradients
 
 BASELINE, COMPILED = "eager", "compiled"
 NATIVE = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
-PARTS = ("forward", "backward", "both")
+PARTS = ("inference", "forward", "backward", "both")
 DTYPES = {
     "cpu": (torch.float32, torch.bfloat16),
     "cuda": (torch.bfloat16, torch.float16, torch.float32),
@@ -81,7 +81,8 @@ class Benchmark:
         if self.bytes_forward is None:
             counts = (self.flops_forward, self.flops_backward)
         forward, backward = (count(*shape, s=itemsize, **variant) for count in counts)
-        return {"forward": forward, "backward": backward, "both": forward + backward}[part]
+        parts = forward, forward, backward, forward + backward
+        return dict(zip(PARTS, parts, strict=True))[part]
 
 
 @dataclass(frozen=True)
@@ -265,6 +266,11 @@ def _gate(case: Case, providers: list[Provider]) -> None:
 
 
 def _run_once(call: Callable, leaves: tuple, clock: timing.Stopwatch) -> dict:
+    with torch.no_grad():
+        clock.start()
+        outputs = call(*leaves)
+        inference = clock.stop()
+    del outputs
     clock.start()
     outputs = call(*leaves)
     forward = clock.stop()
@@ -275,19 +281,26 @@ def _run_once(call: Callable, leaves: tuple, clock: timing.Stopwatch) -> dict:
     torch.autograd.grad(outputs, wanted, dys)
     backward = clock.stop()
     both = (forward[0] + backward[0], forward[1] + backward[1])
-    return {"forward": forward, "backward": backward, "both": both}
+    return dict(zip(PARTS, (inference, forward, backward, both), strict=True))
 
 
 _dys: dict[tuple, Tensor] = {}
 
 
 def _gradients_of_outputs(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Random numbers, drawn once: zeros and ones can run faster than what training sees."""
+    """Random numbers, drawn once: zeros and ones can run faster than what training sees.
+
+    But 1 for a scalar, which is a loss: with that training begins.
+    """
     keys = [(i, tuple(y.shape), y.dtype, y.device) for i, y in enumerate(outputs)]
     if any(key not in _dys for key in keys):
         _dys.clear()
-        _dys.update({key: torch.randn_like(y) for key, y in zip(keys, outputs, strict=True)})
+        _dys.update({key: _gradient_of(y) for key, y in zip(keys, outputs, strict=True)})
     return tuple(_dys[key] for key in keys)
+
+
+def _gradient_of(y: Tensor) -> Tensor:
+    return torch.randn_like(y) if y.dim() else torch.ones_like(y)
 
 
 def _peak_memory(provider: Provider, leaves: tuple, device: torch.device) -> float | None:

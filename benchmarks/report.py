@@ -19,6 +19,10 @@ FACTS = ("device", "cpu", "driver", "threads", "torch", "triton", "transformers"
 FACTS += ("commit", "date", "load average", "allocator", "attention tiles")
 FACTS += ("copy bandwidth", "matrix products")
 FACTS += ("protocol", "command")
+CASE = ("shape", "dtype", "variant", "part")
+WAITED_FOR = ("inference", "both", "step")  # of an op, and of an optimizer
+BACKENDS = ("triton", "cuda", "cpu")
+NOISE = 0.02
 Row = dict[str, str]
 
 
@@ -61,6 +65,8 @@ def device_section(folder: Path) -> Iterator[str]:
     tables = {path.stem: read_csv(path) for path in sorted(folder.glob("*.csv"))}
     header = next(iter(tables.values()))[0]
     yield f"## {header.get('device', folder.name)}"
+    if tables.pop("families", None):
+        yield from ("", "Hugging Face's families, with and without: [families.md](families.md).")
     for name in (
         "bert_training",
         "bert_training_default_allocator",
@@ -70,6 +76,9 @@ def device_section(folder: Path) -> Iterator[str]:
     ):
         if name in tables:
             yield from section(name.replace("_", " "), *tables.pop(name), model_table)
+    ops = {name: rows for name, (_, rows) in tables.items() if "part" in rows[0]}
+    if ops:
+        yield from ("", "### Where eager is faster", "", *slower_table(ops))
     for name, (facts, rows) in tables.items():
         yield from section(name, facts, rows, op_table)
 
@@ -95,6 +104,26 @@ def model_table(rows: list[Row]) -> list[str]:
         [_ratio(row) if name == "ratio" else row.get(name, "") for name in names] for row in rows
     ]
     return markdown([name.replace("_", " ") for name in names], cells)
+
+
+def slower_table(tables: dict[str, list[Row]]) -> Iterator[str]:
+    """The rows of what slimkernels would run by itself that lose, halves of a step left out."""
+    cells, cases = [], 0
+    for name, rows in tables.items():
+        runs: dict[tuple, Row] = {}
+        for row in rows:
+            if not row.get("ratio") or row["part"] not in WAITED_FOR:
+                continue
+            key = row["shape"], row["dtype"], row["variant"], row["part"]
+            if row["provider"] == "torch" or row["provider"] in BACKENDS and key not in runs:
+                runs[key] = row
+        cases += len(runs)
+        slower = [r for r in runs.values() if float(r["ratio"]) < 1 - NOISE]
+        cells += [[name, *(r[c] for c in CASE), r["provider"], _ratio(r)] for r in slower]
+    yield f"What runs by itself is slower than eager by more than {NOISE:.0%}, which two runs of"
+    yield f"the same code differ by, in {len(cells)} of {cases} rows of inference, of forward with"
+    yield "backward, and of optimizers' steps. `torch` is eager's own kernel, called from here."
+    yield from ("", *markdown(["op", *CASE, "provider", "ratio"], cells)) if cells else ()
 
 
 def op_table(rows: list[Row]) -> list[str]:

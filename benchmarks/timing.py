@@ -1,7 +1,8 @@
 """The timing protocol, in one place.
 
-Interleaved  providers take turns, and the turn's order rotates, so that a clock that drifts or a
-             neighbour that loads the machine slows all of them alike.
+Interleaved  providers take turns, so that a clock that drifts or a neighbour that loads the machine
+             slows all of them alike. Each turn's order is drawn anew: in one that only rotates, a
+             provider always follows the same other, and finds its caches and its spinning threads.
 Cold         on a GPU the L2 is overwritten before each measured part: a training step's tensors
              come from memory too. The overwriting also gives the host time to queue the work.
 Clocks       CUDA events on a GPU; perf_counter on a CPU, with process CPU time beside it, which
@@ -12,6 +13,7 @@ Statistics   median, p20, p80; a ratio is the median of the turns' ratios, not t
 from __future__ import annotations
 
 import gc
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -86,7 +88,7 @@ def interleave(
         for _ in range(budget.warm_up):
             run()
     samples: dict[str, dict[str, Samples]] = {name: {} for name in providers}
-    order = list(providers)
+    order, draw = list(providers), random.Random(0)
     deadline = time.perf_counter() + budget.seconds
     collecting = gc.isenabled()
     gc.disable()
@@ -94,8 +96,8 @@ def interleave(
         for turn in range(budget.most if providers else 0):
             if turn >= budget.least and time.perf_counter() > deadline:
                 break
-            shift = turn % len(order)
-            for name in order[shift:] + order[:shift]:
+            draw.shuffle(order)
+            for name in order:
                 for part, (wall, cpu) in providers[name]().items():
                     samples[name].setdefault(part, Samples()).add(wall, cpu)
             tick()

@@ -11,47 +11,26 @@ from torch.autograd import forward_ad
 
 from slimkernels.dispatch import is_forced
 
-Signature = tuple
-
-# Signatures for which an op's automatic choice was torch, and one function of torch is all of it.
-_known: set[Signature] = set()
+# Calls for which an op's automatic choice was torch, and one function of torch is all of it.
+_known: set[tuple] = set()
 _MOST_KNOWN = 4096
 
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
 _ORDINARY = (int, float, bool, str, tuple, torch.Size, type(None))
 
 
-def signature_of(*call: object) -> Signature | None:
-    """What is looked at of an op's name and arguments; None where more than that has a say.
-
-    That is modes, orders and transforms, and tensors that are not plain and on the CPU: on a GPU
-    the host is ahead. Strides have none: torch gets the tensors as they are, either way.
-    """
-    if torch.compiler.is_compiling() or is_forced() or torch.is_autocast_enabled("cpu"):
-        return None
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return None
-    parts = []
-    for arg in call:
-        kind = type(arg)
-        if kind in _TENSORS:
-            if not arg.is_cpu or arg.is_nested or arg.layout is not torch.strided:
-                return None
-            parts += arg.shape, arg.dtype
-        elif kind in _ORDINARY:
-            parts += kind, arg  # 1 and True are equal, and only one of them passes a check
-        else:
-            return None
-    return tuple(parts)
+def is_torchs_own(op: str, tensors: tuple, options: tuple) -> bool:
+    """Whether a call with these arguments, `tensors` being tensors or None, has been remembered."""
+    try:
+        return _signature(op, tensors, options) in _known
+    except TypeError:  # a list among the options
+        return False
 
 
-def is_torchs_own(signature: Signature | None) -> bool:
-    return signature in _known
-
-
-def remember(signature: Signature | None) -> None:
-    """The call of this signature was given to one function of torch."""
-    if signature is None:
+def remember(op: str, tensors: tuple, options: tuple) -> None:
+    """The call of these arguments was given to one function of torch."""
+    signature = _signature(op, tensors, options)
+    if signature is None or not all(type(option) in _ORDINARY for option in options):
         return
     if len(_known) >= _MOST_KNOWN:
         _known.clear()
@@ -61,3 +40,30 @@ def remember(signature: Signature | None) -> None:
 def forget() -> None:
     """For who changes what a choice depends on, as tests do."""
     _known.clear()
+
+
+def _signature(op: str, tensors: tuple, options: tuple) -> tuple | None:
+    """What is looked at of a call; None where more than that has a say.
+
+    That is modes, orders and transforms, and tensors that are not plain and on the CPU: on a GPU
+    the host is ahead. Strides have none: torch gets the tensors as they are, either way.
+    All that a known call costs is this, so it does without what can be spared.
+    """
+    if torch.compiler.is_compiling() or is_forced():
+        return None
+    if torch._C._is_any_autocast_enabled() or torch._C._are_functorch_transforms_active():
+        return None
+    if forward_ad._current_level >= 0:
+        return None
+    # 1 and True are equal, and only one of them passes a check: hence the types.
+    parts = [op, options, *map(type, options)]
+    for t in tensors:
+        if type(t) in _TENSORS:
+            if not t.is_cpu or t.is_nested or t.layout is not torch.strided:
+                return None
+            parts += t.shape, t.dtype
+        elif t is None:
+            parts.append(None)
+        else:
+            return None
+    return tuple(parts)

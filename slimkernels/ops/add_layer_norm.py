@@ -15,7 +15,7 @@ from slimkernels.dispatch import Op, distinct, kernel_op, needs_gradient
 from slimkernels.ops._checks import check_eps
 from slimkernels.ops._dropout import draw_seed
 from slimkernels.ops._first_order import first_order
-from slimkernels.ops._known_calls import is_torchs_own, remember, signature_of
+from slimkernels.ops._known_calls import is_torchs_own, remember
 from slimkernels.ops._residual import (
     add_branch,
     branch_gradients,
@@ -77,9 +77,9 @@ def add_layer_norm(
     Saves             sum, weight, bias, mean and rstd (one float32 each a row), row_scale, the seed
     Errors            ValueError naming the argument whose shape, dtype or device is wrong
     """
-    call = input, residual, normalized_shape, weight, bias, eps, dropout_p, row_scale
-    signature = signature_of("add_layer_norm", *call, zero_centered, backend)
-    if is_torchs_own(signature):
+    tensors = input, residual, weight, bias, row_scale
+    call = tensors, (normalized_shape, eps, dropout_p, zero_centered, backend)
+    if is_torchs_own("add_layer_norm", *call):
         total = input + residual
         return torch.layer_norm(total, weight.shape, weight, bias, eps), total
     options = {"dropout_p": dropout_p, "row_scale": row_scale, "zero_centered": zero_centered}
@@ -90,7 +90,7 @@ def add_layer_norm(
         total = args[0] + args[1]
         y = layer_norm_by_torch(total, *args[2:5], zero_centered)
         if backend is None and weight is not None and not is_odd(total, *args[2:5], zero_centered):
-            remember(signature)
+            remember("add_layer_norm", *call)
     elif chosen == "torch":
         y, total = add_layer_norm_reference(*args, seed)
     elif needs_gradient(*args[:4]):

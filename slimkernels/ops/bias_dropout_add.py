@@ -10,6 +10,7 @@ from slimkernels.ops._activation import check_bias
 from slimkernels.ops._checks import check_alike, check_dropout, check_tensor, promoted
 from slimkernels.ops._dropout import draw_seed, dropped
 from slimkernels.ops._first_order import first_order
+from slimkernels.ops._known_calls import is_torchs_own, remember
 from slimkernels.ops.layer_norm import gradient_of
 
 
@@ -46,10 +47,15 @@ def bias_dropout_add(
     Saves      bias and the seed of the dropout
     Errors     ValueError naming the argument whose value, shape, dtype or device is wrong
     """
+    call = (input, bias, residual), (dropout_p, backend)
+    if is_torchs_own("bias_dropout_add", *call):
+        return _by_torch(input, bias, residual)
     x, bias, residual, _ = args = _arguments(input, bias, residual, dropout_p)
     chosen = BIAS_DROPOUT_ADD.select(*args, backend=backend)
     seed = draw_seed(x.device) if dropout_p > 0 else None
     if chosen == "torch" and seed is None:
+        if backend is None and x is input:
+            remember("bias_dropout_add", *call)
         return _by_torch(x, bias, residual)
     if chosen == "torch":
         return bias_dropout_add_reference(*args, seed)

@@ -15,7 +15,7 @@ from slimkernels.ops._checks import (
     outside_autocast,
 )
 from slimkernels.ops._first_order import first_order
-from slimkernels.ops._known_calls import is_torchs_own, remember, signature_of
+from slimkernels.ops._known_calls import is_torchs_own, remember
 from slimkernels.ops.layer_norm import gradient_of, layer_norm_reference
 
 
@@ -52,14 +52,14 @@ def group_norm(
     Saves         input, weight, bias, mean and rstd (one float32 each a group)
     Errors        ValueError naming the argument whose shape, dtype or device is wrong
     """
-    signature = signature_of("group_norm", input, num_groups, weight, bias, eps, backend)
-    if is_torchs_own(signature):
+    call = (input, weight, bias), (num_groups, eps, backend)
+    if is_torchs_own("group_norm", *call):
         return torch.group_norm(input, num_groups, weight, bias, eps)
     args = _arguments(input, num_groups, weight, bias, eps)
     chosen = GROUP_NORM.select(*args, backend=backend)
     if chosen == "torch":
         if backend is None and not is_odd(*args):
-            remember(signature)
+            remember("group_norm", *call)
         return group_norm_by_torch(*args)
     if needs_gradient(input, weight, bias):
         return _GroupNorm.apply(*distinct(*args), chosen)

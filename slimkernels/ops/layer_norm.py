@@ -10,7 +10,7 @@ from torch import Tensor
 from slimkernels.dispatch import Op, distinct, kernel_op, needs_gradient
 from slimkernels.ops._checks import check_eps, check_flag, normalized_rows, outside_autocast
 from slimkernels.ops._first_order import first_order
-from slimkernels.ops._known_calls import is_torchs_own, remember, signature_of
+from slimkernels.ops._known_calls import is_torchs_own, remember
 
 
 def layer_norm_reference(
@@ -51,16 +51,15 @@ def layer_norm(
     Saves             input, weight, bias, mean and rstd (one float32 each a row)
     Errors            ValueError naming the argument whose shape, dtype or device is wrong
     """
-    call = "layer_norm", input, normalized_shape, weight, bias, eps, zero_centered, backend
-    signature = signature_of(*call)
-    if is_torchs_own(signature):
+    call = (input, weight, bias), (normalized_shape, eps, zero_centered, backend)
+    if is_torchs_own("layer_norm", *call):
         return torch.layer_norm(input, weight.shape, weight, bias, eps)
     args = _arguments(input, normalized_shape, weight, bias, eps, zero_centered=zero_centered)
     chosen = LAYER_NORM.select(*args, backend=backend)
     if chosen == "torch":
         y = layer_norm_by_torch(*args)
         if backend is None and weight is not None and not is_odd(*args):
-            remember(signature)
+            remember("layer_norm", *call)
     elif needs_gradient(*args[:3]):
         y = _LayerNorm.apply(*distinct(*args), chosen)
     else:

@@ -9,6 +9,7 @@ from torch import Tensor
 from slimkernels.dispatch import Op, distinct, kernel_op, needs_gradient
 from slimkernels.ops._checks import check_tensor
 from slimkernels.ops._first_order import first_order
+from slimkernels.ops._known_calls import is_torchs_own, remember
 
 
 def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -31,9 +32,14 @@ def linear(
     Saves    input and weight
     Errors   ValueError naming the argument whose shape, dtype or device is wrong
     """
+    call = (input, weight, bias), (backend,)
+    if is_torchs_own("linear", *call):
+        return F.linear(input, weight, bias)
     args = _arguments(input, weight, bias)
     chosen = LINEAR.select(*args, backend=backend)
     if chosen == "torch":
+        if backend is None:
+            remember("linear", *call)
         return linear_reference(*args)
     if needs_gradient(*args):
         return _Linear.apply(*distinct(*args), chosen)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from slimkernels.dispatch import Op, kernel_op, needs_gradient
 from slimkernels.ops._first_order import first_order
-from slimkernels.ops._known_calls import is_torchs_own, remember, signature_of
+from slimkernels.ops._known_calls import is_torchs_own, remember
 from slimkernels.ops._softmax import scores_of, softmax_arguments
 from slimkernels.ops.softmax import gradients_of
 
@@ -50,15 +50,15 @@ def log_softmax(
     Saves      the output. Under a mask or is_causal, gradients take what is -inf for hidden.
     Errors     ValueError naming the argument whose shape, dtype or device is wrong
     """
-    signature = signature_of("log_softmax", input, dim, scale, mask, is_causal, backend)
-    if is_torchs_own(signature):
+    call = (input, mask), (dim, scale, is_causal, backend)
+    if is_torchs_own("log_softmax", *call):
         return torch.log_softmax(input, dim)
     x, *_ = args = _arguments(input, dim, scale=scale, mask=mask, is_causal=is_causal)
     chosen = LOG_SOFTMAX.select(*args, backend=backend)
     if chosen == "torch":
         y = _by_torch(*args)
         if backend is None and scale == 1 and mask is None and not is_causal:
-            remember(signature)
+            remember("log_softmax", *call)
     elif needs_gradient(x, mask):
         y = _LogSoftmax.apply(*args, chosen)
     else:

@@ -31,6 +31,26 @@ def test_rows_that_lose_or_are_wrong_or_refused_stay(tmp_path):
     assert "## a machine" in text and "- commit: abc" in text
 
 
+def test_where_eager_is_faster(tmp_path):
+    def of(provider, ratio, part="both", **fields):
+        return row(provider, part, ratio=ratio, ms=1.0, percent_of_roof=3.0, **fields)
+
+    rows = [
+        *(of("eager", 1.0, part) for part in ("inference", "backward", "both")),
+        of("cpu", 0.75, "inference"),
+        of("cpu", 0.25, "backward"),  # half of a step that wins
+        of("cpu", 1.5),
+        of("eager", 1.0, shape="2x8"),
+        row("cpu", shape="2x8", note="delegates to eager: it is small"),
+        of("torch", 0.9, shape="2x8"),
+        of("compiled", 0.1, shape="2x8"),
+    ]
+    text = page_of(tmp_path, rows)
+    assert "in 2 of 3 rows" in text
+    assert "| gelu | 8x8 | float32 | approximate=none | inference | cpu | 0.75 |" in text
+    assert "| gelu | 2x8 | float32 | approximate=none | both | torch | 0.90 |" in text
+
+
 def test_an_incomplete_file_says_so(tmp_path):
     rows = [row("eager", ratio=1.0, ms=1.0, percent_of_roof=3.0)]
     text = page_of(tmp_path, rows, header=HEADER | {"complete": "no: 1 of 4"})

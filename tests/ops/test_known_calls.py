@@ -50,6 +50,19 @@ CALLS = {
             lambda: sk.log_softmax(gaps.mT.contiguous().mT, 1),
         ],
     ),
+    "bias_dropout_add": (
+        lambda: sk.bias_dropout_add(x, b, y),
+        [
+            lambda: sk.bias_dropout_add(x, b),
+            lambda: sk.bias_dropout_add(x, None, y),
+            lambda: sk.bias_dropout_add(x.bfloat16(), b, y.bfloat16()),
+            lambda: sk.bias_dropout_add(gaps, b, y),
+        ],
+    ),
+    "linear": (
+        lambda: sk.linear(x, y[0]),
+        [lambda: sk.linear(x, y[0], v), lambda: sk.linear(x.double(), y[0].double())],
+    ),
 }
 
 
