@@ -75,6 +75,12 @@ class Benchmark:
         args, kwargs = self.call(*inputs, **variant)
         return getattr(slimkernels, self.op)(*args, **kwargs, backend=backend)
 
+    def ready(self, *inputs: Tensor, backend: str | None, **variant) -> Callable[[], object]:
+        """``ours`` with its arguments made: what is timed is the call that a user writes."""
+        args, kwargs = self.call(*inputs, **variant)
+        function = getattr(slimkernels, self.op)
+        return lambda: function(*args, **kwargs, backend=backend)
+
     def work(self, part: str, shape: tuple, itemsize: int, variant: dict) -> float:
         """Bytes or flops of a part."""
         counts = (self.bytes_forward, self.bytes_backward)
@@ -114,12 +120,16 @@ class Case:
 
 @dataclass
 class Provider:
-    """One way to compute the op: ``call(*inputs)``."""
+    """One way to compute the op: ``call(*inputs)``; timed is ``ready(*inputs)()`` if given."""
 
     name: str
     call: Callable | None
     note: str = ""
     gate: str = "not run"
+    ready: Callable | None = None
+
+    def on(self, inputs: tuple[Tensor, ...]) -> Callable[[], object]:
+        return self.ready(*inputs) if self.ready else functools.partial(self.call, *inputs)
 
 
 @dataclass
@@ -181,16 +191,23 @@ def providers_of(case: Case, compiled: bool = True) -> Iterator[Provider]:
             verdict = "delegates to eager" if delegates else "refused"
             yield Provider(backend, None, note=f"{verdict}: {reason}")
         else:
-            yield Provider(backend, functools.partial(benchmark.ours, backend=backend, **variant))
+            yield _ours(benchmark, backend, variant, backend)
     if delegates:
         # By the automatic choice, which is what it costs: one made by name would be another path.
-        ours = functools.partial(benchmark.ours, backend=None, **variant)
-        yield Provider("torch", ours, note="what slimkernels runs here: the op's reference")
+        yield _ours(benchmark, None, variant, "torch", "what slimkernels runs: the op's reference")
     for name, rival in benchmark.rivals.items():
         yield Provider(name, functools.partial(rival, **variant))
     if compiled and can_compile(case.device):
         torch._dynamo.reset()  # each case is its own program: no limit of recompilations is met
         yield Provider(COMPILED, torch.compile(eager, dynamic=False))
+
+
+def _ours(
+    benchmark: Benchmark, backend: str | None, variant: dict, name: str, note: str = ""
+) -> Provider:
+    of = functools.partial(benchmark.ours, backend=backend, **variant)
+    ready = functools.partial(benchmark.ready, backend=backend, **variant)
+    return Provider(name, of, note, ready=ready)
 
 
 class Gate:
@@ -248,7 +265,7 @@ def measure(
     clock = timing.Stopwatch(case.device)
     timed = [p for p in providers if p.call is not None and not p.gate.startswith("FAIL")]
     peaks = {p.name: _peak_memory(p, leaves, case.device) for p in timed}
-    runs = {p.name: functools.partial(_run_once, p.call, leaves, clock) for p in timed}
+    runs = {p.name: functools.partial(_run_once, p.on(leaves), leaves, clock) for p in timed}
     samples = timing.interleave(runs, budget, tick)
     return [row for p in providers for row in _rows(case, p, samples, peaks, roofs)]
 
@@ -268,11 +285,11 @@ def _gate(case: Case, providers: list[Provider]) -> None:
 def _run_once(call: Callable, leaves: tuple, clock: timing.Stopwatch) -> dict:
     with torch.no_grad():
         clock.start()
-        outputs = call(*leaves)
+        outputs = call()
         inference = clock.stop()
     del outputs
     clock.start()
-    outputs = call(*leaves)
+    outputs = call()
     forward = clock.stop()
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     dys = _gradients_of_outputs(outputs)

@@ -7,14 +7,21 @@ come to the same each time. A call is known by everything that they look at.
 from __future__ import annotations
 
 import torch
+from torch._C import _are_functorch_transforms_active as is_transformed
+from torch._C import _is_any_autocast_enabled as is_any_autocast
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from slimkernels.dispatch import is_forced
 
 # Calls for which an op's automatic choice was torch, and one function of torch is all of it.
 _known: set[tuple] = set()
 _MOST_KNOWN = 4096
+# Elements of the first tensor past which a call takes long enough to be looked at. There, whether
+# a gradient is wanted has a say too, which is not looked at below.
+_LARGE = 1 << 20
 
+_STRIDED = torch.strided
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
 _ORDINARY = (int, float, bool, str, tuple, torch.Size, type(None))
 
@@ -30,7 +37,9 @@ def is_torchs_own(op: str, tensors: tuple, options: tuple) -> bool:
 def remember(op: str, tensors: tuple, options: tuple) -> None:
     """The call of these arguments was given to one function of torch."""
     signature = _signature(op, tensors, options)
-    if signature is None or not all(type(option) in _ORDINARY for option in options):
+    if signature is None or tensors[0].numel() > _LARGE:
+        return
+    if not all(type(option) in _ORDINARY for option in options):
         return
     if len(_known) >= _MOST_KNOWN:
         _known.clear()
@@ -47,23 +56,20 @@ def _signature(op: str, tensors: tuple, options: tuple) -> tuple | None:
 
     That is modes, orders and transforms, and tensors that are not plain and on the CPU: on a GPU
     the host is ahead. Strides have none: torch gets the tensors as they are, either way.
-    All that a known call costs is this, so it does without what can be spared.
+    All that a known call costs is this, and in a model it runs out of cold caches, where each name
+    and attribute that is looked up takes a fifth of a microsecond: it does without what it can.
     """
-    if torch.compiler.is_compiling() or is_forced():
-        return None
-    if torch._C._is_any_autocast_enabled() or torch._C._are_functorch_transforms_active():
+    if is_compiling() or is_forced() or is_any_autocast() or is_transformed():
         return None
     if forward_ad._current_level >= 0:
         return None
     # 1 and True are equal, and only one of them passes a check: hence the types.
     parts = [op, options, *map(type, options)]
     for t in tensors:
-        if type(t) in _TENSORS:
-            if not t.is_cpu or t.is_nested or t.layout is not torch.strided:
-                return None
-            parts += t.shape, t.dtype
-        elif t is None:
+        if t is None:
             parts.append(None)
+        elif type(t) in _TENSORS and t.is_cpu and t.layout is _STRIDED and not t.is_nested:
+            parts += t.shape, t.dtype
         else:
             return None
     return tuple(parts)

@@ -12,18 +12,24 @@ from slimkernels.backends.cpu._common import (
     run,
     unsupported_tensor,
 )
+from slimkernels.dispatch import needs_gradient
 
-# Elements below which ATen's float32 norm is the faster. Its time over ours, forward and backward,
-# an Intel Xeon with AMX, two threads: 0.63 at 1024x384, 0.68 at 1024x768, 0.82 at 4096x768, 1.06 at
-# 4096x4096 (in bfloat16 1.08, 1.33, 1.77, 1.65).
-MIN_FLOAT32 = 1 << 23
+# Elements below which ATen's float32 norm is the faster, without gradients and with them. Its time
+# over ours, forward and backward, an Intel Xeon with AMX, two threads: 0.63 at 1024x384, 0.68 at
+# 1024x768, 0.82 at 4096x768, 0.90 at 4096x4096, where it has 1.19 in forward alone (in bfloat16
+# 1.33, 1.45, 1.97, 1.54).
+MIN_FLOAT32, MIN_FLOAT32_TRAINED = 1 << 23, 1 << 25
 
 
 def unsupported(x, weight, bias, eps, zero_centered):
     reason = unsupported_tensor(x)
-    if reason is None and x.dtype == torch.float32 and x.numel() < MIN_FLOAT32:
+    trained = needs_gradient(x, weight, bias)
+    least = MIN_FLOAT32_TRAINED if trained else MIN_FLOAT32
+    if reason is None and x.dtype == torch.float32 and x.numel() < least:
+        which = "with gradients" if trained else "without gradients"
         return (
-            f"ATen's float32 norm is faster below {MIN_FLOAT32} elements and input has {x.numel()}"
+            f"ATen's float32 norm {which} is faster below {least} elements and input has "
+            f"{x.numel()}"
         )
     return reason
 
