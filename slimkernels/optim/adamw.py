@@ -26,10 +26,11 @@ class AdamW(MultiTensorOptimizer):
                     written
     backend         as in the ops; explain() says which runs, and why
 
-    The state's keys are torch's, and a state dict can go either way; load_state_dict refuses another
-    optimizer's, or wrong numbers or shapes, before it loads anything. Moments are float32 whatever
-    the parameter is, float64 for float64. After a step with max_grad_norm or skip_nonfinite,
-    `grad_norm` is the norm before clipping, a tensor on the device. Nothing waits for the device.
+    The state's keys are torch's, and a state dict can go either way; load_state_dict refuses
+    another optimizer's, or wrong numbers or shapes, before it loads anything. Moments are float32
+    whatever the parameter is, float64 for float64. After a step with max_grad_norm or
+    skip_nonfinite, `grad_norm` is the norm before clipping, a tensor on the device. Nothing waits
+    for the device.
     Errors: ValueError for a number out of range or for sparse gradients.
     """
 
