@@ -30,7 +30,6 @@ import importlib
 import importlib.util
 import io
 import itertools
-import math
 import os
 import re
 import subprocess
@@ -43,6 +42,7 @@ from pathlib import Path
 os.environ.pop("TRITON_INTERPRET", None)
 
 import triton  # noqa: E402
+from aot_memory import accesses, described  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -91,15 +91,6 @@ SASS_COUNTS = re.compile(
     r"\b(HGMMA|QGMMA|IGMMA|UTCHMMA|HMMA|FFMA|UTMALDG|UTMASTG|LDGSTS|LDG|STG|LDS|STS|LDSM|STSM|LDL"
     r"|STL|MUFU|SHFL|SYNCS|BAR|USETMAXREG|WARPGROUP|RED|ATOMG)\b"
 )
-# Blocks that are loaded and stored, in TTGIR, and instructions of 128 bits or more, in SASS.
-BLOCKS = {
-    "load": r"(?:tt\.load|ttg\.async_copy_global_to_local)\b.*?tensor<([\dx]+)x!tt\.ptr<\w*?(\d+)>",
-    "store": r"tt\.store\b.*?tensor<([\dx]+)x!tt\.ptr<\w*?(\d+)>",
-}
-WIDE = {
-    "load": r"\b(?:LDG|LDGSTS)\.\S*?(?:128|256)\b",
-    "store": r"\bSTG\.\S*?(?:128|256)\b",
-}
 
 
 @dataclasses.dataclass
@@ -120,10 +111,8 @@ class Report:
     smem: int = 0
     ptx: dict = dataclasses.field(default_factory=dict)
     sass: dict = dataclasses.field(default_factory=dict)
-    # {"load": n, "store": n}: 128-bit pieces that a thread's share of the blocks is, and
-    # instructions that access so much. Fewer of these: some block is accessed in smaller pieces.
-    pieces: dict = dataclasses.field(default_factory=dict)
-    wide: dict = dataclasses.field(default_factory=dict)
+    # {"load": ..., "store": ...}: what aot_memory.accesses finds.
+    memory: dict = dataclasses.field(default_factory=dict)
     ptxas_warnings: list = dataclasses.field(default_factory=list)
     asm: dict = dataclasses.field(default_factory=dict, repr=False)
     sass_text: str = dataclasses.field(default="", repr=False)
@@ -163,8 +152,7 @@ class Report:
             f"blocks/SM {blocks} ({blocks * self.total_warps} warps)",
             "  PTX  " + " ".join(f"{k}:{v}" for k, v in self.ptx.items() if v),
             "  SASS " + " ".join(f"{k}:{v}" for k, v in self.sass.items() if v),
-            "  128 bits  "
-            + "  ".join(f"{k}s {self.wide[k]} of {v}" for k, v in self.pieces.items()),
+            *(f"  {described(way, found)}" for way, found in self.memory.items()),
             *(f"  ptxas: {warning}" for warning in self.ptxas_warnings),
         ]
         if self.smem > self.smem_limit:
@@ -212,8 +200,7 @@ def aot_check(
         smem=metadata.shared,
         ptx={name: len(re.findall(pattern, ptx)) for name, pattern in PTX_COUNTS.items()},
         sass=collections.Counter(SASS_COUNTS.findall(sass)),
-        wide={way: len(re.findall(pattern, sass)) for way, pattern in WIDE.items()},
-        pieces={way: _pieces(asm["ttgir"], way, 32 * num_warps) for way in BLOCKS},
+        memory={w: accesses(w, asm["ttgir"], sass, 32 * num_warps) for w in ("load", "store")},
         ptxas_warnings=[x.strip() for x in log.splitlines() if re.search("arning|serializ|C75", x)],
         asm=asm,
         sass_text=sass,
@@ -221,19 +208,6 @@ def aot_check(
     if keep:
         _keep(report, log, Path(keep))
     return report
-
-
-def _pieces(ttgir: str, way: str, threads: int) -> int:
-    """How many accesses of 128 bits the blocks that a kernel loads (stores) are for one thread.
-
-    At least one for a block that has so much for each thread of four warps, however many there
-    are; none for scalars and short vectors.
-    """
-    sizes = [
-        math.prod(map(int, shape.split("x"))) * int(bits)
-        for shape, bits in re.findall(BLOCKS[way], ttgir)
-    ]
-    return sum(max(size // (128 * threads), size >= 128 * 128) for size in sizes)
 
 
 def _source(kernel, signature, constexprs) -> ASTSource:
@@ -334,8 +308,8 @@ def _disassemble(cubin: bytes) -> str:
         file.write(cubin)
         file.flush()
         # nvdisasm does not know the newest cubins; cuobjdump does.
-        for command in (["nvdisasm", "-c"], ["cuobjdump", "-sass"]):
-            command = [str(TOOLS / command[0]), command[1], file.name]
+        for tool, *options in (["nvdisasm", "-c", "-g"], ["cuobjdump", "-sass"]):
+            command = [str(TOOLS / tool), *options, file.name]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode == 0:
                 break

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
 from slimkernels.dispatch import OPS
 
@@ -32,6 +33,19 @@ def maybe_compiled(function: Callable, compiled: bool) -> Callable:
         return function
     torch._dynamo.reset()
     return torch.compile(function, fullgraph=True, backend="aot_eager")
+
+
+def assert_rounding_alone(ours: Tensor, theirs: Tensor, terms: int) -> None:
+    """Two evaluations of one formula in one dtype, on inputs of size 1, differ by rounding alone.
+
+    terms  of the longest sum. Each evaluation rounds once a term, and four times beside, by half
+           an eps of the largest value; the two of them together by twice as much
+    """
+    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+    size = max(theirs.abs().flatten().tolist(), default=0.0)
+    error = max((ours - theirs).abs().flatten().tolist(), default=0.0)
+    allowed = (terms + 4) * torch.finfo(theirs.dtype).eps * max(size, 1.0)
+    assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}"
 
 
 def with_seed(function: Callable) -> Callable:

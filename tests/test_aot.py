@@ -4,8 +4,8 @@ A module's COMPILES list has one dict a configuration: kernel, signature, conste
 registers (the most that a thread may need), and where they matter num_stages, smem (the most
 bytes of shared memory), wgmma=True (a matrix kernel, which must use Hopper's instructions, and not
 one at a time) and may_wait (but loads may come between two of them: "newer" if only a newer Triton
-puts them there, or "any"), narrow (how many of the 128-bit pieces of memory that a thread loads and
-stores are taken in smaller ones all the same, and why; without it, none).
+puts them there, or "any"), narrow (how many of the instructions that load and store blocks of 128
+bits a thread, or more, take less at a time all the same, and why; without it, none).
 
 Neither the interpreter nor a GPU shares a process with the compiler, so what the selected tests
 need is compiled at once, in processes of its own: this file run as a script.
@@ -148,10 +148,12 @@ def test_compiles_as_declared(name, index, arch, reports):
         assert report["spill_stores"] == report["spill_loads"] == 0, described
         assert report["regs"] <= config["registers"], described
     if IS_DECLARED and arch == 90 and not config.get("wgmma"):  # memory is what others wait for
-        narrow = {way: max(n - report["wide"][way], 0) for way, n in report["pieces"].items()}
         declared = config.get("narrow", {})
-        assert report["wide"]["load"] or declared, described
-        assert narrow == {way: declared.get(way, 0) for way in narrow}, described
+        assert report["memory"]["load"] or declared, described
+        for way, lines in report["memory"].items():
+            assert all(counts["wide"] + counts["narrow"] for counts in lines.values()), described
+            narrow = sum(counts["narrow"] for counts in lines.values())
+            assert narrow == declared.get(way, 0), described
     assert report["smem"] <= min(config.get("smem", report["smem_limit"]), report["smem_limit"])
     if config.get("wgmma"):
         instructions = report["wgmma"] if arch == 90 else report["mma"]
@@ -213,8 +215,7 @@ def report_of(name: str, index: int, arch: int) -> dict:
         )
     except RuntimeError as error:
         return {"error": str(error)}
-    fields = ("regs", "spill_stores", "spill_loads", "smem", "smem_limit", "wgmma", "mma")
-    fields += ("pieces", "wide")
+    fields = ("regs", "spill_stores", "spill_loads", "smem", "smem_limit", "wgmma", "mma", "memory")
     numbers = {field: getattr(report, field) for field in fields}
     return numbers | {"warnings": report.ptxas_warnings, "description": str(report)}
 

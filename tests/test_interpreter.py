@@ -201,7 +201,7 @@ def test_float32_dot_is_tf32_unless_ieee(monkeypatch):
     exact = (matmul(a, b, "ieee") - truth).abs().max()
     rounded = (matmul(a, b, None) - truth).abs().max()
     # Ten mantissa bits lose 2^-11 of each operand, about a thousand times float32's rounding.
-    assert exact < 1e-5 < 1e-4 < rounded < 48 * 2**-10 * 16
+    assert exact < 48 * torch.finfo(torch.float32).eps * 16 < rounded < 48 * 2**-10 * 16
     monkeypatch.setattr(interpreter, "EMULATE_TF32", False)
     assert (matmul(a, b, None) - truth).abs().max() == exact
 

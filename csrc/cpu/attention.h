@@ -1,6 +1,7 @@
 // What attention works with: the arithmetic of one row of scores, where sequences lie and which
 // keys a query sees, and scratch memory.
 #pragma once
+#include "elementary.h"
 #include "gemm.h"
 #include "memory.h"
 #include "parallel.h"

@@ -17,10 +17,10 @@
 //          The losses are added up in double, first to last.
 #include <type_traits>
 
+#include "elementary.h"
 #include "kernels.h"
 #include "memory.h"
 #include "parallel.h"
-#include "vec.h"
 
 namespace slimkernels::SLIM_ISA {
 namespace {

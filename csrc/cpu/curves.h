@@ -2,11 +2,11 @@
 // bias and gated.cpp to the gate.
 //
 // Phi and its slope come from one exponential and keep their relative accuracy where Phi is small
-// (vec.h). (1 + tanh(u)) / 2 is the logistic function of 2 u.
+// (elementary.h). (1 + tanh(u)) / 2 is the logistic function of 2 u.
 #pragma once
 #include <type_traits>
 
-#include "vec.h"
+#include "elementary.h"
 
 namespace slimkernels::SLIM_ISA {
 

@@ -1,6 +1,6 @@
 // What softmax's kernels over rows and over columns share: a call's numbers, and masked scores.
 #pragma once
-#include "vec.h"
+#include "elementary.h"
 
 namespace slimkernels::SLIM_ISA {
 

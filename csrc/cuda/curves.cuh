@@ -1,8 +1,8 @@
 // The activation functions of one number, float32, with their slopes.
 //
 // Phi(-|z|) is exp(-z^2 / 2) times a polynomial, which keeps its relative accuracy where 1 + erf
-// has no digit left; csrc/cpu/vec.h derives it. (1 + tanh(u)) / 2 is the logistic function of 2 u,
-// from exp(-2 |u|), which cannot overflow.
+// has no digit left; csrc/cpu/elementary.h derives it. (1 + tanh(u)) / 2 is the logistic function
+// of 2 u, from exp(-2 |u|), which cannot overflow.
 #pragma once
 #include "common.cuh"
 

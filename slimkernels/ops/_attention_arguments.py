@@ -8,6 +8,19 @@ import torch
 from torch import Tensor
 
 from slimkernels.dispatch import may_skip_dispatcher
+from slimkernels.ops._attention_checks import (
+    NAME,
+    check_boundaries,
+    check_boundary_values,
+    check_dense,
+    check_device,
+    check_integers,
+    check_key_lengths,
+    check_parameter,
+    check_range,
+    check_tensors,
+    refuse,
+)
 from slimkernels.ops._attention_variant import AttentionVariant, Call, RelativeBias
 from slimkernels.ops._checks import (
     FLOATING,
@@ -15,13 +28,9 @@ from slimkernels.ops._checks import (
     check_flag,
     check_integer,
     check_number,
-    check_tensor,
-    is_readable,
-    value_range,
 )
 from slimkernels.ops._score_function import ScoreFunction
 
-NAME = "scaled_dot_product_attention"
 # Of offsets and windows: kernels add two of them to a position in 32 bits.
 _FARTHEST = 2**29
 
@@ -60,7 +69,7 @@ def call_of(
                 _known_calls.clear()
             _known_calls[signature] = call
     if key_lengths is not None:
-        _check_key_lengths(key_lengths, query, call)
+        check_key_lengths(key_lengths, query, call)
         call = call._replace(key_lengths=key_lengths)
     if key_lengths is not None or not is_plain:
         check_values(query, key, call)
@@ -88,12 +97,12 @@ def _checked(query, key, value, attn_mask, cu_seqlens, variant, options):
     dropout_p, is_causal, scale, enable_gqa, return_lse = options
     variant = AttentionVariant() if variant is None else variant
     if not isinstance(variant, AttentionVariant):
-        _refuse("variant", "an AttentionVariant", type(variant).__name__)
+        refuse("variant", "an AttentionVariant", type(variant).__name__)
     flags = ("is_causal", is_causal), ("enable_gqa", enable_gqa), ("return_lse", return_lse)
     for name, flag in (*flags, ("variant.batch_invariant", variant.batch_invariant)):
         check_flag(NAME, name, flag)
     ragged = cu_seqlens is not None
-    _check_tensors(query, key, value, ragged, enable_gqa)
+    check_tensors(query, key, value, ragged, enable_gqa)
     check_dropout(NAME, dropout_p)
     cu_q = cu_k = None
     if ragged:
@@ -140,102 +149,18 @@ def check_values(query: Tensor, key: Tensor, call: Call) -> None:
     Where somebody traces it may not, so the registered op looks when it runs.
     """
     if call.ragged:
-        _check_boundary_values(call.cu_seqlens_q, "query", query)
-        _check_boundary_values(call.cu_seqlens_k, "key", key)
+        check_boundary_values(call.cu_seqlens_q, "query", query)
+        check_boundary_values(call.cu_seqlens_k, "key", key)
     if call.key_lengths is not None:
         Tk = key.shape[2]
-        _check_range("key_lengths", f"from 0 to the {Tk} keys", call.key_lengths, 0, Tk)
+        check_range("key_lengths", f"from 0 to the {Tk} keys", call.key_lengths, 0, Tk)
     if call.causal_offsets is not None:
         what = "variant.causal_offset", "at most 2^29 in size"
-        _check_range(*what, call.causal_offsets, -_FARTHEST, _FARTHEST)
+        check_range(*what, call.causal_offsets, -_FARTHEST, _FARTHEST)
     if call.buckets is not None:
         last = call.table.shape[0] - 1
         expected = f"rows of table, from 0 to {last}"
-        _check_range("variant.relative_bias.buckets", expected, call.buckets, 0, last)
-
-
-def _refuse(name, expected, got):
-    raise ValueError(f"{NAME}: {name} must be {expected}; got {got}")
-
-
-def _check_tensors(query, key, value, ragged, enable_gqa):
-    layout = "(T, H, D), as cu_seqlens asks" if ragged else "(B, H, T, D)"
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        check_tensor(NAME, name, tensor)
-        if tensor.dim() != (3 if ragged else 4):
-            _refuse(name, layout, tuple(tensor.shape))
-        if tensor.dtype != query.dtype:
-            _refuse_unlike(name, "dtype", query.dtype, tensor.dtype)
-        if tensor.device != query.device:
-            _refuse_unlike(name, "device", query.device, tensor.device)
-    _check_shapes(query.shape, key.shape, value.shape, ragged, enable_gqa)
-
-
-def _refuse_unlike(name, what, expected, got):
-    raise ValueError(f"{NAME}: {name} must have query's {what} {expected}; got {got}")
-
-
-def _check_shapes(query, key, value, ragged, enable_gqa):
-    if query[-1] == 0:
-        raise ValueError(f"{NAME}: query {tuple(query)} has no elements in a head")
-    if key[-1] != query[-1] or (not ragged and key[0] != query[0]):
-        what = "width" if ragged else "batch and width"
-        raise ValueError(f"{NAME}: key must have query's {what} {tuple(query)}; got {tuple(key)}")
-    if value[:-1] != key[:-1]:
-        raise ValueError(
-            f"{NAME}: value must have key's shape {tuple(key)} but for the width; "
-            f"got {tuple(value)}"
-        )
-    if value[-1] == 0:
-        raise ValueError(f"{NAME}: value {tuple(value)} has no elements in a head")
-    heads = -2 if ragged else -3
-    H, Hkv = query[heads], key[heads]
-    if Hkv == 0 or H % Hkv:
-        raise ValueError(f"{NAME}: query's heads must be a multiple of key's {Hkv}; got {H}")
-    if Hkv != H and not enable_gqa:
-        raise ValueError(
-            f"{NAME}: enable_gqa must be True for {H} heads of query on {Hkv} of key; got False"
-        )
-
-
-def _check_integers(name, value, query, size):
-    if not isinstance(value, Tensor):
-        _refuse(name, "a tensor", type(value).__name__)
-    if value.dtype != torch.int32:
-        _refuse(name, "int32", value.dtype)
-    _check_device(name, value, query)
-    named = isinstance(size, str)
-    if value.dim() != 1 or (not named and value.shape[0] != size):
-        expected = size if named else f"({size},), one a sequence"
-        raise ValueError(f"{NAME}: {name} must have shape {expected}; got {tuple(value.shape)}")
-
-
-def _check_dense(name, value):
-    if value.is_nested or value.layout != torch.strided:
-        _refuse(name, "a dense tensor", "a nested tensor" if value.is_nested else value.layout)
-
-
-def _check_device(name, value, query):
-    if value.device != query.device:
-        _refuse(name, f"on {query.device} like query", value.device)
-
-
-def _check_parameter(name, value, query):
-    """A floating tensor on query's device, in query's dtype or float32."""
-    if not isinstance(value, Tensor):
-        _refuse(name, "a tensor", type(value).__name__)
-    if value.dtype not in (query.dtype, torch.float32):
-        float32 = "" if query.dtype == torch.float32 else ", or float32"
-        _refuse(name, f"{query.dtype} like query{float32}", value.dtype)
-    _check_device(name, value, query)
-
-
-def _check_range(name, expected, values, low, high):
-    if not is_readable(values) or values.numel() == 0:
-        return
-    least, most = value_range(values)
-    if least < low or most > high:
-        _refuse(name, expected, f"{least} to {most}")
+        check_range("variant.relative_bias.buckets", expected, call.buckets, 0, last)
 
 
 def _boundaries(cu_seqlens, query, key):
@@ -243,9 +168,9 @@ def _boundaries(cu_seqlens, query, key):
     pair = cu_seqlens if isinstance(cu_seqlens, tuple | list) else (cu_seqlens, cu_seqlens)
     if len(pair) != 2 or (pair is cu_seqlens and not all(isinstance(t, Tensor) for t in pair)):
         of = ", ".join(type(t).__name__ for t in pair[:3])
-        _refuse("cu_seqlens", "a tensor or a pair of them", f"{type(pair).__name__} of {of}")
-    _check_boundaries(pair[0], query)
-    _check_boundaries(pair[1], key)
+        refuse("cu_seqlens", "a tensor or a pair of them", f"{type(pair).__name__} of {of}")
+    check_boundaries(pair[0], query)
+    check_boundaries(pair[1], key)
     if pair[0].shape != pair[1].shape:
         raise ValueError(
             f"{NAME}: cu_seqlens of query and key must have one length; got "
@@ -254,40 +179,15 @@ def _boundaries(cu_seqlens, query, key):
     return pair
 
 
-def _check_boundaries(cu_seqlens, tensor):
-    _check_integers("cu_seqlens", cu_seqlens, tensor, "(sequences + 1,)")
-    if cu_seqlens.shape[0] == 0:
-        raise ValueError(f"{NAME}: cu_seqlens must have shape (sequences + 1,); got (0,)")
-
-
-def _check_boundary_values(cu_seqlens, of, tensor):
-    if not is_readable(cu_seqlens):
-        return
-    values, T = cu_seqlens.tolist(), tensor.shape[0]
-    if values[0] != 0 or values[-1] != T:
-        raise ValueError(
-            f"{NAME}: cu_seqlens of {of} must go from 0 to its {T} tokens; "
-            f"got {values[0]} to {values[-1]}"
-        )
-    if any(a > b for a, b in zip(values, values[1:], strict=False)):
-        raise ValueError(f"{NAME}: cu_seqlens of {of} must not fall; got {values}")
-
-
-def _check_key_lengths(key_lengths, query, call):
-    if call.ragged:
-        raise ValueError(f"{NAME}: key_lengths must be None with cu_seqlens, which has the lengths")
-    _check_integers("key_lengths", key_lengths, query, query.shape[0])
-
-
 def _mask_and_bias(attn_mask, bias, query, sizes):
     if attn_mask is not None:
         if not isinstance(attn_mask, Tensor):
-            _refuse("attn_mask", "a tensor", type(attn_mask).__name__)
+            refuse("attn_mask", "a tensor", type(attn_mask).__name__)
         if type(attn_mask).__name__ == "CausalBias":  # torch.nn.attention.bias's, without values
-            _refuse("attn_mask", "a tensor (is_causal is this one)", "CausalBias")
-        _check_dense("attn_mask", attn_mask)
+            refuse("attn_mask", "a tensor (is_causal is this one)", "CausalBias")
+        check_dense("attn_mask", attn_mask)
         if attn_mask.dtype != torch.bool and attn_mask.dtype not in FLOATING:
-            _refuse("attn_mask", "bool, True where a key is seen, or floating", attn_mask.dtype)
+            refuse("attn_mask", "bool, True where a key is seen, or floating", attn_mask.dtype)
         if attn_mask.dtype != torch.bool:
             if bias is not None:
                 raise ValueError(
@@ -301,10 +201,10 @@ def _mask_and_bias(attn_mask, bias, query, sizes):
 def _four(name, x, query, sizes):
     """x with all four dimensions, each as large as the scores' or one."""
     if name != "attn_mask" or x.dtype != torch.bool:
-        _check_parameter(name, x, query)
-    _check_device(name, x, query)
+        check_parameter(name, x, query)
+    check_device(name, x, query)
     if x.dim() > 4:
-        _refuse(name, "(B, H, Tq, Tk) or broadcast to it", tuple(x.shape))
+        refuse(name, "(B, H, Tq, Tk) or broadcast to it", tuple(x.shape))
     shape = tuple(x.shape)
     x = x.reshape((1,) * (4 - x.dim()) + shape)
     if any(s != 1 and n is not None and s != n for s, n in zip(x.shape, sizes, strict=True)):
@@ -319,10 +219,10 @@ def _window(window, is_causal):
     left, right = -1, -1
     if window is not None:
         if not isinstance(window, tuple | list) or len(window) != 2:
-            _refuse("variant.window", "(left, right)", repr(window))
+            refuse("variant.window", "(left, right)", repr(window))
         if not all(side is None or _is_reach(side) for side in window):
             expected = "(left, right), each an integer from 0 to 2^29 or None for no limit"
-            _refuse("variant.window", expected, repr(window))
+            refuse("variant.window", expected, repr(window))
         left, right = (-1 if side is None else side for side in window)
     return left, 0 if is_causal else right
 
@@ -334,20 +234,20 @@ def _is_reach(side):
 
 def _offset(offset, query, B):
     if isinstance(offset, Tensor):
-        _check_integers("variant.causal_offset", offset, query, B)
+        check_integers("variant.causal_offset", offset, query, B)
         return 0, offset
     check_integer(NAME, "variant.causal_offset", offset)
     if not -_FARTHEST <= offset <= _FARTHEST:
-        _refuse("variant.causal_offset", "at most 2^29 in size", offset)
+        refuse("variant.causal_offset", "at most 2^29 in size", offset)
     return offset, None
 
 
 def _sinks(sinks, query, H):
     if sinks is None:
         return None
-    _check_parameter("variant.sinks", sinks, query)
+    check_parameter("variant.sinks", sinks, query)
     if tuple(sinks.shape) != (H,):
-        _refuse("variant.sinks", f"({H},), one a head", tuple(sinks.shape))
+        refuse("variant.sinks", f"({H},), one a head", tuple(sinks.shape))
     return sinks
 
 
@@ -355,12 +255,12 @@ def _slopes(slopes, query, B, H):
     if slopes is None:
         return None
     if not isinstance(slopes, Tensor):
-        _refuse("variant.alibi_slopes", "a tensor", type(slopes).__name__)
+        refuse("variant.alibi_slopes", "a tensor", type(slopes).__name__)
     if slopes.dtype != torch.float32:
-        _refuse("variant.alibi_slopes", "float32", slopes.dtype)
-    _check_device("variant.alibi_slopes", slopes, query)
+        refuse("variant.alibi_slopes", "float32", slopes.dtype)
+    check_device("variant.alibi_slopes", slopes, query)
     if tuple(slopes.shape) not in ((H,), (B, H)):
-        _refuse("variant.alibi_slopes", f"({H},) or ({B}, {H})", tuple(slopes.shape))
+        refuse("variant.alibi_slopes", f"({H},) or ({B}, {H})", tuple(slopes.shape))
     if slopes.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             f"{NAME}: variant.alibi_slopes must not require a gradient; variant.bias may"
@@ -373,9 +273,9 @@ def _softcap(softcap):
         return 0.0
     check_number(NAME, "variant.softcap", softcap)
     if softcap <= 0:
-        _refuse("variant.softcap", "above 0, or None", softcap)
+        refuse("variant.softcap", "above 0, or None", softcap)
     if softcap < 1e-30:  # which scores are divided by, in float32
-        _refuse("variant.softcap", "at least 1e-30, or None", softcap)
+        refuse("variant.softcap", "at least 1e-30, or None", softcap)
     return float(softcap)
 
 
@@ -383,13 +283,13 @@ def _relative_bias(relative, query, H):
     if relative is None:
         return None, None
     if not isinstance(relative, RelativeBias):
-        _refuse("variant.relative_bias", "a RelativeBias", type(relative).__name__)
+        refuse("variant.relative_bias", "a RelativeBias", type(relative).__name__)
     table, buckets = relative
-    _check_parameter("variant.relative_bias.table", table, query)
+    check_parameter("variant.relative_bias.table", table, query)
     if table.dim() != 2 or table.shape[1] != H or table.shape[0] == 0:
-        _refuse("variant.relative_bias.table", f"(buckets, {H})", tuple(table.shape))
+        refuse("variant.relative_bias.table", f"(buckets, {H})", tuple(table.shape))
     name, shape = "variant.relative_bias.buckets", "(2 * m + 1,)"
-    _check_integers(name, buckets, query, shape)
+    check_integers(name, buckets, query, shape)
     if buckets.shape[0] % 2 == 0:
         raise ValueError(f"{NAME}: {name} must have shape {shape}; got {tuple(buckets.shape)}")
     return table, buckets
@@ -398,17 +298,17 @@ def _relative_bias(relative, query, H):
 def _function(variant, query):
     function, tensors = variant.score, variant.score_tensors
     if not isinstance(tensors, tuple | list):
-        _refuse("variant.score_tensors", "a tuple of tensors", type(tensors).__name__)
+        refuse("variant.score_tensors", "a tuple of tensors", type(tensors).__name__)
     if function is None:
         if tensors:
             raise ValueError(f"{NAME}: variant.score_tensors must be empty without score")
         return None, ()
     if not isinstance(function, ScoreFunction):
-        _refuse("variant.score", "a ScoreFunction", type(function).__name__)
+        refuse("variant.score", "a ScoreFunction", type(function).__name__)
     for tensor in tensors:
         if not isinstance(tensor, Tensor):
-            _refuse("variant.score_tensors", "a tuple of tensors", f"{type(tensor).__name__} in it")
-        _check_device("variant.score_tensors", tensor, query)
+            refuse("variant.score_tensors", "a tuple of tensors", f"{type(tensor).__name__} in it")
+        check_device("variant.score_tensors", tensor, query)
         if tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 f"{NAME}: variant.score_tensors must not require a gradient: they get none"
@@ -418,5 +318,5 @@ def _function(variant, query):
 
 def _tf32(precision):
     if precision not in ("ieee", "tf32"):
-        _refuse("variant.float32_precision", "'ieee' or 'tf32'", repr(precision))
+        refuse("variant.float32_precision", "'ieee' or 'tf32'", repr(precision))
     return precision == "tf32"

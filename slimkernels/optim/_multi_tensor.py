@@ -18,6 +18,8 @@ from slimkernels.ops.grad_norm import grad_norm
 LATER = ("max_exp_avg_sq", "master")
 # What torch's optimizers keep in their groups to choose among their own implementations.
 FOREIGN = ("foreach", "fused", "differentiable", "decoupled_weight_decay")
+# State that has its parameter's shape, whichever optimizer's it is.
+SHAPED = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "master")
 LOW = (torch.bfloat16, torch.float16)
 
 
@@ -73,6 +75,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
                 raise ValueError(
                     f"{_name(self)}: {name} must be given for the whole optimizer, not for a group"
                 )
+        self._check_hints(group)
         params = group["params"]
         for param in params:
             if not param.is_floating_point():
@@ -91,6 +94,17 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         is_pair = isinstance(betas, (tuple, list)) and len(betas) == 2
         if not is_pair or not all(isinstance(b, Real) and 0.0 <= b < 1.0 for b in betas):
             raise ValueError(f"{_name(self)}: betas must be two numbers in [0, 1); got {betas!r}")
+
+    def _check_hints(self, options: dict) -> None:
+        """torch's ways to take the same step are all one here; a step with a gradient is none."""
+        for name in ("foreach", "fused", "differentiable"):
+            if options.get(name) is not None:
+                check_flag(_name(self), name, options[name])
+        if options.get("differentiable"):
+            raise ValueError(
+                f"{_name(self)}: differentiable must be False: this step writes its parameters "
+                "outside autograd; torch.optim's can be differentiated"
+            )
 
     def _check_rate(self, lr: Tensor) -> None:
         if lr.numel() != 1 or not lr.is_floating_point():
@@ -273,21 +287,48 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
                 hook.remove()
 
     def _check_state_dict(self, state_dict: dict) -> None:
-        """ValueError where the state is another kind of optimizer's; torch compares the sizes."""
-        wanted = [name for name in ("betas", "momentum", "eps") if name in self.defaults]
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
-            missing = [name for name in wanted if name not in saved]
-            where = "its groups have"
-            for param, number in zip(group["params"], saved["params"], strict=False):
-                state = state_dict["state"].get(number)
-                if state and not missing:
-                    names = (name for name in self._columns(group, param) if name not in LATER)
-                    missing, where = [n for n in names if n not in state], "its state has"
-            if missing:
-                raise ValueError(
-                    f"{_name(self)}: the state dict is another optimizer's: {where} no "
-                    f"{', '.join(missing)}"
-                )
+        """ValueError for the state of another kind of optimizer, or of other parameters."""
+        groups = state_dict["param_groups"]
+        sizes = [[len(group["params"]) for group in side] for side in (self.param_groups, groups)]
+        if sizes[0] != sizes[1]:
+            return  # torch refuses it
+        for group, saved in zip(self.param_groups, groups, strict=True):
+            numbers = zip(group["params"], saved["params"], strict=True)
+            states = [(param, n, state_dict["state"].get(n)) for param, n in numbers]
+            self._check_kind(group, saved, states)
+            self._check_group({**self.defaults, **saved, "params": group["params"]})
+            for param, number, state in states:
+                for name, value in (state or {}).items():
+                    self._check_value(f"{name} of parameter {number}", name, value, param)
+
+    def _check_kind(self, group: dict, saved: dict, states: list[tuple]) -> None:
+        """ValueError where the keys are another optimizer's. Its "amsgrad" marks Adam's kin: LAMB's
+        state has the same keys."""
+        wanted = ("betas", "momentum", "eps", "amsgrad")
+        lost = [name for name in wanted if name in self.defaults and name not in saved]
+        marks = () if "amsgrad" in self.defaults else ("amsgrad", "decoupled_weight_decay")
+        alien = [name for name in marks if name in saved]
+        found = f"its groups have {'no ' + ', '.join(lost) if lost else ', '.join(alien)}"
+        for param, _, state in states:
+            if state and not lost and not alien:
+                names = (name for name in self._columns(group, param) if name not in LATER)
+                lost = [name for name in names if name not in state]
+                found = f"its state has no {', '.join(lost)}"
+        if lost or alien:
+            raise ValueError(f"{_name(self)}: the state dict is another optimizer's: {found}")
+
+    def _check_value(self, what: str, name: str, value: object, param: Tensor) -> None:
+        """ValueError for a state that is not as a parameter's must be."""
+        shape = tuple(value.shape) if isinstance(value, Tensor) else None
+        got = type(value).__name__ if shape is None else f"{value.dtype} of {shape}"
+        if name == "step":
+            if not (isinstance(value, Real) if shape is None else value.numel() == 1):
+                raise ValueError(f"{_name(self)}: {what} must be one number; got {got}")
+        elif name in SHAPED and (shape != param.shape or not value.is_floating_point()):
+            raise ValueError(
+                f"{_name(self)}: {what} must be real and of its shape {tuple(param.shape)}; "
+                f"got {got}"
+            )
 
     def _restore(self, state_dict: dict) -> None:
         """Give groups our own keys, and states their dtype: torch cast them to the parameter's."""
@@ -303,6 +344,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
             for name, value in state_dict["state"].get(number, {}).items():
                 if name == "step":
                     value = torch.as_tensor(value, dtype=torch.float32, device=param.device)
+                    value = value.reshape(()).clone()
                 elif isinstance(value, Tensor) and value.is_floating_point():
                     value = value.to(dtype=dtype, device=param.device)
                 else:

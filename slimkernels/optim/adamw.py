@@ -16,6 +16,8 @@ class AdamW(MultiTensorOptimizer):
     betas, eps, weight_decay, amsgrad, maximize
                     as in torch
     capturable      for torch's state dicts: a step can always be captured in a CUDA graph
+    foreach, fused  torch's ways to take the same step, taken and not needed: there is one way here
+    differentiable  must be False: a step writes its parameters, and has no gradient
     max_grad_norm   scale the gradients of all groups together to at most this norm, as
                     torch.nn.utils.clip_grad_norm_ does, without writing them; None: do not
     skip_nonfinite  where that norm is NaN or infinite, change nothing, and count no step
@@ -24,9 +26,11 @@ class AdamW(MultiTensorOptimizer):
                     written
     backend         as in the ops; explain() says which runs, and why
 
-    The state's keys are torch's, and a state dict can go either way. Moments are float32 whatever
-    the parameter is, float64 for float64. After a step with max_grad_norm or skip_nonfinite,
-    `grad_norm` is the norm before clipping, a tensor on the device. Nothing waits for the device.
+    The state's keys are torch's, and a state dict can go either way; load_state_dict refuses
+    another optimizer's, or wrong numbers or shapes, before it loads anything. Moments are float32
+    whatever the parameter is, float64 for float64. After a step with max_grad_norm or
+    skip_nonfinite, `grad_norm` is the norm before clipping, a tensor on the device. Nothing waits
+    for the device.
     Errors: ValueError for a number out of range or for sparse gradients.
     """
 
@@ -42,12 +46,16 @@ class AdamW(MultiTensorOptimizer):
         amsgrad: bool = False,
         *,
         maximize: bool = False,
+        foreach: bool | None = None,
         capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         master_weights: bool = True,
         backend: str | None = None,
     ) -> None:
+        self._check_hints({"foreach": foreach, "fused": fused, "differentiable": differentiable})
         defaults = {
             "lr": lr,
             "betas": betas,

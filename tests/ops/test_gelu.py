@@ -39,7 +39,7 @@ def test_negative_tail_keeps_its_relative_accuracy(backend, approximate, curve):
 
 
 def test_exact_tail_on_the_cpu_is_right_to_a_few_units_in_the_last_place(each_isa):
-    """What csrc/cpu/vec.h promises of normal(): the rounding of z^2 is put back."""
+    """What csrc/cpu/elementary.h promises of normal(): the rounding of z^2 is put back."""
     z = torch.linspace(-12, 0, 36001)[:-1]
     truth = activation_reference(z.double(), None, "gelu")
     for isa in each_isa():

@@ -1,13 +1,9 @@
 import functools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from op_cases import DTYPES, device_of, maybe_compiled, skip_unsupported
+from op_cases import DTYPES, assert_rounding_alone, device_of, maybe_compiled, skip_unsupported
 
 import slimkernels as sk
 from slimkernels.ops.linear_cross_entropy import (
@@ -327,44 +323,10 @@ def test_the_definition_is_torchs():
     x, weight, target, bias = inputs_of((9, 24, 37), torch.float64, "cpu")
     theirs = F.cross_entropy(F.linear(x, weight, bias), target, label_smoothing=0.1)
     ours = linear_cross_entropy_reference(x, weight, target, bias, label_smoothing=0.1)
-    assert (ours - theirs).abs() < 1e-14
+    assert_rounding_alone(ours, theirs, terms=37)
     assert_no_worse(
         sk.linear_cross_entropy(x, weight, target, bias, label_smoothing=0.1), theirs, theirs
     )
-
-
-MEMORY = """
-import resource, torch, torch.nn.functional as F
-import slimkernels as sk
-from slimkernels.backends.cpu import linear_cross_entropy as kernels
-
-kernels.CHUNK = 1 << 23
-torch.set_num_threads(2)
-N, C, V = 2048, 16, 16384
-x, weight = torch.randn(N, C, requires_grad=True), torch.randn(V, C, requires_grad=True)
-target = torch.randint(V, (N,))
-
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-before = peak()
-for reduction in ("mean", "none"):
-    sk.linear_cross_entropy(x, weight, target, reduction=reduction, backend="cpu").sum().backward()
-ours = peak()
-F.cross_entropy(F.linear(x, weight), target).backward()
-print(ours - before, peak() - before)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="counts pages as Linux does")
-def test_memory_is_a_tenth_of_eagers():
-    if isinstance(LINEAR_CROSS_ENTROPY.modules["cpu"], str):
-        pytest.skip(LINEAR_CROSS_ENTROPY.modules["cpu"])
-    environment = {**os.environ, "PYTHONPATH": str(Path(sk.__file__).parent.parent)}
-    command = [sys.executable, "-c", MEMORY]
-    output = subprocess.check_output(command, env=environment, cwd=os.sep)
-    ours, eager = map(int, output.split())
-    assert ours * 10 <= eager
 
 
 @every_reduction

@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import io
 import pickle
 
 import pytest
@@ -15,6 +14,7 @@ from optim_cases import (
     close,
     every_backend,
     every_optimizer,
+    every_pair,
     feed,
     parameters,
     snapshot,
@@ -24,79 +24,34 @@ from optim_cases import (
 from slimkernels.dispatch import BackendError, use_backend
 from slimkernels.optim import AdamW, Muon
 
-PAIRS = {AdamW: torch.optim.AdamW, Muon: torch.optim.Muon}  # of a class and torch's own
-
-every_pair = pytest.mark.parametrize("make, torchs", PAIRS.items())
-
 
 @every_pair
 def test_options_have_torchs_names_and_defaults(make, torchs):
     ours, theirs = (inspect.signature(c).parameters for c in (make, torchs))
     own = {"max_grad_norm", "skip_nonfinite", "master_weights", "backend"}
-    absent = {"foreach", "fused", "differentiable"}
     assert list(ours)[-1] == "backend" and own <= set(ours)
-    assert set(ours) - own == set(theirs) - absent
-    for name in set(ours) - own:
+    assert set(ours) - own == set(theirs)
+    for name in theirs:
         assert ours[name].default == theirs[name].default, name
         assert ours[name].kind == theirs[name].kind, name
-    for name in absent & set(theirs):
-        with pytest.raises(TypeError, match=name):
-            make(parameters(MATRICES, torch.float32), **{name: True})
 
 
-@every_backend
-@every_pair
-def test_a_state_dict_goes_both_ways(make, torchs, backend):
-    device = device_of(backend)
-    params, others = (parameters(MATRICES, torch.float32, device) for _ in range(2))
-    ours, theirs = make(params, lr=0.01, backend=backend), torchs(others, lr=0.01)
-    train(params, ours)
-    train(others, theirs)
-    assert ours.state_dict()["state"][0].keys() == theirs.state_dict()["state"][0].keys()
-    loaded, given = make(params, backend=backend), torchs(others)
-    loaded.load_state_dict(theirs.state_dict())
-    given.load_state_dict(ours.state_dict())
-    assert loaded.param_groups[0]["lr"] == given.param_groups[0]["lr"] == 0.01
-    train(params, loaded, first_seed=3)
-    train(others, given, first_seed=3)
-    close(params, others, make)
-    # Two optimizers must not write one state.
-    assert ours.state[params[0]].keys() == loaded.state[params[0]].keys()
-    for key, value in theirs.state[others[0]].items():
-        assert value.data_ptr() != loaded.state[params[0]][key].data_ptr()
-
-
-@every_pair
-def test_torchs_bfloat16_state_is_widened(make, torchs):
-    others, params = (parameters(MATRICES, torch.bfloat16) for _ in range(2))
-    theirs, ours = torchs(others), make(params)
-    train(others, theirs)
-    ours.load_state_dict(theirs.state_dict())
-    assert all(v.dtype == torch.float32 for v in ours.state[params[0]].values())
-    for param, other in zip(params, others, strict=True):
-        param.data.copy_(other)
-    train(params, ours)
-    assert ours.state[params[0]]["master"].dtype == torch.float32
-    torchs(others).load_state_dict(ours.state_dict())
+@pytest.mark.parametrize("hint", ["foreach", "fused"])
+def test_which_of_torchs_ways_is_asked_for_changes_nothing(hint):
+    params = parameters(MATRICES, torch.float32)
+    train(params, AdamW(params))
+    for value in (None, True, False):
+        for in_a_group in (False, True):
+            others = parameters(MATRICES, torch.float32)
+            given = [{"params": others, hint: value}] if in_a_group else others
+            train(others, AdamW(given, **({} if in_a_group else {hint: value})))
+            assert_same_bits(params, others)
 
 
 @every_optimizer
-@every_backend
-def test_a_saved_run_goes_on_as_if_never_saved(make, backend):
-    device = device_of(backend)
-    for dtype in (torch.float32, torch.bfloat16):
-        params = parameters(MATRICES, dtype, device)
-        optimizer = make(params, backend=backend)
-        train(params, optimizer)
-        file = io.BytesIO()
-        torch.save(optimizer.state_dict(), file)
-        file.seek(0)
-        copies = [torch.nn.Parameter(param.detach().clone()) for param in params]
-        resumed = make(copies, lr=7.0, backend=backend)
-        resumed.load_state_dict(torch.load(file, weights_only=True))
-        train(params, optimizer, first_seed=3)
-        train(copies, resumed, first_seed=3)
-        assert_same_bits(snapshot(optimizer), snapshot(resumed))
+def test_a_step_to_differentiate_is_refused_in_a_group_too(make):
+    with pytest.raises(ValueError, match=f"^{make.__name__}: differentiable must be False"):
+        make([{"params": parameters(MATRICES, torch.float32), "differentiable": True}])
 
 
 @every_optimizer
@@ -251,6 +206,10 @@ WRONG = {
     "amsgrad": ("x", None),
     "nesterov": (1,),
     "maximize": (0,),
+    "capturable": (1,),
+    "foreach": (1,),
+    "fused": ("yes",),
+    "differentiable": (True, 0),
     "skip_nonfinite": ("no",),
     "master_weights": (None,),
     "backend": ("gpu", 3),
@@ -294,29 +253,6 @@ def test_a_parameter_given_twice_is_refused(make):
     ):
         optimizer.add_param_group({"params": [param, param]})
     assert len(optimizer.param_groups) == 1
-
-
-@every_optimizer
-def test_another_optimizers_state_dict_is_refused(make):
-    params = parameters(MATRICES, torch.float32)
-    optimizer = make(params)
-    train(params, optimizer)
-    before = snapshot(optimizer)
-    others = [
-        torch.optim.SGD(params, momentum=0.9),
-        torch.optim.SGD(params),
-        torch.optim.RMSprop(params),
-        (torch.optim.AdamW if make is Muon else torch.optim.Muon)(params),
-    ]
-    for other in others:
-        other.step()
-        with pytest.raises(ValueError, match=f"^{make.__name__}: the state dict is another .* no "):
-            optimizer.load_state_dict(other.state_dict())
-    assert (
-        optimizer.state[params[0]].keys()
-        == make(params)._state_of(optimizer.param_groups[0], params[0]).keys()
-    )
-    assert_same_bits(before[len(params) :], snapshot(optimizer)[len(params) :])
 
 
 @every_optimizer

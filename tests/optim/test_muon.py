@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from op_cases import device_of
+from op_cases import assert_rounding_alone, device_of
 from optim_cases import assert_same_bits, parameters, run, snapshot, states
 
 from slimkernels.optim import Muon
@@ -95,7 +95,9 @@ def test_the_definition_is_a_polynomial_of_singular_values(option):
     ours, _ = run(lambda p: Muon(p, **options), SHAPES, 20, torch.float64)
     truth, _ = run(lambda p: BySingularValues(p, **options), SHAPES, 20, torch.float64)
     for a, b in zip(ours, truth, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+        # Newton and Schulz's polynomial multiplies the errors of small singular values by up to
+        # 3.4445 each time, five times over; of that a step adds lr = 0.02.
+        assert_rounding_alone(a, b, terms=20 * round(0.02 * 3.4445**5 * max(a.shape)))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -302,7 +302,7 @@ def compiles(*, is_rms: bool, adds: bool = False, grouped: bool = False) -> list
             num_warps=WARPS,
             registers=128,
             narrow=dict(
-                load=2 if grouped and kernel is _normalize_kernel else 0,
+                load=16 if grouped and kernel is _normalize_kernel else 0,
                 why="each element of a group looks its channel's weight and bias up",
             ),
         )

@@ -164,7 +164,7 @@ def elements(start, BLOCK: tl.constexpr):
 
 
 def narrow(load: int, store: int = 0) -> dict:
-    """For COMPILES: pieces of 128 bits that are taken in smaller ones."""
+    """For COMPILES: the instructions that take less than 128 bits of a chunk."""
     why = "a chunk's masked end and tensors at odd addresses go by elements, bfloat16 by four"
     return dict(load=load, store=store, why=why)
 

@@ -164,12 +164,12 @@ COMPILES = [
         ),
         num_warps=4,
         registers=64,
-        narrow=narrow(*pieces),
+        narrow=narrow(*instructions),
     )
-    for kind, has_maximum, is_aligned, *pieces in (
-        (tl.float32, False, True, 8, 6),
-        (tl.float32, False, False, 16, 12),
-        (tl.bfloat16, True, True, 12, 10),
-        (tl.bfloat16, True, False, 20, 18),
+    for kind, has_maximum, is_aligned, *instructions in (
+        (tl.float32, False, True, 32, 24),
+        (tl.float32, False, False, 64, 48),
+        (tl.bfloat16, True, True, 52, 42),
+        (tl.bfloat16, True, False, 96, 80),
     )
 ]

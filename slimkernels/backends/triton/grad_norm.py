@@ -116,9 +116,9 @@ COMPILES = [
         constexprs=dict(TYPE=kind, IS_ALIGNED=True, BLOCK=BLOCK),
         num_warps=4,
         registers=64,
-        narrow=narrow(load),
+        narrow=narrow(8),
     )
-    for kind, load in ((tl.float32, 2), (tl.bfloat16, 1))
+    for kind in (tl.float32, tl.bfloat16)
 ] + [
     dict(
         kernel=_finish_kernel,
@@ -126,6 +126,6 @@ COMPILES = [
         constexprs=dict(HAS_LIMIT=True, IS_SKIPPING=True, BLOCK=FINISH_BLOCK),
         num_warps=4,
         registers=64,
-        narrow=dict(load=2, why="the programs' sums, a few hundred, are of any number"),
+        narrow=dict(load=8, why="the programs' sums, a few hundred, are of any number"),
     )
 ]

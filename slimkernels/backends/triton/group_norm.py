@@ -203,11 +203,11 @@ COMPILES = [
         narrow=dict(load=gathered, why="each element looks its channel's weight and bias up"),
     )
     for kernel, constants, warps, registers, gathered in (
-        (_forward_kernel, {"BLOCK_N": 1024}, row_block(1024)[1], 64, 4),
-        (_forward_kernel, {"BLOCK_N": MAX_ROW}, row_block(MAX_ROW)[1], 128, 4),
+        (_forward_kernel, {"BLOCK_N": 1024}, row_block(1024)[1], 64, 32),
+        (_forward_kernel, {"BLOCK_N": MAX_ROW}, row_block(MAX_ROW)[1], 128, 32),
         (_channel_sums_kernel, {"BLOCK_C": 1, "BLOCK_S": TILE}, 4, 128, 0),
         (_channel_sums_kernel, {"BLOCK_C": TILE // 64, "BLOCK_S": 64}, 4, 128, 0),
-        (_backward_kernel, {"CHANNELS": CHANNELS, "BLOCK_N": PART}, 4, 128, 2),
+        (_backward_kernel, {"CHANNELS": CHANNELS, "BLOCK_N": PART}, 4, 128, 23),
     )
 ]
 COMPILES += _long_rows.compiles(is_rms=False, grouped=True)

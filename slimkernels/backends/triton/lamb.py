@@ -196,15 +196,15 @@ COMPILES = [
         ),
         num_warps=4,
         registers=64,
-        narrow=narrow(*pieces),
+        narrow=narrow(*instructions),
     )
-    for kernel, kind, is_aligned, *pieces in (
-        (_measure_kernel, tl.float32, True, 8, 4),
-        (_measure_kernel, tl.bfloat16, True, 10, 4),
-        (_measure_kernel, tl.bfloat16, False, 16, 8),
-        (_apply_kernel, tl.float32, True, 6, 2),
-        (_apply_kernel, tl.bfloat16, True, 8, 4),
-        (_apply_kernel, tl.bfloat16, False, 14, 6),
+    for kernel, kind, is_aligned, *instructions in (
+        (_measure_kernel, tl.float32, True, 32, 16),
+        (_measure_kernel, tl.bfloat16, True, 44, 16),
+        (_measure_kernel, tl.bfloat16, False, 80, 32),
+        (_apply_kernel, tl.float32, True, 24, 8),
+        (_apply_kernel, tl.bfloat16, True, 34, 18),
+        (_apply_kernel, tl.bfloat16, False, 64, 32),
     )
 ] + [
     dict(
@@ -213,6 +213,6 @@ COMPILES = [
         constexprs=dict(BLOCK=SUM_BLOCK),
         num_warps=4,
         registers=64,
-        narrow=dict(load=2, why="a tensor's sums begin anywhere among those of all"),
+        narrow=dict(load=56, why="a tensor's sums begin anywhere among those of all"),
     )
 ]

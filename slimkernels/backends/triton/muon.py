@@ -246,15 +246,15 @@ COMPILES = [
         },
         num_warps=4,
         registers=64,
-        narrow=narrow(*pieces),
+        narrow=narrow(*instructions),
     )
-    for kernel, kind, is_aligned, *pieces in (
-        (_momentum_kernel, tl.float32, True, 4, 2),
-        (_momentum_kernel, tl.bfloat16, False, 6, 4),
-        (_direction_kernel, tl.float32, True, 4, 2),
-        (_direction_kernel, tl.bfloat16, False, 6, 2),
-        (_apply_kernel, tl.float32, True, 4, 2),
-        (_apply_kernel, tl.bfloat16, False, 8, 6),
+    for kernel, kind, is_aligned, *instructions in (
+        (_momentum_kernel, tl.float32, True, 16, 8),
+        (_momentum_kernel, tl.bfloat16, False, 32, 16),
+        (_direction_kernel, tl.float32, True, 16, 10),
+        (_direction_kernel, tl.bfloat16, False, 32, 10),
+        (_apply_kernel, tl.float32, True, 18, 8),
+        (_apply_kernel, tl.bfloat16, False, 48, 32),
     )
 ] + [
     dict(
@@ -263,6 +263,6 @@ COMPILES = [
         constexprs=dict(BLOCK=SUM_BLOCK),
         num_warps=4,
         registers=64,
-        narrow=dict(load=1, why="a tensor's sums begin anywhere among those of all"),
+        narrow=dict(load=28, why="a tensor's sums begin anywhere among those of all"),
     )
 ]

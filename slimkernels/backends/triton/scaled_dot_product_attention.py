@@ -298,7 +298,7 @@ COMPILES = [
             *(_dq_kernel, "dq", D, _FP32),
             scoring=_FEATURES[1],
             registers=255,
-            narrow=dict(load=1 if D == 64 else 0, why="a bias may have any stride between keys"),
+            narrow=dict(load=8 if D == 64 else 0, why="a bias may have any stride between keys"),
         )
         for D in (64, 128)
     ),
@@ -309,7 +309,7 @@ COMPILES = [
             blocks=dict(BLOCK_M=16, BLOCK_N=64),
             registers=255,
             narrow=dict(
-                load=2 if D == 64 else 1,
+                load=5 if D == 64 else 4,
                 why="a step's few queries are 8 bytes a thread; a bias may have any stride",
             ),
         )
