@@ -111,7 +111,8 @@ class T5RMSNorm:
         x, weight = hidden_states, self.weight
         if is_torchs(x) or weight.dtype not in (x.dtype, torch.float32):
             return super().forward(x)
-        return rms_norm(x.to(weight.dtype), weight.shape, weight, self.variance_epsilon)
+        x = x.to(torch.promote_types(x.dtype, weight.dtype))
+        return rms_norm(x, weight.shape, weight, self.variance_epsilon)
 
 
 class ZeroCenteredRMSNorm:
