@@ -124,6 +124,7 @@ def _combined(ours, original):
         *(forward.__code__, forward.__globals__, forward.__name__),
         *(forward.__defaults__, forward.__closure__),
     )
+    copied.__kwdefaults__ = forward.__kwdefaults__
     members = {
         "forward": functools.update_wrapper(copied, original.forward),
         "__module__": original.__module__,
