@@ -174,6 +174,8 @@ def _are_plain(words, positions, segments, norm, dropout) -> bool:
 def _is_plain_table(table) -> bool:
     if not is_plain(table, torch.nn.Embedding):
         return False
+    if type(table.weight) not in (torch.nn.Parameter, Tensor):  # quantised or sharded
+        return False
     return table.max_norm is None and not table.scale_grad_by_freq and not table.sparse
 
 

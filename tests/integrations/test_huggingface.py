@@ -179,3 +179,46 @@ def test_what_a_model_takes_is_still_to_be_read():
         for n, m in model.named_modules()
         if type(m).__module__.startswith("transformers.")
     )
+
+
+class Quantised(torch.Tensor):
+    """A weight of eight bits that only F.linear can take, as torchao's are."""
+
+    @staticmethod
+    def __new__(cls, weight):
+        return torch.Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype)
+
+    def __init__(self, weight):
+        self.scale = weight.abs().amax(1, keepdim=True) / 127
+        self.levels = (weight / self.scale).round().to(torch.int8)
+
+    def wide(self):
+        return self.levels * self.scale
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.nn.functional.linear:
+            args = [a.wide() if isinstance(a, cls) else a for a in args]
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].wide())
+        raise NotImplementedError(str(function))
+
+
+def test_quantised_weights_are_left_to_torch(monkeypatch):
+    from slimkernels.backends.cpu import linear
+
+    monkeypatch.setattr(linear, "_IS_AMD", True)  # where the op has a kernel for plain weights
+    monkeypatch.setattr(linear, "MIN_PRODUCT", 0)
+    model = FAMILIES["bert-mlm"].make().train()
+    for module in model.modules():
+        if type(module) is torch.nn.Linear:
+            weight = Quantised(module.weight.detach())
+            module.weight = torch.nn.Parameter(weight, requires_grad=False)
+    expected = model(**masked()).logits
+    slimkernels.replace(model)
+    torch.testing.assert_close(model(**masked()).logits[REAL], expected[REAL])
