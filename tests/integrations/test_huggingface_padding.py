@@ -76,18 +76,22 @@ def test_small_batches_in_evaluation_too(bert, replaced, monkeypatch, lengths):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing(replaced, reentrant):
-    replaced.train()
-    expected = replaced(**masked()).loss
+@pytest.mark.parametrize("name", ["bert-mlm", "llama"])
+def test_activation_checkpointing(name, reentrant, packings):
+    model = FAMILIES[name].make().train()
+    batch = {**causal(), "use_cache": False} if name == "llama" else masked()
+    slimkernels.replace(model)
+    expected = model(**batch).loss
     expected.backward()
-    gradients = {n: p.grad.clone() for n, p in replaced.named_parameters()}
-    replaced.zero_grad()
-    replaced.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    replaced.bert.embeddings.register_forward_hook(lambda module, args, out: out)
-    loss = replaced(**masked()).loss
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    packings.clear()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    loss = model(**batch).loss
     loss.backward()
+    assert bool(packings) == (not reentrant)
     torch.testing.assert_close(loss, expected)
-    for n, p in replaced.named_parameters():
+    for n, p in model.named_parameters():
         torch.testing.assert_close(p.grad, gradients[n], msg=n)
 
 
