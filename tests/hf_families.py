@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from hf_configs import BART, BERT, DISTILBERT, GPT2, LLAMA, MODERNBERT, T5, VISION, V
 
-V, B, L = 61, 3, 11  # vocabulary, and a padded batch
+B, L = 3, 11  # a padded batch
 LENGTHS = (11, 6, 3)
+REAL = torch.arange(L) < torch.tensor(LENGTHS)[:, None]
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Family:
     config   what a tiny one is given
     inputs   a function of this module that makes a batch
     swapped  classes, by the names that the report gives them, that must be among the swapped
-    packs    whether its encoder runs a padded batch on the real tokens alone
+    packs    whether it runs a padded batch on the real tokens alone
     generates  whether generate() is compared, too
     """
 
@@ -50,21 +52,16 @@ class Family:
         return model
 
 
-def _mask() -> torch.Tensor:
-    return (torch.arange(L) < torch.tensor(LENGTHS)[:, None]).long()
-
-
 def tokens() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(5, V, (B, L), generator=generator)
-    mask = _mask()
-    return {"input_ids": torch.where(mask == 1, ids, 1), "attention_mask": mask}
+    return {"input_ids": torch.where(REAL, ids, 1), "attention_mask": REAL.long()}
 
 
 def masked() -> dict[str, torch.Tensor]:
     """A batch with a label at about every third real token."""
     batch = tokens()
-    wanted = (torch.arange(L) % 3 == 1) & (batch["attention_mask"] == 1)
+    wanted = (torch.arange(L) % 3 == 1) & REAL
     return {**batch, "labels": torch.where(wanted, batch["input_ids"], -100)}
 
 
@@ -74,7 +71,7 @@ def classified() -> dict[str, torch.Tensor]:
 
 def causal() -> dict[str, torch.Tensor]:
     batch = tokens()
-    return {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
+    return {**batch, "labels": batch["input_ids"].masked_fill(~REAL, -100)}
 
 
 def translated() -> dict[str, torch.Tensor]:
@@ -87,7 +84,7 @@ def pretrained() -> dict[str, torch.Tensor]:
 
 def tagged() -> dict[str, torch.Tensor]:
     batch = tokens()
-    return {**batch, "labels": (batch["input_ids"] % 2).masked_fill(_mask() == 0, -100)}
+    return {**batch, "labels": (batch["input_ids"] % 2).masked_fill(~REAL, -100)}
 
 
 def answered() -> dict[str, torch.Tensor]:
@@ -121,98 +118,39 @@ def speech() -> dict[str, torch.Tensor]:
     return {"input_features": features, "labels": tokens()["input_ids"][:2, :6].contiguous()}
 
 
-_BERT = dict(
-    vocab_size=V,
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    intermediate_size=48,
-    max_position_embeddings=32,
-    hidden_dropout_prob=0.0,
-    attention_probs_dropout_prob=0.0,
-    pad_token_id=1,
-)
-_LLAMA = dict(
-    vocab_size=V,
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    intermediate_size=48,
-    max_position_embeddings=32,
-    pad_token_id=1,
-    bos_token_id=2,
-    eos_token_id=None,
-)
-_BART = dict(
-    vocab_size=V,
-    d_model=32,
-    encoder_layers=2,
-    decoder_layers=2,
-    encoder_attention_heads=4,
-    decoder_attention_heads=4,
-    encoder_ffn_dim=48,
-    decoder_ffn_dim=48,
-    max_position_embeddings=32,
-    dropout=0.0,
-    attention_dropout=0.0,
-    pad_token_id=1,
-    bos_token_id=2,
-    eos_token_id=3,
-    decoder_start_token_id=3,
-    forced_eos_token_id=None,
-)
-_T5 = dict(
-    vocab_size=V,
-    d_model=32,
-    d_kv=8,
-    d_ff=48,
-    num_layers=2,
-    num_heads=4,
-    relative_attention_num_buckets=8,
-    relative_attention_max_distance=8,
-    dropout_rate=0.0,
-    pad_token_id=1,
-    eos_token_id=3,
-    decoder_start_token_id=1,
-)
-_VISION = dict(
-    hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=16
-)
 _OUTPUT = ("SelfOutput", "Intermediate", "Stack", "Layer", "LayerNorm")
 
 FAMILIES = {
     "bert-mlm": Family(
-        "BertForMaskedLM", "BertConfig", _BERT, masked, ("Embeddings", *_OUTPUT), packs=True
+        "BertForMaskedLM", "BertConfig", BERT, masked, ("Embeddings", *_OUTPUT), packs=True
     ),
     "bert-cls": Family(
-        "BertForSequenceClassification", "BertConfig", _BERT, classified, _OUTPUT, packs=True
+        "BertForSequenceClassification", "BertConfig", BERT, classified, _OUTPUT, packs=True
     ),
     "bert-tokens": Family(
-        "BertForTokenClassification", "BertConfig", _BERT, tagged, _OUTPUT, packs=True
+        "BertForTokenClassification", "BertConfig", BERT, tagged, _OUTPUT, packs=True
     ),
-    "bert-qa": Family("BertForQuestionAnswering", "BertConfig", _BERT, answered, _OUTPUT),
-    "bert-choice": Family("BertForMultipleChoice", "BertConfig", _BERT, chosen, _OUTPUT, True),
+    "bert-qa": Family("BertForQuestionAnswering", "BertConfig", BERT, answered, _OUTPUT),
+    "bert-choice": Family("BertForMultipleChoice", "BertConfig", BERT, chosen, _OUTPUT, True),
     "bert-nsp": Family(
-        "BertForNextSentencePrediction", "BertConfig", _BERT, classified, _OUTPUT, packs=True
+        "BertForNextSentencePrediction", "BertConfig", BERT, classified, _OUTPUT, packs=True
     ),
     "bert-pretraining": Family(
-        "BertForPreTraining", "BertConfig", _BERT, pretrained, _OUTPUT, packs=True
+        "BertForPreTraining", "BertConfig", BERT, pretrained, _OUTPUT, packs=True
     ),
     "bert-decoder": Family(
         "BertLMHeadModel",
         "BertConfig",
-        {**_BERT, "is_decoder": True, "bos_token_id": 2, "eos_token_id": None},
+        {**BERT, "is_decoder": True, "bos_token_id": 2, "eos_token_id": None},
         causal,
-        _OUTPUT,
+        ("SelfOutput", "Intermediate", "LayerNorm"),
         generates=True,
     ),
-    "roberta": Family("RobertaForMaskedLM", "RobertaConfig", _BERT, masked, _OUTPUT, packs=True),
+    "roberta": Family("RobertaForMaskedLM", "RobertaConfig", BERT, masked, _OUTPUT, packs=True),
     "xlm-roberta": Family(
         "XLMRobertaForSequenceClassification",
         "XLMRobertaConfig",
-        _BERT,
+        BERT,
         classified,
         _OUTPUT,
         packs=True,
@@ -220,18 +158,7 @@ FAMILIES = {
     "distilbert": Family(
         "DistilBertForMaskedLM",
         "DistilBertConfig",
-        dict(
-            vocab_size=V,
-            dim=32,
-            n_layers=2,
-            n_heads=4,
-            hidden_dim=48,
-            max_position_embeddings=32,
-            dropout=0.0,
-            attention_dropout=0.0,
-            seq_classif_dropout=0.0,
-            pad_token_id=1,
-        ),
+        DISTILBERT,
         masked,
         ("Stack", "Layer", "LayerNorm", "GELUActivation"),
         packs=True,
@@ -239,7 +166,7 @@ FAMILIES = {
     "albert": Family(
         "AlbertForMaskedLM",
         "AlbertConfig",
-        {**_BERT, "embedding_size": 16, "classifier_dropout_prob": 0.0},
+        {**BERT, "embedding_size": 16, "classifier_dropout_prob": 0.0},
         masked,
         ("Stack", "Layer", "LayerNorm", "NewGELUActivation"),
         packs=True,
@@ -247,7 +174,7 @@ FAMILIES = {
     "electra": Family(
         "ElectraForMaskedLM",
         "ElectraConfig",
-        {**_BERT, "embedding_size": 16},
+        {**BERT, "embedding_size": 16},
         masked,
         _OUTPUT,
         packs=True,
@@ -255,7 +182,7 @@ FAMILIES = {
     "electra-discriminator": Family(
         "ElectraForPreTraining",
         "ElectraConfig",
-        {**_BERT, "embedding_size": 32},
+        {**BERT, "embedding_size": 32},
         tagged,
         _OUTPUT,
         packs=True,
@@ -263,28 +190,14 @@ FAMILIES = {
     "deberta-v2": Family(
         "DebertaV2ForMaskedLM",
         "DebertaV2Config",
-        {**_BERT, "relative_attention": True, "pos_att_type": ["c2p", "p2c"], "type_vocab_size": 0},
+        {**BERT, "relative_attention": True, "pos_att_type": ["c2p", "p2c"], "type_vocab_size": 0},
         masked,
         ("SelfOutput", "Intermediate", "LayerNorm"),
     ),
     "modernbert": Family(
         "ModernBertForMaskedLM",
         "ModernBertConfig",
-        dict(
-            vocab_size=V,
-            hidden_size=32,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            intermediate_size=48,
-            max_position_embeddings=32,
-            local_attention=4,
-            global_attn_every_n_layers=3,
-            pad_token_id=1,
-            bos_token_id=2,
-            cls_token_id=2,
-            eos_token_id=3,
-            sep_token_id=3,
-        ),
+        MODERNBERT,
         masked,
         ("Stack", "RotaryLayer", "ModernBertMLP", "LayerNorm"),
         packs=True,
@@ -292,19 +205,7 @@ FAMILIES = {
     "gpt2": Family(
         "GPT2LMHeadModel",
         "GPT2Config",
-        dict(
-            vocab_size=V,
-            n_embd=32,
-            n_layer=2,
-            n_head=4,
-            n_positions=32,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            pad_token_id=1,
-            bos_token_id=2,
-            eos_token_id=None,
-        ),
+        GPT2,
         causal,
         ("LayerNorm", "NewGELUActivation"),
         generates=True,
@@ -312,7 +213,7 @@ FAMILIES = {
     "gpt-neox": Family(
         "GPTNeoXForCausalLM",
         "GPTNeoXConfig",
-        {**_BERT, "hidden_dropout": 0.0, "attention_dropout": 0.0, "eos_token_id": None},
+        {**BERT, "hidden_dropout": 0.0, "attention_dropout": 0.0, "eos_token_id": None},
         causal,
         ("LayerNorm", "GELUActivation"),
         generates=True,
@@ -320,7 +221,7 @@ FAMILIES = {
     "llama": Family(
         "LlamaForCausalLM",
         "LlamaConfig",
-        _LLAMA,
+        LLAMA,
         causal,
         ("RMSNorm", "GatedMLP", "LlamaDecoderLayer"),
         generates=True,
@@ -328,7 +229,7 @@ FAMILIES = {
     "mistral": Family(
         "MistralForCausalLM",
         "MistralConfig",
-        {**_LLAMA, "sliding_window": 4},
+        {**LLAMA, "sliding_window": 4},
         causal,
         ("RMSNorm", "GatedMLP", "LlamaDecoderLayer"),
         generates=True,
@@ -336,7 +237,7 @@ FAMILIES = {
     "qwen2": Family(
         "Qwen2ForCausalLM",
         "Qwen2Config",
-        {**_LLAMA, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+        {**LLAMA, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
         causal,
         ("RMSNorm", "GatedMLP", "LlamaDecoderLayer"),
         generates=True,
@@ -344,7 +245,7 @@ FAMILIES = {
     "qwen3": Family(
         "Qwen3ForCausalLM",
         "Qwen3Config",
-        _LLAMA,
+        LLAMA,
         causal,
         ("RMSNorm", "GatedMLP", "LlamaDecoderLayer"),
         generates=True,
@@ -352,7 +253,7 @@ FAMILIES = {
     "gemma2": Family(
         "Gemma2ForCausalLM",
         "Gemma2Config",
-        {**_LLAMA, "sliding_window": 4, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0},
+        {**LLAMA, "sliding_window": 4, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0},
         causal,
         ("ZeroCenteredRMSNorm", "GatedMLP"),
         generates=True,
@@ -360,7 +261,7 @@ FAMILIES = {
     "gemma3": Family(
         "Gemma3ForCausalLM",
         "Gemma3TextConfig",
-        {**_LLAMA, "sliding_window": 4, "query_pre_attn_scalar": 8},
+        {**LLAMA, "sliding_window": 4, "query_pre_attn_scalar": 8},
         causal,
         ("ZeroCenteredRMSNorm", "GatedMLP"),
         generates=True,
@@ -368,7 +269,7 @@ FAMILIES = {
     "phi3": Family(
         "Phi3ForCausalLM",
         "Phi3Config",
-        _LLAMA,
+        LLAMA,
         causal,
         ("RMSNorm", "StackedGatedMLP"),
         generates=True,
@@ -376,7 +277,7 @@ FAMILIES = {
     "t5": Family(
         "T5ForConditionalGeneration",
         "T5Config",
-        _T5,
+        T5,
         translated,
         ("T5RMSNorm", "Stack", "BiasedLayer"),
         packs=True,
@@ -385,7 +286,7 @@ FAMILIES = {
     "t5-gated": Family(
         "T5ForConditionalGeneration",
         "T5Config",
-        {**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+        {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
         translated,
         ("T5RMSNorm", "T5GatedMLP", "Stack", "BiasedLayer"),
         packs=True,
@@ -393,7 +294,7 @@ FAMILIES = {
     "bart": Family(
         "BartForConditionalGeneration",
         "BartConfig",
-        _BART,
+        BART,
         translated,
         ("Stack", "PostNormEncoderLayer", "PostNormDecoderLayer", "GELUActivation"),
         packs=True,
@@ -402,7 +303,7 @@ FAMILIES = {
     "marian": Family(
         "MarianMTModel",
         "MarianConfig",
-        {**_BART, "activation_function": "gelu"},
+        {**BART, "activation_function": "gelu"},
         translated,
         ("Stack", "PostNormEncoderLayer", "PostNormDecoderLayer", "GELUActivation"),
         packs=True,
@@ -411,7 +312,7 @@ FAMILIES = {
     "pegasus": Family(
         "PegasusForConditionalGeneration",
         "PegasusConfig",
-        _BART,
+        BART,
         translated,
         ("Stack", "PreNormEncoderLayer", "PreNormDecoderLayer", "GELUActivation"),
         packs=True,
@@ -420,14 +321,14 @@ FAMILIES = {
     "whisper": Family(
         "WhisperForConditionalGeneration",
         "WhisperConfig",
-        {**_BART, "num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 24},
+        {**BART, "num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 24},
         speech,
         ("LayerNorm", "GELUActivation", "PreNormEncoderLayer"),
     ),
     "vit": Family(
         "ViTForImageClassification",
         "ViTConfig",
-        {**_VISION, "patch_size": 4},
+        {**VISION, "patch_size": 4},
         image,
         ("LayerNorm", "GELUActivation"),
     ),
@@ -436,12 +337,12 @@ FAMILIES = {
         "CLIPConfig",
         dict(
             text_config={
-                **{k: v for k, v in _BERT.items() if "dropout" not in k},
+                **{k: v for k, v in BERT.items() if "dropout" not in k},
                 "bos_token_id": 2,
                 "eos_token_id": 3,
                 "projection_dim": 16,
             },
-            vision_config={**_VISION, "patch_size": 4, "projection_dim": 16},
+            vision_config={**VISION, "patch_size": 4, "projection_dim": 16},
             projection_dim=16,
         ),
         pair,

@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
-from pathlib import Path
+from collections.abc import Iterator
 
 import torch
 
-from benchmarks import allocator, harness, provenance, results, timing
-from benchmarks.models import bert_providers
+from benchmarks import harness, provenance, timing
+from benchmarks.models import bert_providers, measuring
 from benchmarks.models.bert_memory import peak_memory
 from benchmarks.models.bert_providers import PRECISIONS, Shape
 
@@ -41,47 +40,35 @@ COLUMNS += ["tokens_per_s", "peak_mib", "loss", "gate"]
 def main(argv: list[str] | None = None) -> int:
     """0 if every provider passed the gate, 1 if one failed, 2 on bad arguments."""
     options = parse(argv)
-    if options.threads:
-        torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    memory = _allocator(options)
-    folder = "runs/benchmarks" if options.quick else "benchmarks/results"
-    out = options.out or Path(folder) / provenance.device_slug(device)
-    path = out / f"bert_training{'_default_allocator' * options.default_allocator}.csv"
-    shapes = QUICK if options.quick else SHAPES[device.type]
-    shapes = shapes + (FULL[device.type] if options.full else [])
-    header = provenance.provenance(device) | {
+    facts = {
         "transformers": provenance.version_of("transformers"),
-        "allocator": memory,
+        "allocator": _allocator(options, device),
         "protocol": "a step is forward (MLM + NSP), backward, fused AdamW; dropout 0.1; providers "
         "take turns; ratio = median over the turns of hf_sdpa's time over the provider's; "
         "bfloat16 is autocast over float32 weights; tokens are real ones, padding not counted",
     }
-    print(f"Measuring a BERT training step on {provenance.device_name(device)} -> {path}")
-    print("".join(f"  {name}: {value}\n" for name, value in header.items()), end="", flush=True)
-    rows, start = [], time.perf_counter()
+    name = f"bert_training{'_default_allocator' * options.default_allocator}"
+    path = measuring.result_path(options, device, name)
+    return measuring.run(path, device, facts, COLUMNS, _parts(options, device))
+
+
+def _parts(options, device: torch.device) -> Iterator[list[dict]]:
+    shapes = QUICK if options.quick else SHAPES[device.type]
+    shapes = shapes + (FULL[device.type] if options.full else [])
     for number, shape in enumerate(shapes):
         verdicts = bert_providers.gate(shape, device, PROVIDERS)
         print(f"{shape}: gate {verdicts}", flush=True)
         for dtype in options.dtype or list(PRECISIONS):
             names = _names(options, device, first=number == 0)
-            measured = measure(shape, dtype, names, verdicts, options)
-            print(results.text_table(measured, COLUMNS), flush=True)
-            rows += measured
-            results.write_csv(path, header, rows)
-    failures = sum(str(row["gate"]).startswith("FAIL") for row in rows)
-    print(f"Wrote {path} in {time.perf_counter() - start:.0f} s; {failures} rows failed the gate.")
-    return 1 if failures else 0
+            yield measure(shape, dtype, names, verdicts, options)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m benchmarks.models.bert_training")
-    parser.add_argument("--device", choices=("cpu", "cuda"))
+    measuring.add_options(parser, seconds=10.0, what="a shape and dtype")
     parser.add_argument("--dtype", action="append", choices=list(PRECISIONS))
-    parser.add_argument("--quick", action="store_true", help="a tiny model, to see that it runs")
     parser.add_argument("--full", action="store_true", help="also the largest shape")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of timing a shape and dtype")
-    parser.add_argument("--threads", type=int)
     parser.add_argument("--compile", choices=("first", "all", "none"), default="first")
     parser.add_argument(
         "--default-allocator",
@@ -89,21 +76,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="time glibc's malloc as it comes, page faults included, into a file of its own",
     )
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args(argv)
-    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no GPU here")
-    return options
+    return measuring.parse_with_device(parser, argv)
 
 
-def _allocator(options) -> str:
+def _allocator(options, device: torch.device) -> str:
     """Set it up; the sentence for the header."""
-    if options.device == "cuda":
-        return "CUDA's caching allocator"
-    if options.default_allocator:
+    if device.type == "cpu" and options.default_allocator:
+        if options.threads:
+            torch.set_num_threads(options.threads)
         return "the C library's default, for all providers alike; peak memory under mallopt"
-    return allocator.keep_freed_memory()
+    return measuring.set_up(options, device)
 
 
 def _names(options, device: torch.device, first: bool) -> list[str]:
@@ -125,7 +107,7 @@ def measure(shape: Shape, dtype: str, names: list[str], verdicts, options) -> li
     made = [p for p in made if not verdicts[p.name].startswith("FAIL")]
     first_loss = {p.name: p.first_loss for p in made}
     clock = timing.Stopwatch(device)
-    runs = {p.name: _one_step(p, clock) for p in made}
+    runs = {p.name: measuring.timed(p.step, clock) for p in made}
     budget = timing.Budget(options.seconds, least=3, most=50, warm_up=1)
     samples = {name: parts["step"] for name, parts in timing.interleave(runs, budget).items()}
     del made, runs
@@ -136,8 +118,9 @@ def measure(shape: Shape, dtype: str, names: list[str], verdicts, options) -> li
         if name not in samples:
             rows.append(labels | note)
             continue
-        numbers = _numbers(samples[name], samples[BASELINE], batch.num_tokens, device)
-        numbers["loss"] = first_loss[name]
+        numbers = measuring.numbers(samples[name], samples[BASELINE], device)
+        numbers["tokens_per_s"] = 1e3 * batch.num_tokens / numbers["ms"]
+        numbers |= {"real_tokens": batch.num_tokens, "loss": first_loss[name]}
         if not options.no_memory and name != "hf_compiled":
             numbers["peak_mib"] = peak_memory(name, shape, dtype, device)
         rows.append(labels | numbers | note)
@@ -153,33 +136,6 @@ def _cannot_run(provider) -> str | None:
     except RuntimeError as error:  # out of memory, or torch.compile cannot build
         return f"FAIL could not run: {' '.join(str(error).split())[:200]}"
     return None
-
-
-def _one_step(provider, clock: timing.Stopwatch):
-    def run():
-        clock.start()
-        provider.step()
-        return {"step": clock.stop()}
-
-    return run
-
-
-def _numbers(
-    mine: timing.Samples, base: timing.Samples, tokens: int, device: torch.device
-) -> dict[str, object]:
-    median, p20, p80 = timing.quantiles(mine.wall)
-    is_cpu = device.type == "cpu"  # on a GPU the host's time says nothing of the step's
-    return {
-        "ratio": timing.speedup(base.wall, mine.wall),
-        "cpu_ratio": timing.speedup(base.cpu, mine.cpu) if is_cpu else None,
-        "ms": median,
-        "p20_ms": p20,
-        "p80_ms": p80,
-        "cpu_ms": timing.quantiles(mine.cpu)[0] if is_cpu else None,
-        "tokens_per_s": 1e3 * tokens / median,
-        "real_tokens": tokens,
-        "turns": len(mine.wall),
-    }
 
 
 if __name__ == "__main__":

@@ -13,17 +13,16 @@ benchmarks/results/<device>/encoder_inference.csv.
 from __future__ import annotations
 
 import argparse
-import functools
 import sys
-import time
 from pathlib import Path
 
 import torch
 
-from benchmarks import allocator, provenance, results, timing
-from benchmarks.models import encoder_peers
+from benchmarks import provenance, timing
+from benchmarks.models import encoder_peers, measuring
 from benchmarks.models.encoder_peers import BASELINE, EAGER, PEERS, Encoder
 
+CPU = torch.device("cpu")
 SHAPES = ((32, 128), (16, 256), (1, 128))
 COLUMNS = ["shape", "provider", "ratio", "cpu_ratio", "ms", "cpu_ms", "cosine", "gate"]
 
@@ -31,42 +30,25 @@ COLUMNS = ["shape", "provider", "ratio", "cpu_ratio", "ms", "cpu_ms", "cosine", 
 def main(argv: list[str] | None = None) -> int:
     """0 if every provider passed the gate, 1 if one failed, 2 on bad arguments."""
     options = parse(argv)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    device = torch.device("cpu")
-    folder = "runs/benchmarks" if options.quick else "benchmarks/results"
-    out = options.out or Path(folder) / provenance.device_slug(device)
-    path = out / "encoder_inference.csv"
     encoder = Encoder.load(options.model, options.quick)
     packages = ("transformers", "onnxruntime", "ctranslate2")
-    header = provenance.provenance(device) | {
-        **{name: provenance.version_of(name) for name in packages},
+    facts = {name: provenance.version_of(name) for name in packages} | {
         "model": encoder.title,
-        "allocator": allocator.keep_freed_memory(),
+        "allocator": measuring.set_up(options, CPU),
         "protocol": "no gradients; providers take turns; ratio = median over the turns of "
         "hf_sdpa's time over the provider's; cosine of mean-pooled sentences with float64's",
     }
-    print(f"Measuring sentence encoding on {provenance.device_name(device)} -> {path}")
-    print("".join(f"  {name}: {value}\n" for name, value in header.items()), end="", flush=True)
-    rows, start = [], time.perf_counter()
-    for B, T in ((4, 32),) if options.quick else SHAPES:
-        measured = measure(encoder, B, T, options)
-        print(results.text_table(measured, COLUMNS), flush=True)
-        rows += measured
-        results.write_csv(path, header, rows)
-    failures = sum(str(row["gate"]).startswith("FAIL") for row in rows)
-    print(f"Wrote {path} in {time.perf_counter() - start:.0f} s; {failures} rows failed the gate.")
-    return 1 if failures else 0
+    shapes = ((4, 32),) if options.quick else SHAPES
+    parts = (measure(encoder, B, T, options) for B, T in shapes)
+    path = measuring.result_path(options, CPU, "encoder_inference")
+    return measuring.run(path, CPU, facts, COLUMNS, parts)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m benchmarks.models.encoder_inference")
     parser.add_argument("--model", type=Path, help="a Hugging Face folder of BERT")
     parser.add_argument("--provider", action="append", choices=list(PEERS))
-    parser.add_argument("--quick", action="store_true", help="a tiny model, to see that it runs")
-    parser.add_argument("--seconds", type=float, default=20.0, help="of timing a shape")
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--out", type=Path)
+    measuring.add_options(parser, seconds=20.0, what="a shape")
     options = parser.parse_args(argv)
     if options.model is not None and not (options.model / "config.json").is_file():
         parser.error(f"--model {options.model}: no config.json there")
@@ -77,47 +59,37 @@ def measure(encoder: Encoder, B: int, T: int, options) -> list[dict]:
     """A row for each provider; one that cannot run, or failed the gate, has no number."""
     batch = encoder.batch(B, T)
     real = int(batch["attention_mask"].sum())
-    truth = encoder_peers.truth(encoder, batch)
-    clock, runs, notes = timing.Stopwatch(torch.device("cpu")), {}, {}
-    cosines: dict[str, float] = {}
-    outputs: dict[str, torch.Tensor] = {}
     torch._dynamo.reset()
-    for name in PEERS:
-        if options.provider and name not in options.provider:
-            continue
-        try:
-            run = PEERS[name](encoder, batch)
-            outputs[name] = run()
-        except ImportError as error:
-            notes[name] = f"not run: {error}"
-            continue
-        eager = outputs.get(EAGER.get(name))
-        notes[name], cosines[name] = encoder_peers.verdict(name, outputs[name], batch, truth, eager)
-        if not notes[name].startswith("FAIL"):
-            runs[name] = functools.partial(_timed, run, clock)
-    samples = timing.interleave(runs, timing.Budget(options.seconds, least=5, most=60, warm_up=2))
-    rows = []
-    for name in notes:
-        row = {"shape": f"{B}x{T}, {real} real", "provider": name, "gate": notes[name]}
-        row["cosine"] = cosines.get(name)
-        if name in samples and BASELINE in samples:
-            base, mine = samples[BASELINE]["run"], samples[name]["run"]
-            row |= {
-                "ratio": timing.speedup(base.wall, mine.wall),
-                "cpu_ratio": timing.speedup(base.cpu, mine.cpu),
-                "ms": timing.quantiles(mine.wall)[0],
-                "cpu_ms": timing.quantiles(mine.cpu)[0],
-                "tokens_per_s": 1e3 * real / timing.quantiles(mine.wall)[0],
-                "turns": len(mine.wall),
-            }
+    steps, rows = {}, []
+    made = {name: _make(name, encoder, batch) for name in options.provider or PEERS}
+    outputs = {name: run() for name, run in made.items() if not isinstance(run, str)}
+    truth, clock = encoder_peers.truth(encoder, batch), timing.Stopwatch(CPU)
+    for name, run in made.items():
+        row = {"shape": f"{B}x{T}, {real} real", "provider": name}
+        if isinstance(run, str):
+            row["gate"] = f"not run: {run}"
+        else:
+            beside = outputs.get(EAGER.get(name))
+            verdict = encoder_peers.verdict(name, outputs[name], batch, truth, beside)
+            row["gate"], row["cosine"] = verdict
+            if not row["gate"].startswith("FAIL"):
+                steps[name] = measuring.timed(run, clock)
         rows.append(row)
+    budget = timing.Budget(options.seconds, least=5, most=60, warm_up=2)
+    samples = {name: parts["step"] for name, parts in timing.interleave(steps, budget).items()}
+    for row in rows:
+        if row["provider"] in samples and BASELINE in samples:
+            row |= measuring.numbers(samples[row["provider"]], samples[BASELINE], CPU)
+            row["tokens_per_s"] = 1e3 * real / row["ms"]
     return rows
 
 
-def _timed(run, clock: timing.Stopwatch):
-    clock.start()
-    run()
-    return {"run": clock.stop()}
+def _make(name: str, encoder: Encoder, batch: encoder_peers.Batch) -> encoder_peers.Run | str:
+    """What runs a provider, or which package it misses."""
+    try:
+        return PEERS[name](encoder, batch)
+    except ImportError as error:
+        return str(error)
 
 
 if __name__ == "__main__":

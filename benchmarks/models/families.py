@@ -11,15 +11,14 @@ process of its own. Results go to benchmarks/results/<device>/families.csv, and 
 from __future__ import annotations
 
 import argparse
-import functools
+import itertools
 import sys
-import time
 from pathlib import Path
 
 import torch
 
-from benchmarks import allocator, harness, provenance, report, results, timing
-from benchmarks.models import family_models
+from benchmarks import harness, provenance, report, results, timing
+from benchmarks.models import family_models, measuring
 from benchmarks.models.bert_memory import in_own_process
 from benchmarks.models.family_models import FAMILIES, WORK
 
@@ -32,58 +31,64 @@ def main(argv: list[str] | None = None) -> int:
     """0 if every family passed the gate, 1 if one failed, 2 on bad arguments."""
     options = parse(argv)
     device = torch.device(options.device)
-    folder = "runs/benchmarks" if options.quick else "benchmarks/results"
-    path = (options.out or Path(folder) / provenance.device_slug(device)) / "families.csv"
+    path = measuring.result_path(options, device, "families")
     if options.page:
-        header, rows = results.read_csv(path)
-        results.write_text(PAGE, page(header, rows))
+        results.write_text(PAGE, page(*results.read_csv(path)))
         return 0
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    memory = allocator.keep_freed_memory() if device.type == "cpu" else "CUDA's caching allocator"
-    header = provenance.provenance(device) | {
+    facts = {
         "transformers": provenance.version_of("transformers"),
-        "allocator": memory,
+        "allocator": measuring.set_up(options, device),
         "protocol": "random weights, float32; providers take turns; ratio = median over the turns "
         "of sdpa's time over the provider's, eager's where there is no sdpa",
     }
-    rows, start = [], time.perf_counter()
-    for name in options.family or FAMILIES:
-        for work in options.work or WORK:
-            measured = measure(name, work, options, device)
-            print(results.text_table(measured, COLUMNS), flush=True)
-            rows += measured
-            results.write_csv(path, header, rows)
-    failures = sum(str(row["gate"]).startswith("FAIL") for row in rows)
-    print(f"Wrote {path} in {time.perf_counter() - start:.0f} s; {failures} rows failed the gate.")
-    return 1 if failures else 0
+    cases = itertools.product(options.family or FAMILIES, options.work or WORK)
+    parts = (measure(name, work, options, device) for name, work in cases)
+    return measuring.run(path, device, facts, COLUMNS, parts)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m benchmarks.models.families")
-    parser.add_argument("--device", choices=("cpu", "cuda"))
+    measuring.add_options(parser, seconds=10.0, what="a family's work")
     parser.add_argument("--family", action="append", choices=list(FAMILIES))
     parser.add_argument("--work", action="append", choices=list(WORK))
-    parser.add_argument("--quick", action="store_true", help="tiny models, to see that it runs")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of timing a family's work")
-    parser.add_argument("--threads", type=int)
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
     parser.add_argument("--page", action="store_true", help=f"only write {PAGE} from the results")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args(argv)
-    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return options
+    return measuring.parse_with_device(parser, argv)
 
 
 def measure(name: str, work: str, options, device: torch.device) -> list[dict]:
     """A row for each provider; one that cannot run, or failed the gate, has no number."""
     verdict, swapped, left = family_models.gate(name, options.quick, device)
-    providers = [p for p in PROVIDERS if p != "compiled" or not options.no_compile]
-    providers = [p for p in providers if p != "sdpa" or family_models.has_sdpa(name)]
-    if not harness.can_compile(device):
-        providers = [p for p in providers if p != "compiled"]
-    runs, notes = {}, {"slim": f"{verdict}"}
+    providers = _providers(name, options, device)
+    steps, notes = _steps(name, work, providers, verdict, options, device)
+    budget = timing.Budget(options.seconds, least=3, most=50, warm_up=1)
+    samples = {p: parts["step"] for p, parts in timing.interleave(steps, budget).items()}
+    rows = []
+    for provider in providers:
+        row = {"family": name, "work": work, "provider": provider}
+        row["gate"] = notes.get(provider, "baseline" if provider == providers[0] else "not run")
+        if provider in samples:
+            row |= measuring.numbers(samples[provider], samples[providers[0]], device)
+            if not options.no_memory and provider != "compiled":
+                arguments = name, work, provider, options.quick, str(device)
+                row["peak_mib"] = in_own_process(family_models.run_twice, arguments, device)
+        if provider == "slim":
+            row |= {"swapped": swapped, "left": left}
+        rows.append(row)
+    return rows
+
+
+def _providers(name: str, options, device: torch.device) -> list[str]:
+    missing = set() if family_models.has_sdpa(name) else {"sdpa"}
+    if options.no_compile or not harness.can_compile(device):
+        missing.add("compiled")
+    return [provider for provider in PROVIDERS if provider not in missing]
+
+
+def _steps(name, work, providers, verdict, options, device) -> tuple[dict, dict[str, str]]:
+    """What is timed of each provider that runs, and what is said of each that is no baseline."""
+    steps, notes = {}, {"slim": verdict}
     clock = timing.Stopwatch(device)
     torch._dynamo.reset()
     for provider in providers:
@@ -95,36 +100,8 @@ def measure(name: str, work: str, options, device: torch.device) -> list[dict]:
         except (RuntimeError, ValueError, torch._dynamo.exc.TorchDynamoException) as error:
             notes[provider] = f"could not run: {' '.join(str(error).split())[:160]}"
             continue
-        runs[provider] = functools.partial(_timed, step, clock)
-    budget = timing.Budget(options.seconds, least=3, most=50, warm_up=1)
-    samples = {p: parts["step"] for p, parts in timing.interleave(runs, budget).items()}
-    base = samples[providers[0]]
-    rows = []
-    for provider in providers:
-        row = {"family": name, "work": work, "provider": provider}
-        row["gate"] = notes.get(provider, "baseline" if provider == providers[0] else "not run")
-        if provider in samples:
-            mine = samples[provider]
-            row |= {
-                "ratio": timing.speedup(base.wall, mine.wall),
-                "cpu_ratio": timing.speedup(base.cpu, mine.cpu) if device.type == "cpu" else None,
-                "ms": timing.quantiles(mine.wall)[0],
-                "cpu_ms": timing.quantiles(mine.cpu)[0] if device.type == "cpu" else None,
-                "turns": len(mine.wall),
-            }
-            if not options.no_memory and provider != "compiled":
-                arguments = name, work, provider, options.quick, str(device)
-                row["peak_mib"] = in_own_process(family_models.run_twice, arguments, device)
-        if provider == "slim":
-            row |= {"swapped": swapped, "left": left}
-        rows.append(row)
-    return rows
-
-
-def _timed(step, clock: timing.Stopwatch):
-    clock.start()
-    step()
-    return {"step": clock.stop()}
+        steps[provider] = measuring.timed(step, clock)
+    return steps, notes
 
 
 def page(header: dict[str, str], rows: list[dict[str, str]]) -> str:

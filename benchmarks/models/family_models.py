@@ -146,7 +146,8 @@ def batch_of(name: str, quick: bool, labels: bool) -> dict[str, Tensor]:
         return text
     kept = seen if kind == "causal" else seen & (torch.rand(seen.shape, generator=generator) < 0.15)
     kept[:, 1] = True
-    return {**text, "labels": ids.masked_fill(~kept, -100)}
+    no_cache = {"use_cache": False} if kind == "causal" else {}  # as the Trainer has it
+    return {**text, "labels": ids.masked_fill(~kept, -100), **no_cache}
 
 
 def step(name: str, work: str, provider: str, quick: bool, device) -> Callable[[], None]:

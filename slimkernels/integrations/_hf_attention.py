@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from slimkernels.integrations._hf_mask import Pattern, packing_of, pattern_of
+from slimkernels.integrations._hf_recording import recorded
 from slimkernels.nn._torchs_own import is_small
 from slimkernels.ops._attention_variant import AttentionVariant
 from slimkernels.ops.scaled_dot_product_attention import scaled_dot_product_attention
@@ -41,7 +42,7 @@ def attention(
     sliding_window     how many keys a query sees back, itself counted: with cu_seq_lens_q only,
                        since every mask has its window in it
     """
-    if kwargs.get("output_attentions"):
+    if kwargs.get("output_attentions") or _are_recorded():
         raise ValueError(
             'attn_implementation="slimkernels" never stores attention\'s weights, so there are '
             'none to return: use model.set_attn_implementation("eager") for output_attentions=True'
@@ -50,67 +51,79 @@ def attention(
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     is_plain = cu_seq_lens_q is s_aux is None and not softcap
-    if _is_foreign(query, key) or (is_plain and _is_small(query, attention_mask)):
+    if is_plain and (_is_foreign(query, key) or _is_small(query, attention_mask)):
         options = {"scaling": scaling, "is_causal": is_causal, "position_bias": position_bias}
-        options |= {"softcap": softcap} if softcap else {}
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, **options
         )
-    query, key, value = _as_autocast((query, key, value))
+    tensors = _as_autocast((query, key, value))
     extras = {"softcap": softcap or None, "sinks": s_aux, "bias": position_bias}
-    pattern = pattern_of(attention_mask)
+    options = {"dropout_p": dropout, "scale": scaling}
     boundaries = None
     if attention_mask is not None:
-        boundaries = _packed(attention_mask, pattern, query, key)
-        extras["window"] = None if pattern is None else pattern.window
+        boundaries = _packed(attention_mask, query, key, extras)
     elif cu_seq_lens_q is not None:
         boundaries = cu_seq_lens_q, cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k
         extras["window"] = _window(sliding_window, is_causal)
     if boundaries is not None:
-        return _ragged(query, key, value, boundaries, dropout, scaling, extras), None
-    call = _masked(attention_mask, pattern, query, key, is_causal, extras)
-    call |= {"dropout_p": dropout, "scale": scaling, "enable_gqa": key.shape[1] != query.shape[1]}
-    y = scaled_dot_product_attention(query, key, value, variant=_variant(extras), **call)
+        return _ragged(*tensors, boundaries, options, extras), None
+    options |= _masked(attention_mask, query, key, is_causal, extras)
+    options |= {"enable_gqa": key.shape[1] != query.shape[1], "variant": _variant(extras)}
+    y = scaled_dot_product_attention(*tensors, **options)
     return y.transpose(1, 2).contiguous(), None
 
 
-def _packed(mask, pattern: Pattern | None, query, key):
+def _are_recorded() -> bool:
+    """Whether a model collects attention's weights; some keep that from their attention."""
+    return any("attentions" in name for name in recorded() or ())
+
+
+def _packed(mask, query, key, extras) -> tuple[Tensor, Tensor] | None:
     """The boundaries of the sequences that are in one row, or in one since they were packed."""
+    pattern = pattern_of(mask)
     if pattern is None:
         return None
     if _fits(pattern, query, key):
-        return None if pattern.cu_seqlens is None else (pattern.cu_seqlens,) * 2
-    packing = packing_of(mask)
-    if packing is None or query.shape[0] != 1 or query.shape[2] != len(packing.indices):
-        return None
-    return (packing.cu_seqlens,) * 2
+        boundaries = pattern.cu_seqlens
+    else:
+        packing = packing_of(mask)
+        if packing is None or query.shape[0] != 1 or query.shape[2] != len(packing.indices):
+            return None
+        boundaries = packing.cu_seqlens
+    extras["window"] = pattern.window
+    return None if boundaries is None else (boundaries, boundaries)
 
 
-def _masked(mask, pattern: Pattern | None, query, key, is_causal, extras) -> dict:
+def _masked(mask, query, key, is_causal, extras) -> dict:
     """Arguments of attention for a mask; what belongs to its variant goes into `extras`."""
-    extras["window"] = None
+    pattern = pattern_of(mask)
     if pattern is not None and _fits(pattern, query, key):
         extras |= {"window": pattern.window, "causal_offset": pattern.offset}
         return {"key_lengths": pattern.key_lengths}
+    extras["window"] = None  # which a mask has in it
     if mask is None:
         # A single query is the newest one; of several the first stands at the first key.
         return {"is_causal": query.shape[2] > 1 and is_causal}
     if mask.dtype == torch.bool:
         return {"attn_mask": mask}
+    if not mask.is_floating_point():
+        raise ValueError(
+            f"attention: attention_mask must be bool, True where a key is seen, or of floating "
+            f"point, added to the scores; got {mask.dtype}"
+        )
     if extras["bias"] is None:
         return {"attn_mask": _bias(mask, query)}
     extras["bias"] = extras["bias"] + mask
     return {}
 
 
-def _ragged(query, key, value, boundaries, dropout, scaling, extras):
+def _ragged(query, key, value, boundaries, options, extras):
     """(B, H, L, D) holding B * L tokens of some sequences, to (B, L, H, Dv)."""
     B, H, L, _ = query.shape
     q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
     y = scaled_dot_product_attention(
         *(q, k, v),
-        dropout_p=dropout,
-        scale=scaling,
+        **options,
         enable_gqa=k.shape[1] != H,
         cu_seqlens=tuple(t.to(torch.int32) for t in boundaries),
         variant=_variant(extras),

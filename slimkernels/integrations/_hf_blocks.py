@@ -31,38 +31,14 @@ class PostNormEncoderLayer:
 class PostNormDecoderLayer:
     """BartDecoderLayer."""
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
-        cache=None,
-        use_cache: bool | None = True,
-        **kwargs,
-    ) -> Tensor:
-        if is_theirs(hidden_states):
-            return super().forward(
-                hidden_states,
-                attention_mask,
-                encoder_hidden_states,
-                encoder_attention_mask=encoder_attention_mask,
-                cache=cache,
-                use_cache=use_cache,
-                **kwargs,
-            )
-        branch, _ = self.self_attn(
-            hidden_states, cache=cache, attention_mask=attention_mask, **kwargs
-        )
+    def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
+        if is_theirs(hidden_states) or _FORMER_NAME in kwargs:
+            return super().forward(hidden_states, *args, **kwargs)
+        own, cross = _attentions(args, kwargs)
+        branch, _ = self.self_attn(hidden_states, **own)
         x, _ = _add_norm(self, branch, hidden_states, self.self_attn_layer_norm)
-        if encoder_hidden_states is not None:
-            branch, _ = self.encoder_attn(
-                x,
-                key_value_states=encoder_hidden_states,
-                attention_mask=encoder_attention_mask,
-                cache=cache,
-                **kwargs,
-            )
+        if cross is not None:
+            branch, _ = self.encoder_attn(x, **cross)
             x, _ = _add_norm(self, branch, x, self.encoder_attn_layer_norm)
         return _add_norm(self, _feed_forward(self, x), x, self.final_layer_norm)[0]
 
@@ -83,42 +59,39 @@ class PreNormEncoderLayer:
 class PreNormDecoderLayer:
     """PegasusDecoderLayer."""
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
-        cache=None,
-        use_cache: bool | None = True,
-        **kwargs,
-    ) -> Tensor:
-        if is_theirs(hidden_states):
-            return super().forward(
-                hidden_states,
-                attention_mask,
-                encoder_hidden_states,
-                encoder_attention_mask=encoder_attention_mask,
-                cache=cache,
-                use_cache=use_cache,
-                **kwargs,
-            )
-        x = self.self_attn_layer_norm(hidden_states)
-        branch, _ = self.self_attn(
-            hidden_states=x, cache=cache, attention_mask=attention_mask, **kwargs
-        )
-        if encoder_hidden_states is not None:
-            x, total = _add_norm(self, branch, hidden_states, self.encoder_attn_layer_norm)
-            branch, _ = self.encoder_attn(
-                hidden_states=x,
-                key_value_states=encoder_hidden_states,
-                attention_mask=encoder_attention_mask,
-                cache=cache,
-                **kwargs,
-            )
-            hidden_states = total
-        x, total = _add_norm(self, branch, hidden_states, self.final_layer_norm)
+    def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
+        if is_theirs(hidden_states) or _FORMER_NAME in kwargs:
+            return super().forward(hidden_states, *args, **kwargs)
+        own, cross = _attentions(args, kwargs)
+        total = hidden_states
+        branch, _ = self.self_attn(hidden_states=self.self_attn_layer_norm(total), **own)
+        if cross is not None:
+            x, total = _add_norm(self, branch, total, self.encoder_attn_layer_norm)
+            branch, _ = self.encoder_attn(hidden_states=x, **cross)
+        x, total = _add_norm(self, branch, total, self.final_layer_norm)
         return _add(self, _feed_forward(self, x), total)
+
+
+# The cache of keys and values under the name that it had, which transformers still takes for it;
+# an attention that is given both believes the other.
+_FORMER_NAME = "past_key_values"
+_DECODER_ARGUMENTS = (
+    *("attention_mask", "encoder_hidden_states", "encoder_attention_mask"),
+    *("cache", "use_cache"),
+)
+
+
+def _attentions(args: tuple, kwargs: dict) -> tuple[dict, dict | None]:
+    """What a decoder layer's arguments are to its two attentions; no second without an encoder."""
+    given = {"cache": None, **dict(zip(_DECODER_ARGUMENTS, args, strict=False)), **kwargs}
+    given.pop("use_cache", None)
+    mask = given.pop("attention_mask", None)
+    states = given.pop("encoder_hidden_states", None)
+    states_mask = given.pop("encoder_attention_mask", None)
+    own = {**given, "attention_mask": mask}
+    if states is None:
+        return own, None
+    return own, {**given, "attention_mask": states_mask, "key_value_states": states}
 
 
 class LlamaDecoderLayer:
@@ -126,11 +99,13 @@ class LlamaDecoderLayer:
 
     def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
         norm = self.post_attention_layernorm
-        if is_theirs(hidden_states) or not _is_rms_norm(norm, hidden_states):
+        if is_theirs(hidden_states) or _FORMER_NAME in kwargs:
+            return super().forward(hidden_states, *args, **kwargs)
+        if not _is_rms_norm(norm, hidden_states):
             return super().forward(hidden_states, *args, **kwargs)
         x = self.input_layernorm(hidden_states)
-        kwargs |= dict(zip(_LLAMA_ARGUMENTS, args, strict=False))
-        branch, _ = self.self_attn(hidden_states=x, **{**_LLAMA_DEFAULTS, **kwargs})
+        given = {**_LLAMA_DEFAULTS, **dict(zip(_LLAMA_ARGUMENTS, args, strict=False)), **kwargs}
+        branch, _ = self.self_attn(hidden_states=x, **given)
         if branch.dtype != hidden_states.dtype:
             total = hidden_states + branch
             x = norm(total)
@@ -158,27 +133,21 @@ class Embeddings:
     ) -> Tensor:
         words, positions = self.word_embeddings, self.position_embeddings
         segments, norm, dropout = self.token_type_embeddings, self.LayerNorm, self.dropout
-        plain = all(_is_plain_table(t) for t in (words, positions, segments))
-        plain = plain and is_plain(norm, nn.LayerNorm, torch.nn.LayerNorm)
-        plain = plain and is_plain(dropout, nn.Dropout, torch.nn.Dropout)
-        plain = plain and dropout.p < 1 and positions.padding_idx is segments.padding_idx is None
         if (
             input_ids is None
-            or not plain
+            or inputs_embeds is not None  # which transformers then takes
+            or not _are_plain(words, positions, segments, norm, dropout)
             or is_small(words.weight[:1].expand(input_ids.numel(), -1))
         ):
             return super().forward(
                 input_ids, token_type_ids, position_ids, inputs_embeds, cache_length
             )
-        L = input_ids.shape[1]
         if position_ids is None:
-            position_ids = self.position_ids[:, cache_length : L + cache_length]
+            position_ids = self.position_ids[:, cache_length : input_ids.shape[1] + cache_length]
         if token_type_ids is None:
             token_type_ids = self.token_type_ids[:, :1].expand_as(position_ids)
         return embedding(
-            input_ids,
-            words.weight,
-            words.padding_idx,
+            *(input_ids, words.weight, words.padding_idx),
             position_ids=position_ids,
             position_weight=positions.weight,
             segment_ids=token_type_ids,
@@ -191,8 +160,21 @@ class Embeddings:
         )
 
 
+def _are_plain(words, positions, segments, norm, dropout) -> bool:
+    """Whether Embeddings' parts are no more than what the op does."""
+    if not all(_is_plain_table(table) for table in (words, positions, segments)):
+        return False
+    if positions.padding_idx is not None or segments.padding_idx is not None:
+        return False
+    if not is_plain(norm, nn.LayerNorm, torch.nn.LayerNorm):
+        return False
+    return is_plain(dropout, nn.Dropout, torch.nn.Dropout) and dropout.p < 1
+
+
 def _is_plain_table(table) -> bool:
     if not is_plain(table, torch.nn.Embedding):
+        return False
+    if type(table.weight) not in (torch.nn.Parameter, Tensor):  # quantised or sharded
         return False
     return table.max_norm is None and not table.scale_grad_by_freq and not table.sparse
 

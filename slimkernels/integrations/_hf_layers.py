@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import activations
 
 from slimkernels import nn
-from slimkernels.nn._parts import add_norm, is_plain, product
+from slimkernels.nn._parts import add_norm, is_plain, is_plain_linear, product
 from slimkernels.nn._torchs_own import is_small, is_torchs
 from slimkernels.ops.geglu import geglu
 from slimkernels.ops.gelu import gelu
@@ -88,7 +88,7 @@ def _gated(activation, gate: Tensor, up: Tensor) -> Tensor:
 def activated(layer: torch.nn.Module, activation, x: Tensor) -> Tensor:
     """activation(layer(x)), the bias added inside gelu's pass."""
     form = _gelu_form(activation)
-    if form is None or not is_plain(layer, torch.nn.Linear):
+    if form is None or not is_plain_linear(layer):
         return activation(product(layer, x))
     return gelu(linear(x, layer.weight), approximate=form, bias=layer.bias)
 
@@ -111,7 +111,8 @@ class T5RMSNorm:
         x, weight = hidden_states, self.weight
         if is_torchs(x) or weight.dtype not in (x.dtype, torch.float32):
             return super().forward(x)
-        return rms_norm(x.to(weight.dtype), weight.shape, weight, self.variance_epsilon)
+        x = x.to(torch.promote_types(x.dtype, weight.dtype))
+        return rms_norm(x, weight.shape, weight, self.variance_epsilon)
 
 
 class ZeroCenteredRMSNorm:

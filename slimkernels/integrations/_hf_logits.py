@@ -28,6 +28,8 @@ class VocabularyLinear(torch.nn.Linear):
         tensors = input, self.weight, self.bias
         if self.training and _may_wait(*tensors):
             return _Project.apply(*tensors, _Source(*tensors), None, None)
+        if type(self.weight) is not torch.nn.Parameter:  # quantised or sharded
+            return super().forward(input)
         return linear(*tensors)
 
 

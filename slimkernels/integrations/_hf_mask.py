@@ -3,7 +3,8 @@
 transformers builds a mask once a forward pass and hands it to every layer. Ours is the mask that
 "sdpa" gets, bool and (B, 1, L, Lk), right whatever a model does to it; and it carries a Pattern,
 the same statement in attention's own arguments, from which kernels skip what is hidden. An
-operation on the mask makes a tensor without the Pattern: then the mask itself is used.
+operation on the mask makes a tensor without the Pattern, or one that is newer than its Pattern:
+then the mask itself is used.
 """
 
 from __future__ import annotations
@@ -42,7 +43,12 @@ def pattern_of(mask: Tensor | None) -> Pattern | None:
     """The Pattern that the mask function left on `mask`, if it is still that tensor."""
     if mask is None or torch.compiler.is_compiling():
         return None
-    return getattr(mask, _PATTERN, None)
+    pattern, version = getattr(mask, _PATTERN, (None, None))
+    return pattern if version == _version(mask) else None
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
 
 
 def mask(
@@ -63,19 +69,18 @@ def mask(
     shape = batch_size, q_length, kv_length
     given = *shape, q_offset, kv_offset, mask_function
     padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
-    parts = _parts(mask_function) if _is_readable(padding, q_offset, kv_offset) else None
+    parts = _parts(mask_function) if is_readable(padding, q_offset, kv_offset) else None
     if parts is None:
         return masking_utils.sdpa_mask(*given, attention_mask, **options)
-    left, right, ids = parts
+    *window, ids = parts
     lengths = key_lengths = made = None
     if padding is not None:
         keys = padding[:, kv_offset : kv_offset + kv_length]
         lengths, key_lengths = _lengths(keys) if len(keys) == batch_size else (None, None)
-        if lengths is None or min(lengths) < kv_length:
-            if (left, right) == (None, None):  # all queries alike: one row serves them
-                made = keys[:, None, None, :].expand(batch_size, 1, q_length, kv_length)
-        else:
+        if lengths is not None and min(lengths) == kv_length:
             attention_mask = lengths = key_lengths = None
+        elif window == [None, None]:  # all queries alike: one row serves them
+            made = keys[:, None, None, :].expand(batch_size, 1, q_length, kv_length)
     if made is None:
         # A cache that is longer than what is in it needs no mask in its first call.
         is_first = q_offset == 0 and lengths == (q_length,) * batch_size
@@ -84,8 +89,9 @@ def mask(
         made = masking_utils.sdpa_mask(*given, attention_mask, **options)
     if made is not None and (attention_mask is None or lengths is not None):
         boundaries = None if ids is None else _boundaries(ids)
-        pattern = shape, (left, right), q_offset - kv_offset, key_lengths, lengths, boundaries
-        setattr(made, _PATTERN, Pattern(*pattern))
+        offset = q_offset - kv_offset
+        pattern = Pattern(shape, tuple(window), offset, key_lengths, lengths, boundaries)
+        setattr(made, _PATTERN, (pattern, _version(made)))
     return made
 
 
@@ -96,7 +102,7 @@ def mask_function():
     return mask if is_known and hasattr(masking_utils, "is_tracing") else masking_utils.sdpa_mask
 
 
-def _is_readable(padding, *offsets):
+def is_readable(padding, *offsets):
     """Whether the host may look at values: nobody traces, and a cache counts on the host."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False

@@ -15,6 +15,7 @@ import importlib
 import inspect
 import textwrap
 from collections.abc import Callable
+from types import FunctionType
 
 from torch.nn import Module
 
@@ -98,7 +99,8 @@ def combined(ours: tuple[type, ...], original: type[Module]) -> type[Module]:
     """The subclass of `original` that runs `ours`, the first of them first.
 
     It and its instances pickle. It bears the name of `original`, by which transformers keeps
-    what a model can record, and others which modules not to split.
+    what a model can record, and others which modules not to split; its forward has the signature,
+    by which generate() and the Trainer know what a model takes.
     """
     return _combined(ours, original)
 
@@ -117,7 +119,14 @@ copyreg.pickle(_Combined, _parts)
 
 @functools.cache
 def _combined(ours, original):
+    forward = ours[0].forward
+    copied = FunctionType(
+        *(forward.__code__, forward.__globals__, forward.__name__),
+        *(forward.__defaults__, forward.__closure__),
+    )
+    copied.__kwdefaults__ = forward.__kwdefaults__
     members = {
+        "forward": functools.update_wrapper(copied, original.forward),
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from operator import attrgetter
+import inspect
 
 import torch
 import transformers
@@ -36,72 +36,109 @@ SWAPS = {
     )
 }
 
-# (family, class): what runs in place of the class and its twins, and the fingerprints of the code
-# that it was written for. A version of transformers with other code is left until somebody has read
-# that.
+# Rows of all tables: (family, class), whose twins are meant, too, and the fingerprint of the code
+# that was read. A version of transformers with other code is left until somebody has read that.
+
+# What runs in place of the class.
 _LAYERS = {
-    ("llama", "LlamaRMSNorm"): (layers.RMSNorm, "abf7ee53"),
-    ("t5", "T5LayerNorm"): (layers.T5RMSNorm, "ad89ff01"),
-    ("gemma", "GemmaRMSNorm"): (layers.ZeroCenteredRMSNorm, "73fc07b1"),
-    ("bert", "BertSelfOutput"): (layers.SelfOutput, "1e9cb700"),
-    ("bert", "BertIntermediate"): (layers.Intermediate, "25a66c54"),
-    ("bert", "BertEmbeddings"): (blocks.Embeddings, "46d40f73"),
-    ("llama", "LlamaMLP"): (layers.GatedMLP, "d9c10cff"),
-    ("phi3", "Phi3MLP"): (layers.StackedGatedMLP, "64f37bf4"),
-    ("modernbert", "ModernBertMLP"): (layers.ModernBertMLP, "4223a507"),
-    ("t5", "T5DenseGatedActDense"): (layers.T5GatedMLP, "3f85efcc"),
-    ("bart", "BartEncoderLayer"): (blocks.PostNormEncoderLayer, "964bf902"),
-    ("bart", "BartDecoderLayer"): (blocks.PostNormDecoderLayer, "4e8277bc"),
-    ("pegasus", "PegasusEncoderLayer"): (blocks.PreNormEncoderLayer, "f4fa07ac"),
-    ("pegasus", "PegasusDecoderLayer"): (blocks.PreNormDecoderLayer, "8a217d82"),
-    ("llama", "LlamaDecoderLayer"): (blocks.LlamaDecoderLayer, "db3b479d"),
+    ("llama", "LlamaRMSNorm"): ("abf7ee53", layers.RMSNorm),
+    ("t5", "T5LayerNorm"): ("ad89ff01", layers.T5RMSNorm),
+    ("gemma", "GemmaRMSNorm"): ("73fc07b1", layers.ZeroCenteredRMSNorm),
+    ("bert", "BertSelfOutput"): ("1e9cb700", layers.SelfOutput),
+    ("bert", "BertIntermediate"): ("25a66c54", layers.Intermediate),
+    ("bert", "BertEmbeddings"): ("46d40f73", blocks.Embeddings),
+    ("llama", "LlamaMLP"): ("d9c10cff", layers.GatedMLP),
+    ("phi3", "Phi3MLP"): ("64f37bf4", layers.StackedGatedMLP),
+    ("modernbert", "ModernBertMLP"): ("4223a507", layers.ModernBertMLP),
+    ("t5", "T5DenseGatedActDense"): ("3f85efcc", layers.T5GatedMLP),
+    ("bart", "BartEncoderLayer"): ("964bf902", blocks.PostNormEncoderLayer),
+    ("bart", "BartDecoderLayer"): ("4e8277bc", blocks.PostNormDecoderLayer),
+    ("pegasus", "PegasusEncoderLayer"): ("f4fa07ac", blocks.PreNormEncoderLayer),
+    ("pegasus", "PegasusDecoderLayer"): ("8a217d82", blocks.PreNormDecoderLayer),
+    ("llama", "LlamaDecoderLayer"): ("db3b479d", blocks.LlamaDecoderLayer),
 }
 
-# Layers that may run on packed tokens: (family, class), what packs, and the attention in it, which
-# must be the one that asks transformers' interface.
+# Layers that may run on packed tokens, what packs, and the path of their attention.
 _PACKING = {
-    ("bert", "BertLayer"): (unpad.Layer, "attention.self", "BertSelfAttention"),
-    ("distilbert", "TransformerBlock"): (unpad.Layer, "attention", "DistilBertSelfAttention"),
-    ("albert", "AlbertLayer"): (unpad.Layer, "attention", "AlbertAttention"),
-    ("bart", "BartEncoderLayer"): (unpad.Layer, "self_attn", "BartAttention"),
-    ("pegasus", "PegasusEncoderLayer"): (unpad.Layer, "self_attn", "PegasusAttention"),
-    ("t5", "T5Block"): (unpad.BiasedLayer, "layer.0.SelfAttention", "T5Attention"),
-    ("modernbert", "ModernBertEncoderLayer"): (unpad.RotaryLayer, "attn", "ModernBertAttention"),
+    ("bert", "BertLayer"): ("fcd08b57", unpad.Layer, "attention.self"),
+    ("distilbert", "TransformerBlock"): ("4d3f3244", unpad.Layer, "attention"),
+    ("albert", "AlbertLayer"): ("4555e0f9", unpad.Layer, "attention"),
+    ("bart", "BartEncoderLayer"): ("964bf902", unpad.Layer, "self_attn"),
+    ("pegasus", "PegasusEncoderLayer"): ("f4fa07ac", unpad.Layer, "self_attn"),
+    ("t5", "T5Block"): ("7a3c07e0", unpad.BiasedLayer, "layer.0.SelfAttention"),
+    ("modernbert", "ModernBertEncoderLayer"): ("bbbde64e", unpad.RotaryLayer, "attn"),
+    ("gpt2", "GPT2Block"): ("15cd1242", unpad.GPT2Layer, "attn"),
+    ("gpt_neox", "GPTNeoXLayer"): ("35c4c6e8", unpad.CausalRotaryLayer, "attention"),
+    ("llama", "LlamaDecoderLayer"): ("db3b479d", unpad.CausalRotaryLayer, "self_attn"),
+    ("gemma2", "Gemma2DecoderLayer"): ("854c6390", unpad.CausalRotaryLayer, "self_attn"),
+    ("phi3", "Phi3DecoderLayer"): ("fc26505a", unpad.CausalRotaryLayer, "self_attn"),
+}
+
+# Attentions that look at no other tokens than transformers' interface does.
+_ATTENTIONS = {
+    ("bert", "BertSelfAttention"): ("e6b3fda6",),
+    ("distilbert", "DistilBertSelfAttention"): ("2df1a4c3",),
+    ("albert", "AlbertAttention"): ("72e9f2c1",),
+    ("bart", "BartAttention"): ("1eea5cc1",),
+    ("t5", "T5Attention"): ("5f57184d",),
+    ("modernbert", "ModernBertAttention"): ("2c2e050d",),
+    ("gpt2", "GPT2Attention"): ("c7cab06b",),
+    ("gpt_neox", "GPTNeoXAttention"): ("4680943a",),
+    ("llama", "LlamaAttention"): ("0bd9d2a6",),
+    ("mistral", "MistralAttention"): ("2322a314",),
+    ("qwen2", "Qwen2Attention"): ("cd8669a2",),
+    ("qwen3", "Qwen3Attention"): ("5d4ecb3c",),
+    ("gemma2", "Gemma2Attention"): ("45fbde1f",),
+    ("gemma3", "Gemma3Attention"): ("79e2fdd4",),
+    ("phi3", "Phi3Attention"): ("322f8cc5",),
 }
 
 # Stacks of such layers, and where in them these are.
 _STACKS = {
-    ("bert", "BertEncoder"): "layer",
-    ("distilbert", "Transformer"): "layer",
-    ("albert", "AlbertTransformer"): "albert_layer_groups",
-    ("bart", "BartEncoder"): "layers",
-    ("marian", "MarianEncoder"): "layers",
-    ("pegasus", "PegasusEncoder"): "layers",
-    ("t5", "T5Stack"): "block",
-    ("modernbert", "ModernBertModel"): "layers",
+    ("bert", "BertEncoder"): ("50ca87b0", "layer"),
+    ("distilbert", "Transformer"): ("d95bdb4d", "layer"),
+    ("albert", "AlbertTransformer"): ("5b2dbbeb", "albert_layer_groups"),
+    ("bart", "BartEncoder"): ("259b5d6d", "layers"),
+    ("marian", "MarianEncoder"): ("c0255967", "layers"),
+    ("pegasus", "PegasusEncoder"): ("8a5609d3", "layers"),
+    ("t5", "T5Stack"): ("bb5939d5", "block"),
+    ("modernbert", "ModernBertModel"): ("f753aef8", "layers"),
+    ("gpt2", "GPT2Model"): ("8c87503b", "h"),
+    ("gpt_neox", "GPTNeoXModel"): ("3559a94a", "layers"),
+    ("llama", "LlamaModel"): ("044b6972", "layers"),
+    ("mistral", "MistralModel"): ("4fa8c406", "layers"),
+    ("qwen2", "Qwen2Model"): ("b6da010c", "layers"),
+    ("gemma2", "Gemma2Model"): ("99de7c4e", "layers"),
+    ("gemma3", "Gemma3TextModel"): ("ad9e782b", "layers"),
 }
 
 
 def swap_for(module: Module) -> Swap | None:
     """The swap of a module that is known by its code, or by being a model."""
     cls = class_of(module)
-    if not cls.__module__.startswith("transformers."):
-        return _model(cls) if isinstance(module, PreTrainedModel) else None
-    ours = tuple(part for part in (_packing(module), _layer(cls)) if part is not None)
-    if _is_stack(module):
-        ours = (unpad.Stack,)
+    is_theirs = cls.__module__.startswith("transformers.")
+    ours = _known(module) if is_theirs else ()
     if isinstance(module, PreTrainedModel):
-        return _model(cls, combined(ours, cls) if ours else None)
+        return _model(cls, ours or ((unpad.Head,) if _has_head(module) else ()))
     if ours:
         return Swap(cls, combined(ours, cls))
-    known = [of for of in _LAYERS if is_twin(cls, *of)]
-    return Swap(cls, None, _is_newer) if known else None
+    is_newer = is_theirs and any(is_twin(cls, *of) for of in _LAYERS)
+    return Swap(cls, None, _is_newer) if is_newer else None
 
 
-def _layer(cls: type[Module]) -> type | None:
-    for of, (ours, written_for) in _LAYERS.items():
-        if is_twin(cls, *of) and fingerprint(*of) == written_for:
-            return ours
+def _known(module: Module) -> tuple[type, ...]:
+    """What runs in place of a module of transformers, by its code."""
+    if _is_stack(module):
+        return (unpad.Stack,)
+    row = _row(class_of(module), _LAYERS)
+    parts = _packing(module), None if row is None else row[1]
+    return tuple(part for part in parts if part is not None)
+
+
+def _row(cls: type[Module], table: dict[tuple[str, str], tuple]) -> tuple | None:
+    for of, row in table.items():
+        if is_twin(cls, *of) and fingerprint(*of) == row[0]:
+            return row
     return None
 
 
@@ -111,34 +148,41 @@ def _is_newer(module: Module) -> str:
 
 def _packing(module: Module) -> type | None:
     """What packs in a layer; None for what is no layer that may run on packed tokens."""
-    cls = class_of(module)
-    for (family, name), (ours, path, attention) in _PACKING.items():
-        if is_twin(cls, family, name):
-            inner = attrgetter(path)(module) if "." not in path else module.get_submodule(path)
-            is_known = is_twin(class_of(inner), family, attention)
-            chunked = any(getattr(m, "chunk_size_feed_forward", 0) for m in module.modules())
-            return ours if is_known and not chunked else None
-    return None
+    row = _row(class_of(module), _PACKING)
+    if row is None or getattr(module, "is_decoder", False) or hasattr(module, "crossattention"):
+        return None  # an encoder's tokens are not those of the queries
+    _, ours, path = row
+    if any(getattr(m, "chunk_size_feed_forward", 0) for m in module.modules()):
+        return None
+    attention = class_of(module.get_submodule(path))
+    return None if _row(attention, _ATTENTIONS) is None else ours
 
 
 def _is_stack(module: Module) -> bool:
-    cls = class_of(module)
-    for of, path in _STACKS.items():
-        if is_twin(cls, *of):
-            inside = [m for m in getattr(module, path).modules() if _is_layer(class_of(m))]
-            return bool(inside) and all(_packing(layer) is not None for layer in inside)
-    return False
+    row = _row(class_of(module), _STACKS)
+    if row is None:
+        return False
+    inside = [m for m in getattr(module, row[1]).modules() if _row(class_of(m), _PACKING)]
+    return bool(inside) and all(_packing(layer) is not None for layer in inside)
 
 
-def _is_layer(cls: type) -> bool:
-    return any(is_twin(cls, *of) for of in _PACKING)
+def _has_head(model: PreTrainedModel) -> bool:
+    """Whether what it makes of its stacks' outputs may depend on those for padding."""
+    is_seq2seq = getattr(model.config, "is_encoder_decoder", False)
+    if is_seq2seq and "TokenClassification" not in type(model).__name__:
+        return False  # labels are the decoder's
+    takes_labels = "labels" in inspect.signature(type(model).forward).parameters
+    if not (takes_labels or unpad.chooses_among_all(model)):
+        return False
+    return any(isinstance(m, unpad.Stack) or _is_stack(m) for m in model.modules())
 
 
 _VOCABULARY = Swap(torch.nn.Linear, VocabularyLinear)
 
 
-def _model(cls: type[PreTrainedModel], ours: type | None = None) -> Swap:
-    return Swap(cls, ours, _model_refusal, _adapt, _undo, _model_says)
+def _model(cls: type[PreTrainedModel], ours: tuple[type, ...]) -> Swap:
+    made = combined(ours, cls) if ours else None
+    return Swap(cls, made, _model_refusal, _adapt, _undo, _model_says)
 
 
 def _model_refusal(model: PreTrainedModel) -> str | None:
@@ -148,7 +192,9 @@ def _model_refusal(model: PreTrainedModel) -> str | None:
 def _model_says(model: PreTrainedModel) -> str:
     said = [_attention_refusal(model) or f"attn_implementation={NAME!r}"]
     if isinstance(model, unpad.Stack):
-        said.append("padding is left out")
+        said.append("padding is left out where nobody reads it")
+    if isinstance(model, unpad.Head) and unpad.chooses_among_all(model):
+        said.append("padding stays, since the head reads it")
     if type(model.get_output_embeddings()) is VocabularyLinear:
         said.append("logits are computed when they are read")
     return "; ".join(said)
@@ -187,10 +233,6 @@ def _adapt(model: PreTrainedModel) -> dict[str, str | None]:
     linear = _vocabulary(model)
     if linear is not None:
         swap(linear, _VOCABULARY)
-    if _reads_padding(model):
-        for module in model.modules():
-            if _is_stack(module):
-                unpad.keep_padded(module)
     return saved
 
 
@@ -198,14 +240,6 @@ def _undo(model: PreTrainedModel, saved: dict[str, str | None]) -> None:
     for where, config in _configs(model):
         if where in saved:
             config._attn_implementation_internal = saved[where]
-    if _reads_padding(model):
-        for module in model.modules():
-            unpad.keep_padded(module, False)
-
-
-def _reads_padding(model: PreTrainedModel) -> bool:
-    """Whether a head looks at all tokens, padding too: one that chooses among them does."""
-    return "QuestionAnswering" in type(model).__name__
 
 
 def _configs(model: PreTrainedModel):

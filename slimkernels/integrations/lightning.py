@@ -21,7 +21,7 @@ class Slimkernels(Callback):
 
     Before the strategy wraps the module and the optimizers are made; parameters stay the same.
 
-    restore_after  undo it at teardown, so that the module is afterwards what it was
+    restore_after  restore the module at teardown, also from a replace before this one
     report         what replace returned, once setup has run
     """
 

@@ -27,8 +27,13 @@ def is_plain(module: torch.nn.Module, *classes: type) -> bool:
     return not (forward or module._backward_pre_hooks or module._backward_hooks)
 
 
+def is_plain_linear(layer: torch.nn.Module) -> bool:
+    """Likewise of nn.Linear, whose weight may be quantised or sharded: a tensor of its own type."""
+    return is_plain(layer, torch.nn.Linear) and type(layer.weight) in (torch.nn.Parameter, Tensor)
+
+
 def product(layer: torch.nn.Module, x: Tensor) -> Tensor:
-    if is_plain(layer, torch.nn.Linear):
+    if is_plain_linear(layer):
         return linear(x, layer.weight, layer.bias)
     return layer(x)
 
@@ -47,7 +52,7 @@ def activated_product(layer: torch.nn.Module, activation: Callable, x: Tensor) -
     approximate = gelu_form(activation)
     if approximate is None:
         return activation(product(layer, x))
-    if is_plain(layer, torch.nn.Linear):
+    if is_plain_linear(layer):
         return gelu(linear(x, layer.weight), approximate=approximate, bias=layer.bias)
     return gelu(layer(x), approximate=approximate)
 

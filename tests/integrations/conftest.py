@@ -1,12 +1,14 @@
-"""A model with every module of torch.nn that is swapped, small enough for a test."""
+"""Models small enough for a test: with every module of torch.nn that is swapped, and BERT."""
 
 import copy
 
 import pytest
 import torch
+from hf_families import FAMILIES
 from module_cases import assert_model_no_worse, outputs_and_gradients
 from torch import nn
 
+from slimkernels import replace
 from slimkernels.nn import _torchs_own
 
 V, C, H = 31, 48, 4
@@ -88,3 +90,30 @@ def assert_right(batch, expected):
         assert_model_no_worse(outputs_and_gradients(model, lambda m: call(m, *batch)), *expected)
 
     return check
+
+
+@pytest.fixture(scope="session")
+def bert():
+    """Hugging Face's, with a masked language model's head. Not to be changed."""
+    return FAMILIES["bert-mlm"].make().eval()
+
+
+@pytest.fixture
+def replaced(bert):
+    model = copy.deepcopy(bert)
+    replace(model)
+    return model
+
+
+@pytest.fixture
+def packings(monkeypatch):
+    """Every packing of padded hidden states that a test begins."""
+    _hf_mask = pytest.importorskip("slimkernels.integrations._hf_mask")
+    begun, begin = [], _hf_mask.Packing.begin
+
+    def spy(mask, pattern):
+        begun.append(begin(mask, pattern))
+        return begun[-1]
+
+    monkeypatch.setattr(_hf_mask.Packing, "begin", spy)
+    return begun

@@ -1,190 +1,25 @@
-"""Attention, masks, packing and logits inside Hugging Face's models."""
+"""What replace() and restore() do to Hugging Face's models, and what those still do after it."""
 
 from __future__ import annotations
 
 import copy
 import importlib.metadata
 import importlib.util
+import inspect
 import pickle
 import sys
 
 import pytest
 import torch
-from hf_families import FAMILIES, LENGTHS, B, L, V, masked, tokens
+from hf_families import FAMILIES, REAL, B, masked, tokens
 
 import slimkernels
-from slimkernels.testing import assert_no_worse
 
 pytest.importorskip("transformers", minversion="5.0")
-from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward as with_sinks
-from transformers.models.llama.modeling_llama import eager_attention_forward as plain
+from transformers import DynamicCache, EncoderDecoderCache
 
-from slimkernels.integrations import (
-    _hf_attention,
-    _hf_mask,
-    _swaps_huggingface,
-    huggingface,
-)
-from slimkernels.integrations._hf_logits import LazyLogits
+from slimkernels.integrations import _swaps_huggingface
 from slimkernels.integrations._hf_twins import fingerprint
-from slimkernels.nn import _torchs_own
-
-REAL = torch.arange(L) < torch.tensor(LENGTHS)[:, None]
-
-
-@pytest.fixture(scope="module")
-def bert():
-    return FAMILIES["bert-mlm"].make().eval()
-
-
-@pytest.fixture
-def replaced(bert):
-    model = copy.deepcopy(bert)
-    slimkernels.replace(model)
-    return model
-
-
-def _three(model, batch, implementation="sdpa"):
-    """Last hidden states: with slimkernels' attention, with `implementation`, and in float64."""
-    results = []
-    for name, dtype in (("slimkernels", None), (implementation, None), ("eager", torch.float64)):
-        copied = copy.deepcopy(model).to(dtype or torch.float32)
-        copied.set_attn_implementation(name)
-        results.append(copied(**batch, use_cache=False).last_hidden_state.detach())
-    return results
-
-
-def _masks():
-    batch = tokens()
-    ids = batch["input_ids"]
-    yield "right", batch, REAL
-    yield "left", {n: t.flip(1) for n, t in batch.items()}, REAL.flip(1)
-    yield "none", {"input_ids": ids}, torch.ones_like(REAL)
-    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 0], [*range(11)], [0] * 11])
-    yield "packed", {"input_ids": ids, "position_ids": positions}, torch.ones_like(REAL)
-    seen = torch.rand(B, 1, L, L, generator=torch.Generator().manual_seed(2)) < 0.7
-    seen |= torch.eye(L, dtype=torch.bool)
-    yield "own", {"input_ids": ids, "attention_mask": seen}, torch.ones_like(REAL)
-
-
-@pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize("kind, batch, real", list(_masks()), ids=[kind for kind, *_ in _masks()])
-def test_every_kind_of_mask_is_obeyed(kind, batch, real, window):
-    family = FAMILIES["mistral"]
-    model = FAMILIES["mistral"].make().model.eval()
-    assert family.config["sliding_window"] == 4
-    model.config.sliding_window = window
-    if kind == "own":  # eager adds its mask
-        batch = {**batch, "attention_mask": torch.where(batch["attention_mask"], 0.0, -1e9)}
-        model.config.sliding_window = None
-    three = _three(model, {n: t.clone() for n, t in batch.items()})
-    assert_no_worse(*(t[real] for t in three), floor=1e-6)
-
-
-def test_masks_carry_their_meaning():
-    """Without it the numbers would be right, and nothing skipped."""
-    patterns = []
-
-    def record(module, query, key, value, attention_mask, **kwargs):
-        patterns.append(_hf_mask.pattern_of(attention_mask))
-        return attention(module, query, key, value, attention_mask, **kwargs)
-
-    attention = _hf_attention.attention
-    from transformers import AttentionInterface
-
-    model = FAMILIES["mistral"].make().model.eval()
-    model.set_attn_implementation("slimkernels")
-    AttentionInterface.register("slimkernels", record)
-    try:
-        for _, batch, _ in list(_masks())[:4]:
-            model(**batch, use_cache=False)
-    finally:
-        AttentionInterface.register("slimkernels", attention)
-    right, left, none, packed = patterns[::2]
-    assert right.window == (3, 0) and right.lengths == LENGTHS
-    assert left is None  # padding on the left is no length
-    assert none.window == (3, 0) and none.lengths is None
-    assert packed.cu_seqlens.tolist() == [0, 4, 10, 11, 22, *range(23, 34)]
-
-
-def test_sequences_named_by_cu_seq_lens_see_only_themselves():
-    model = FAMILIES["llama"].make().model.eval()
-    ids = tokens()["input_ids"]
-    boundaries = torch.tensor([0, 4, 11], dtype=torch.int32)
-    positions = torch.tensor([[*range(4), *range(7)]])
-    names = {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries}
-    expected = model(ids[:1], position_ids=positions, use_cache=False).last_hidden_state
-    model.set_attn_implementation("slimkernels")
-    actual = model(ids[:1], position_ids=positions, **names).last_hidden_state
-    torch.testing.assert_close(actual, expected)
-    one = model(ids[:1, :4]).last_hidden_state
-    torch.testing.assert_close(actual[:, :4], one)
-
-
-def test_another_mask_interface_gets_its_own_mask(monkeypatch):
-    def sdpa_mask(batch_size, cache_position, kv_length, kv_offset=0):
-        raise NotImplementedError
-
-    assert _hf_mask.mask_function() is _hf_mask.mask
-    monkeypatch.setattr(_hf_mask.masking_utils, "sdpa_mask", sdpa_mask)
-    assert _hf_mask.mask_function() is sdpa_mask
-
-
-def _heads(dtype=torch.float32):
-    generator = torch.Generator().manual_seed(3)
-    shapes = (2, 4, 5, 8), (2, 2, 7, 8), (2, 2, 7, 8)
-    return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes]
-
-
-def _module(**attributes):
-    module = torch.nn.Module()
-    for name, value in {"num_key_value_groups": 2, "is_causal": True, **attributes}.items():
-        setattr(module, name, value)
-    return module.eval()
-
-
-def test_sinks_softcap_and_position_bias():
-    mask = torch.zeros(2, 1, 5, 7).masked_fill(torch.rand(2, 1, 5, 7) < 0.3, -1e9)
-    sinks = torch.randn(4)
-    module = _module(sinks=sinks)
-    truth = with_sinks(_module(sinks=sinks.double()), *_heads(torch.float64), mask.double(), 0.3)[0]
-    eager = with_sinks(module, *_heads(), mask, 0.3)[0]
-    ours = _hf_attention.attention(module, *_heads(), mask, scaling=0.3, s_aux=sinks)[0]
-    assert_no_worse(ours, eager, truth, floor=1e-6)
-
-    bias = torch.randn(1, 4, 5, 7)
-    expected = plain(_module(), *_heads(), mask + bias, 0.3)[0]
-    ours = _hf_attention.attention(_module(), *_heads(), mask, scaling=0.3, position_bias=bias)[0]
-    torch.testing.assert_close(ours, expected)
-    seen = mask == 0
-    ours = _hf_attention.attention(_module(), *_heads(), seen, scaling=0.3, position_bias=bias)[0]
-    torch.testing.assert_close(ours, expected)
-
-
-def test_rows_that_see_nothing():
-    """0 under a mask of bools, the mean of the values under one of the lowest number."""
-    query, key, value = _heads()
-    seen = torch.ones(2, 1, 5, 7, dtype=torch.bool)
-    seen[:, :, 2] = False
-    y = _hf_attention.attention(_module(), query, key, value, seen)[0]
-    assert (y[:, 2] == 0).all() and (y[:, 1] != 0).all()
-    added = torch.zeros(2, 1, 5, 7).masked_fill(~seen, torch.finfo(torch.float32).min)
-    y = _hf_attention.attention(_module(), query, key, value, added)[0]
-    mean = value.repeat_interleave(2, 1).mean(2)
-    torch.testing.assert_close(y[:, 2], mean)
-
-
-def test_a_cache_longer_than_the_prompt_and_dropout_outside_training():
-    query, key, value = _heads()
-    y = _hf_attention.attention(_module(), query, key, value, None, dropout=0.5)[0]
-    causal = torch.ones(5, 7, dtype=torch.bool).tril()
-    expected = _hf_attention.attention(_module(), query, key, value, causal[None, None])[0]
-    torch.testing.assert_close(y, expected)
-
-
-def test_attention_weights_are_refused(replaced):
-    with pytest.raises(ValueError, match='set_attn_implementation."eager".'):
-        replaced(**tokens(), output_attentions=True)
 
 
 @pytest.mark.parametrize("version, found", [("4.57.1", "found 4.57.1"), (None, "found none")])
@@ -209,68 +44,6 @@ def test_under_another_transformers_its_modules_are_left(monkeypatch):
     assert {row.kind for row in report.swapped} == {"torch.nn.LayerNorm", "torch.nn.Dropout"}
     (model,) = [row for row in report.left if row.path == ""]
     assert "needs transformers 5 or newer; found 4.57.1" in model.detail
-
-
-def test_padding_is_not_computed_and_comes_back_as_zeros(bert, replaced):
-    """Layers see the real tokens; what looks at hidden states sees them padded."""
-    sizes = []
-    linear = replaced.bert.encoder.layer[0].intermediate.dense
-    forward = linear.forward
-    linear.forward = lambda x: sizes.append(tuple(x.shape)) or forward(x)
-    output = replaced.bert(**tokens()).last_hidden_state
-    assert sizes == [(1, sum(LENGTHS), 32)]
-    assert (output[~REAL] == 0).all()
-
-    expected = bert.bert(**tokens(), output_hidden_states=True).hidden_states
-    actual = replaced.bert(**tokens(), output_hidden_states=True).hidden_states
-    assert sizes[-1] == (B, L, 32)
-    for a, e in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a[REAL], e[REAL])
-
-    shapes = []
-    layer = replaced.bert.encoder.layer[1]
-    hook = layer.register_forward_hook(lambda module, args, out: shapes.append(tuple(out.shape)))
-    replaced.bert(**tokens())
-    hook.remove()
-    assert shapes == [(B, L, 32)]
-
-    layer._compiled_call_impl = layer._call_impl  # as after layer.compile()
-    replaced.bert(**tokens())
-    assert sizes[-1] == (B, L, 32)
-    layer._compiled_call_impl = None
-
-    left = {n: t.flip(1) for n, t in tokens().items()}
-    expected = bert.bert(**left).last_hidden_state
-    torch.testing.assert_close(replaced.bert(**left).last_hidden_state, expected)
-    assert sizes[-1] == (B, L, 32)
-
-
-@pytest.mark.parametrize("lengths", [(5, 3), (8, 5)])
-def test_small_batches_in_evaluation_too(bert, replaced, monkeypatch, lengths):
-    """Where transformers' own code runs between the packing; as many tokens as a row has places."""
-    monkeypatch.setattr(_torchs_own, "MIN_ELEMENTS", 1 << 20)
-    ids = tokens()["input_ids"][:2, :8]
-    seen = torch.arange(8) < torch.tensor(lengths)[:, None]
-    batch = {"input_ids": ids, "attention_mask": seen.long()}
-    with torch.no_grad():
-        expected, actual = (model(**batch).logits for model in (bert, replaced))
-    torch.testing.assert_close(actual[seen], expected[seen])
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing(replaced, reentrant):
-    replaced.train()
-    expected = replaced(**masked()).loss
-    expected.backward()
-    gradients = {n: p.grad.clone() for n, p in replaced.named_parameters()}
-    replaced.zero_grad()
-    replaced.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    replaced.bert.embeddings.register_forward_hook(lambda module, args, out: out)
-    loss = replaced(**masked()).loss
-    loss.backward()
-    torch.testing.assert_close(loss, expected)
-    for n, p in replaced.named_parameters():
-        torch.testing.assert_close(p.grad, gradients[n], msg=n)
 
 
 def test_restore_leaves_no_trace(bert):
@@ -311,89 +84,6 @@ def test_compiles_without_a_break(bert, replaced):
     torch.testing.assert_close(actual[REAL], expected[REAL])
 
 
-def test_logits_are_computed_when_read(replaced):
-    model = replaced.train()
-    output = model(**masked())
-    logits = output.logits
-    assert isinstance(logits, LazyLogits) and logits.shape == (B, L, V)
-    assert logits._source.value is None, "the loss needed them"
-    expected = model.cls(model.bert(**tokens()).last_hidden_state).detach() + 0
-    assert type(expected) is torch.Tensor
-    assert torch.equal(logits.argmax(-1), expected.argmax(-1))
-    assert logits.tolist() == expected.tolist()
-    assert torch.equal(logits.detach().float().cpu(), expected)
-    assert torch.equal(pickle.loads(pickle.dumps(logits.detach())), expected)
-    assert f"{logits[0, 0, 0].item():.6f}" == f"{expected[0, 0, 0].item():.6f}"
-
-    out = model(**masked())
-    out.loss.backward()
-    with torch.no_grad():
-        model.cls.predictions.decoder.weight.mul_(2)
-    with pytest.raises(RuntimeError, match="read them before it"):
-        out.logits.argmax()
-    huggingface.keep_logits(model)
-    assert type(model(**masked()).logits) is torch.Tensor
-    slimkernels.restore(model)
-
-
-@pytest.mark.parametrize("name", ["distilbert", "gpt2", "t5", "bart", "whisper", "deberta-v2"])
-def test_losses_do_without_logits(name):
-    family = FAMILIES[name]
-    model = family.make().train()
-    slimkernels.replace(model)
-    output = model(**family.inputs())
-    assert output.logits._source.value is None and output.loss.isfinite()
-
-
-def test_positions_of_a_packed_bias_are_those_in_the_sequences(monkeypatch):
-    """The bias would be right between all tokens, too, and as large as their number's square."""
-    family = FAMILIES["t5"]
-    model = family.make()
-    slimkernels.replace(model)
-    attention, sizes = model.encoder.block[0].layer[0].SelfAttention, []
-    compute = attention.compute_bias
-    monkeypatch.setattr(
-        attention,
-        "compute_bias",
-        lambda *args, **kw: sizes.append(args[:2]) or compute(*args, **kw),
-    )
-    model(**family.inputs())
-    assert sizes == [(L, L)]
-
-
-def _own_loss(logits):
-    return logits.log_softmax(-1)[REAL].square().mean()
-
-
-def _written(logits):
-    logits[..., 3] = -5.0
-    return torch.nn.functional.cross_entropy(logits.view(-1, V), masked()["labels"].view(-1))
-
-
-def _hooked(logits):
-    logits.register_hook(lambda gradient: 2 * gradient)
-    return torch.nn.functional.cross_entropy(logits.view(-1, V), masked()["labels"].view(-1))
-
-
-@pytest.mark.parametrize("loss", [_own_loss, _written, _hooked])
-def test_gradients_flow_through_logits_that_are_read(bert, replaced, loss):
-    results = []
-    for model in (copy.deepcopy(bert).train(), replaced.train()):
-        value = loss(model(**tokens()).logits)
-        value.backward()
-        results.append([value.detach(), *(p.grad for p in model.parameters())])
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs)
-
-
-def test_logits_written_after_they_were_reshaped_are_refused(replaced):
-    logits = replaced.train()(**tokens()).logits
-    flat = logits.view(-1, V)
-    logits[..., 3] = -5.0
-    with pytest.raises(RuntimeError, match="make those after the writing"):
-        torch.nn.functional.cross_entropy(flat, masked()["labels"].view(-1))
-
-
 def test_trainer_is_unchanged(tmp_path):
     pytest.importorskip("accelerate")
     from transformers import Trainer, TrainingArguments
@@ -416,20 +106,28 @@ def test_trainer_is_unchanged(tmp_path):
     torch.testing.assert_close(*map(torch.tensor, losses))
 
 
-@pytest.mark.parametrize("of", _swaps_huggingface._LAYERS, ids=lambda of: of[1])
-def test_layers_are_the_code_that_ours_were_written_for(of):
+_TABLES = ("_LAYERS", "_PACKING", "_ATTENTIONS", "_STACKS")
+
+
+@pytest.mark.parametrize("table", _TABLES)
+def test_classes_are_the_code_that_ours_were_written_for(table):
     """If not: read the class anew, change ours, and then the fingerprint."""
-    assert fingerprint(*of) == _swaps_huggingface._LAYERS[of][1]
+    rows = getattr(_swaps_huggingface, table)
+    assert {of: fingerprint(*of) for of in rows} == {of: row[0] for of, row in rows.items()}
 
 
-def test_other_code_is_left(monkeypatch):
+@pytest.mark.parametrize("table", _TABLES)
+def test_other_code_is_left(monkeypatch, table):
     """A later version's, or that of a class of the same name: the report says so."""
-    of = "bert", "BertSelfOutput"
-    ours, _ = _swaps_huggingface._LAYERS[of]
-    monkeypatch.setitem(_swaps_huggingface._LAYERS, of, (ours, "another"))
+    rows = {of: ("another", *row[1:]) for of, row in getattr(_swaps_huggingface, table).items()}
+    monkeypatch.setattr(_swaps_huggingface, table, rows)
     report = slimkernels.replace(FAMILIES["bert-cls"].make())
-    left = [row.detail for row in report.left if row.kind.endswith("BertSelfOutput")]
-    assert len(left) == 2 and all("computes it otherwise" in detail for detail in left)
+    left = [row for row in report.left if "computes it otherwise" in row.detail]
+    names = {row.kind.rpartition(".")[2] for row in left}
+    if table == "_LAYERS":
+        assert names == {"BertEmbeddings", "BertSelfOutput", "BertIntermediate", "BertOutput"}
+    else:
+        assert "BertEncoder" in {row.kind.rpartition(".")[2] for row in report.left}
 
 
 def test_a_subclass_is_left():
@@ -443,3 +141,84 @@ def test_a_subclass_is_left():
     report = slimkernels.replace(bert)
     assert type(bert.bert.encoder.layer[0].output) is Own
     assert "bert.encoder.layer.0.output" in [row.path for row in report.left]
+
+
+def test_the_report_says_of_stacks_what_they_do():
+    report = slimkernels.replace(FAMILIES["t5"].make())
+    said = {row.path: row.detail for row in report.swapped}
+    assert "padding is left out" in said["encoder"]
+    assert "padding" not in said["decoder"] and "decoder.block.0" not in said
+
+
+@pytest.mark.parametrize(
+    "name, path", [("llama", "model.layers.0"), ("bart", "model.decoder.layers.0")]
+)
+def test_the_cache_has_a_former_name(name, path):
+    """Under which a layer's own caller may give it; what it holds must not be forgotten."""
+    model = FAMILIES[name].make().eval()
+    tables = {"position_embeddings": (torch.ones(1, 2, 8), torch.zeros(1, 2, 8))}
+    parts = torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(0)).split(2, 1)
+    results = []
+    for _ in range(2):
+        caches = DynamicCache(), DynamicCache()
+        cache = EncoderDecoderCache(*caches) if name == "bart" else caches[0]
+        given = {"past_key_values": cache, **(tables if name == "llama" else {})}
+        results.append(torch.cat([model.get_submodule(path)(x, **given) for x in parts], 1))
+        slimkernels.replace(model)
+    assert cache.get_seq_length() == 4
+    torch.testing.assert_close(*results)
+
+
+def test_what_a_model_takes_is_still_to_be_read():
+    """By generate() and the Trainer, which drop what a forward does not name."""
+    model = FAMILIES["t5"].make()
+    modules = {n: inspect.signature(m.forward) for n, m in model.named_modules()}
+    slimkernels.replace(model)
+    assert all(
+        inspect.signature(m.forward) == modules[n]
+        for n, m in model.named_modules()
+        if type(m).__module__.startswith("transformers.")
+    )
+
+
+class Quantised(torch.Tensor):
+    """A weight of eight bits that only F.linear can take, as torchao's are."""
+
+    @staticmethod
+    def __new__(cls, weight):
+        return torch.Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype)
+
+    def __init__(self, weight):
+        self.scale = weight.abs().amax(1, keepdim=True) / 127
+        self.levels = (weight / self.scale).round().to(torch.int8)
+
+    def wide(self):
+        return self.levels * self.scale
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.nn.functional.linear:
+            args = [a.wide() if isinstance(a, cls) else a for a in args]
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].wide())
+        raise NotImplementedError(str(function))
+
+
+def test_quantised_weights_are_left_to_torch(monkeypatch):
+    from slimkernels.backends.cpu import linear
+
+    monkeypatch.setattr(linear, "_IS_AMD", True)  # where the op has a kernel for plain weights
+    monkeypatch.setattr(linear, "MIN_PRODUCT", 0)
+    model = FAMILIES["bert-mlm"].make().train()
+    for module in model.modules():
+        if type(module) is torch.nn.Linear:
+            weight = Quantised(module.weight.detach())
+            module.weight = torch.nn.Parameter(weight, requires_grad=False)
+    expected = model(**masked()).logits
+    slimkernels.replace(model)
+    torch.testing.assert_close(model(**masked()).logits[REAL], expected[REAL])

@@ -12,7 +12,6 @@ import slimkernels
 from slimkernels.testing import assert_no_worse
 
 pytest.importorskip("transformers", minversion="5.0")
-from slimkernels.integrations import _hf_mask
 from slimkernels.integrations._hf_blocks import clamped_where_overflown
 
 # Sums of a few dozen terms in another order, through a few layers.
@@ -46,19 +45,6 @@ def _compare(ours, eager, truth, what, smallest=0.0):
     assert_no_worse(
         ours, eager, truth, floor=ULPS * torch.finfo(eager.dtype).eps * largest, what=what
     )
-
-
-@pytest.fixture
-def packings(monkeypatch):
-    """Every packing of padded hidden states that a test begins."""
-    begun, begin = [], _hf_mask.Packing.begin
-
-    def spy(mask, pattern):
-        begun.append(begin(mask, pattern))
-        return begun[-1]
-
-    monkeypatch.setattr(_hf_mask.Packing, "begin", spy)
-    return begun
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -1,0 +1,188 @@
+"""Unpadded execution inside Hugging Face's padded models."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hf_families import FAMILIES, LENGTHS, REAL, B, L, answered, causal, masked, tokens
+
+import slimkernels
+from slimkernels.nn import _torchs_own
+from slimkernels.testing import assert_no_worse
+
+pytest.importorskip("transformers", minversion="5.0")
+from transformers.masking_utils import create_bidirectional_mask
+
+
+def _assert_right(model, replaced, batch):
+    """Output, loss and gradients of a replaced model, at padding too."""
+    runs = []
+    for each in (replaced, model, copy.deepcopy(model).double()):
+        each.zero_grad()
+        output = each(**batch)
+        output.loss.backward()
+        runs.append([output.loss.detach(), *(p.grad for p in each.parameters())])
+    largest = max(t.abs().max().item() for t in runs[2])
+    for three in zip(*runs, strict=True):
+        assert_no_worse(*three, floor=16 * torch.finfo(torch.float32).eps * largest)
+
+
+def test_padding_is_not_computed_and_comes_back_as_zeros(bert, replaced):
+    """Layers see the real tokens; what looks at hidden states sees them padded."""
+    sizes = []
+    linear = replaced.bert.encoder.layer[0].intermediate.dense
+    forward = linear.forward
+    linear.forward = lambda x: sizes.append(tuple(x.shape)) or forward(x)
+    output = replaced.bert(**tokens()).last_hidden_state
+    assert sizes == [(1, sum(LENGTHS), 32)]
+    assert (output[~REAL] == 0).all()
+
+    expected = bert.bert(**tokens(), output_hidden_states=True).hidden_states
+    actual = replaced.bert(**tokens(), output_hidden_states=True).hidden_states
+    assert sizes[-1] == (B, L, 32)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a[REAL], e[REAL])
+
+    shapes = []
+    layer = replaced.bert.encoder.layer[1]
+    hook = layer.register_forward_hook(lambda module, args, out: shapes.append(tuple(out.shape)))
+    replaced.bert(**tokens())
+    hook.remove()
+    assert shapes == [(B, L, 32)]
+
+    layer._compiled_call_impl = layer._call_impl  # as after layer.compile()
+    replaced.bert(**tokens())
+    assert sizes[-1] == (B, L, 32)
+    layer._compiled_call_impl = None
+
+    left = {n: t.flip(1) for n, t in tokens().items()}
+    expected = bert.bert(**left).last_hidden_state
+    torch.testing.assert_close(replaced.bert(**left).last_hidden_state, expected)
+    assert sizes[-1] == (B, L, 32)
+
+
+@pytest.mark.parametrize("lengths", [(5, 3), (8, 5)])
+def test_small_batches_in_evaluation_too(bert, replaced, monkeypatch, lengths):
+    """Where transformers' own code runs between the packing; as many tokens as a row has places."""
+    monkeypatch.setattr(_torchs_own, "MIN_ELEMENTS", 1 << 20)
+    ids = tokens()["input_ids"][:2, :8]
+    seen = torch.arange(8) < torch.tensor(lengths)[:, None]
+    batch = {"input_ids": ids, "attention_mask": seen.long()}
+    with torch.no_grad():
+        expected, actual = (model(**batch).logits for model in (bert, replaced))
+    torch.testing.assert_close(actual[seen], expected[seen])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["bert-mlm", "llama"])
+def test_activation_checkpointing(name, reentrant, packings):
+    model = FAMILIES[name].make().train()
+    batch = {**causal(), "use_cache": False} if name == "llama" else masked()
+    slimkernels.replace(model)
+    expected = model(**batch).loss
+    expected.backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    packings.clear()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    loss = model(**batch).loss
+    loss.backward()
+    assert bool(packings) == (not reentrant)
+    torch.testing.assert_close(loss, expected)
+    for n, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, gradients[n], msg=n)
+
+
+def test_positions_of_a_packed_bias_are_those_in_the_sequences(monkeypatch):
+    """The bias would be right between all tokens, too, and as large as their number's square."""
+    family = FAMILIES["t5"]
+    model = family.make()
+    slimkernels.replace(model)
+    attention, sizes = model.encoder.block[0].layer[0].SelfAttention, []
+    compute = attention.compute_bias
+    monkeypatch.setattr(
+        attention,
+        "compute_bias",
+        lambda *args, **kw: sizes.append(args[:2]) or compute(*args, **kw),
+    )
+    model(**family.inputs())
+    assert sizes == [(L, L)]
+
+
+@pytest.mark.parametrize("name", ["bert-mlm", "bert-tokens", "llama"])
+def test_labels_where_padding_is_keep_it(name, packings):
+    """As programs have them that take a copy of the ids for labels."""
+    model = FAMILIES[name].make().train()
+    batch = {**tokens(), "labels": tokens()["input_ids"] % 2}
+    batch |= {"use_cache": False} if name == "llama" else {}
+    replaced = slimkernels.replace(model, inplace=False).model
+    _assert_right(model, replaced, batch)
+    assert not packings
+    slimkernels.restore(replaced)
+    assert type(replaced) is type(model)
+
+
+@pytest.mark.parametrize("parts_first", [False, True])
+def test_question_answering_reads_padding(parts_first, packings):
+    model = FAMILIES["bert-qa"].make().train()
+    replaced = copy.deepcopy(model)
+    if parts_first:
+        slimkernels.replace(replaced.bert)
+    report = slimkernels.replace(replaced)
+    assert "padding stays, since the head reads it" in report.swapped[0].detail
+    _assert_right(model, replaced, answered())
+    assert not packings
+
+
+DECODERS = [*("gpt2", "gpt-neox", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")]
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_decoders_leave_padding_out_of_a_loss(name, packings):
+    model = FAMILIES[name].make().train()
+    replaced = slimkernels.replace(model, inplace=False).model
+    _assert_right(model, replaced, {**causal(), "use_cache": False})
+    assert packings
+
+
+def test_decoders_keep_padding_where_it_may_be_read(packings):
+    """Without labels by what looks at the last places, with a cache by what goes on from there."""
+    model = FAMILIES["llama"].make().eval()
+    replaced = slimkernels.replace(model, inplace=False).model
+    expected = model(**tokens(), use_cache=False).logits
+    torch.testing.assert_close(replaced(**tokens(), use_cache=False).logits, expected)
+    expected, actual = (m(**causal()).cache.layers[1].keys for m in (model, replaced))
+    torch.testing.assert_close(actual, expected)
+    assert not packings
+
+
+def test_a_mask_may_serve_several_times(bert, replaced):
+    """What remembers the packing is the mask."""
+    batch = tokens()
+    hidden = bert.bert.embeddings(batch["input_ids"])
+    mask = create_bidirectional_mask(replaced.config, hidden, batch["attention_mask"])
+    encoder = replaced.bert.encoder
+    first, second = (encoder(hidden, mask).last_hidden_state for _ in range(2))
+    assert first.shape == (B, L, 32) and torch.equal(first, second)
+    alone = encoder.layer[0](hidden, mask)
+    assert alone.shape == (B, L, 32)
+    hook = encoder.layer[1].register_forward_hook(lambda *_: None)
+    padded = encoder(hidden, mask).last_hidden_state
+    hook.remove()
+    torch.testing.assert_close(padded[REAL], first[REAL])
+    assert (padded[~REAL] != 0).any()
+
+
+def test_torch_func_sees_no_packing(replaced):
+    parameters = dict(replaced.named_parameters())
+
+    def loss(parameters):
+        return torch.func.functional_call(replaced, parameters, kwargs=masked()).loss
+
+    gradients = torch.func.grad(loss)(parameters)
+    with slimkernels.use_backend("torch"):
+        replaced(**masked()).loss.backward()
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(gradients[name], parameter.grad, msg=name)
