@@ -206,9 +206,11 @@ def cast_alike(*tensors: object) -> tuple | None:
     *three, mask = tensors
     if not all(isinstance(t, Tensor) and t.dtype in FLOATING for t in three):
         return None
-    dtypes = {t.dtype for t in three}
+    dtypes = [t.dtype for t in three]
+    if dtypes[0] == dtypes[1] == dtypes[2] or torch.float64 in dtypes:
+        return None
     device = autocast_device(three[0])
-    if len(dtypes) == 1 or torch.float64 in dtypes or not torch.is_autocast_enabled(device):
+    if not torch.is_autocast_enabled(device):
         return None
     dtype = torch.get_autocast_dtype(device)
     if isinstance(mask, Tensor) and mask.dtype in (torch.float16, torch.bfloat16):
