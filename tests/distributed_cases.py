@@ -1,4 +1,4 @@
-"""Hugging Face's models, swapped, in a group of two processes: losses and gradients of two steps."""
+"""Hugging Face's models, swapped, in a group of two processes: what two steps give."""
 
 from __future__ import annotations
 
