@@ -342,9 +342,9 @@ def test_labels_have_the_names_of_the_folder_or_the_caller(folders, tmp_path):
 @pytest.mark.parametrize(
     "file, change, sentence",
     [
-        ("config.json", lambda c: c.update(model_type="gpt2"), "must be 'bert'; got 'gpt2'"),
+        ("config.json", lambda c: c.update(model_type="gpt2"), "must be bert; got 'gpt2'"),
         ("config.json", lambda c: c.update(is_decoder=True), "is_decoder must be False; got True"),
-        ("config.json", lambda c: c.update(model_type=[1]), r"must be 'bert'; got \[1\]"),
+        ("config.json", lambda c: c.update(model_type=[1]), r"must be bert; got \[1\]"),
         (
             "config.json",
             lambda c: c.update(hidden_size="32"),
