@@ -7,6 +7,7 @@ swapped, turn by turn, and left where it was: nothing is written.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import statistics
 import sys
@@ -17,14 +18,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import transformers
 import tyro
 from torch import Tensor
+from torch.nn import Module
 from tqdm import tqdm
 
 from slimkernels.dispatch import Op
 from slimkernels.integrations.replace import replace, restore
 from slimkernels.training.device import resolve_device, resolve_precision
+
+# From a disk that has not been read before it takes a minute: imported when that has been said.
+if importlib.util.find_spec("transformers") is None:
+    raise ModuleNotFoundError("No module named 'transformers'", name="transformers")
 
 
 @dataclass
@@ -64,7 +69,8 @@ def diagnose(options: Options) -> int:
         if getattr(options, name) < 1:
             raise ValueError(f"--{name} must be at least 1; got {getattr(options, name)}")
     device = resolve_device(options.device)
-    with step(f"Loading {options.model} and transformers' code for it"):
+    where = "" if os.path.isdir(options.model) else " from the Hugging Face Hub, or its cache here"
+    with step(f"Loading transformers, and {options.model}{where}"):
         model = load(options.model).to(device, resolve_precision(options.precision, device)).eval()
     inputs = padded_batch(model, options.batch, options.length)
     with step("Looking for what can be swapped"):
@@ -111,10 +117,12 @@ def step(what: str) -> Iterator[None]:
         print(end, flush=True)
 
 
-def load(name: str) -> transformers.PreTrainedModel:
+def load(name: str) -> Module:
     """The model without a head; a ValueError in a sentence if there is none by that name."""
+    import transformers
+
     transformers.logging.set_verbosity_error()  # of heads that are left out
-    if os.path.isdir(name):  # of a download one wants to see how far it is
+    if os.path.isdir(name):  # but of a download one wants to see how far it is
         transformers.logging.disable_progress_bar()
     try:
         return transformers.AutoModel.from_pretrained(name)
@@ -126,7 +134,7 @@ def load(name: str) -> transformers.PreTrainedModel:
         ) from error
 
 
-def padded_batch(model: transformers.PreTrainedModel, B: int, T: int) -> dict[str, Tensor]:
+def padded_batch(model: Module, B: int, T: int) -> dict[str, Tensor]:
     """Random inputs (B, T) with an attention_mask of rows that end early; or random images."""
     generator = torch.Generator().manual_seed(0)
     if model.main_input_name == "pixel_values":
