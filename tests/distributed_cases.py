@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -76,8 +77,8 @@ def alone(family: str, dtype: torch.dtype) -> list[dict[str, Tensor]]:
 
 def in_group(rank: int, meeting: Path) -> dict[tuple, dict[str, Tensor] | Exception]:
     """Every case's results on this rank, or what it raised; both ranks must call this."""
-    store = dist.FileStore(str(meeting), RANKS)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
+    store, limit = dist.FileStore(str(meeting), RANKS), timedelta(seconds=120)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=limit)
     try:
         mesh = init_device_mesh("cpu", (RANKS,))
         return {case: _tried(mesh, *case) for case in CASES}
