@@ -43,6 +43,7 @@ MAX_KERNEL_PARAMETERS = 16  # at run time; constexprs are not passed
 LONG_PARAMETER_LISTS: dict[str, tuple[int, str]] = {
     "add_layer_norm": (10, "torch's five for layer_norm, and what becomes of the sum"),
     "backends/triton/_long_rows.py:_gradients_kernel": (17, "one kernel for a sum and for plain x"),
+    "softmax": (10, "torch's three, six of ours and backend"),
     "scaled_dot_product_attention": (13, "torch's eight, and five of ours; the rest is a variant"),
     "embedding": (14, "torch's three, two other tables with their ids, the norm's and dropout's"),
     "cross_entropy": (11, "torch's six, four of ours and backend"),

@@ -41,9 +41,19 @@ def main(argv: list[str] | None = None) -> int:
         "protocol": "random weights, float32; providers take turns; ratio = median over the turns "
         "of sdpa's time over the provider's, eager's where there is no sdpa",
     }
-    cases = itertools.product(options.family or FAMILIES, options.work or WORK)
-    parts = (measure(name, work, options, device) for name, work in cases)
-    return measuring.run(path, device, facts, COLUMNS, parts)
+    cases = list(itertools.product(options.family or FAMILIES, options.work or WORK))
+    kept = _kept(path, cases) if options.renew and path.exists() else []
+    today = provenance.provenance(device)
+    when = {name: today[name] for name in ("commit", "date")}
+    parts = ([r | when for r in measure(name, work, options, device)] for name, work in cases)
+    return measuring.run(path, device, facts, COLUMNS, parts, kept)
+
+
+def _kept(path: Path, cases: list[tuple[str, str]]) -> list[dict]:
+    """The rows of an earlier run that are not measured again; each says when it was."""
+    header, rows = results.read_csv(path)
+    old = {name: header[name] for name in ("commit", "date")}
+    return [old | row for row in rows if (row["family"], row["work"]) not in cases]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -53,6 +63,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--work", action="append", choices=list(WORK))
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
+    parser.add_argument("--renew", action="store_true", help="keep the other rows of the file")
     parser.add_argument("--page", action="store_true", help=f"only write {PAGE} from the results")
     return measuring.parse_with_device(parser, argv)
 
@@ -110,7 +121,7 @@ def page(header: dict[str, str], rows: list[dict[str, str]]) -> str:
     head = ["family", *(f"{work}: {p}" for work in WORK for p in ("eager", "compiled", "slim"))]
     head += ["memory, sdpa to slim (MiB)", "swapped", "left, apart from containers"]
     cells = []
-    for name in dict.fromkeys(r["family"] for r in rows):
+    for name in (name for name in FAMILIES if any(r["family"] == name for r in rows)):
         line = [name]
         for work in WORK:
             for provider in ("eager", "compiled", "slim"):

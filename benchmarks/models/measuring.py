@@ -46,12 +46,16 @@ def run(
     facts: dict[str, str],
     columns: list[str],
     parts: Iterable[list[dict]],
+    kept: Iterable[dict] = (),
 ) -> int:
-    """Write the rows of each part as soon as it is measured; 1 if a row failed its gate, else 0."""
+    """Write the rows of each part as soon as it is measured, after those that are kept.
+
+    Returns 1 if a row failed its gate, else 0.
+    """
     header = provenance.provenance(device) | facts
     print(f"Measuring on {provenance.device_name(device)} -> {path}")
     print("".join(f"  {name}: {value}\n" for name, value in header.items()), end="", flush=True)
-    rows, start = [], time.perf_counter()
+    rows, start = list(kept), time.perf_counter()
     for measured in parts:
         print(results.text_table(measured, columns), flush=True)
         rows += measured

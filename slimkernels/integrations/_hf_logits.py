@@ -35,7 +35,7 @@ class VocabularyLinear(torch.nn.Linear):
 
 def _may_wait(x, weight, bias):
     """Whether the product may be computed later: by this process, from tensors that stay."""
-    if not (torch.is_grad_enabled() and may_skip_dispatcher((x, weight, bias))):
+    if x.is_meta or not (torch.is_grad_enabled() and may_skip_dispatcher((x, weight, bias))):
         return False
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return False  # FSDP takes the weight away when the model has returned

@@ -21,6 +21,7 @@ from slimkernels.integrations._swap import (
     swap_back,
 )
 from slimkernels.integrations.report import UNKNOWN, UNKNOWN_LEAF, Report, Row, kind_of
+from slimkernels.ops._checks import check_flag
 
 # Modules with swaps, and the package without which none of theirs can be in a model.
 _SOURCES = {
@@ -42,12 +43,14 @@ def replace(model: Module, *, inplace: bool = True) -> Report:
     inplace  True changes `model` itself, False a deep copy
     Returns  a Report: ``.model`` (the one changed), ``.rows``, ``.swapped``, ``.already``,
              ``.left``; ``print(report)`` shows a table. A second call swaps nothing more.
-    Errors   ValueError for what is not an instance of torch.nn.Module, and for a model that is
-             compiled or scripted already, even in part: replace first, then compile
+    Errors   ValueError for what is not an instance of torch.nn.Module, for an inplace that is
+             neither True nor False, and for a model that is compiled or scripted already, even in
+             part: replace first, then compile
     Caution  torch.jit and torch.fx.symbolic_trace cannot read the modules that take the places:
              restore() first. torch.compile and torch.export can.
     """
     _check_model("replace", model)
+    check_flag("replace", "inplace", inplace)
     for path, how in _compiled(model):
         raise ValueError(
             f"replace: model must not be {how} yet, and {path or 'it'} is; "

@@ -24,7 +24,7 @@ class _Auto:
         folder = files.folder_of(path, caller)
         kind = files.read_json(folder / files.CONFIG, caller).get("model_type")
         known = {model.family.model_type: model for model in cls.classes}
-        if kind not in known:
+        if not isinstance(kind, str) or kind not in known:
             raise ValueError(
                 f"{caller}: model_type in {folder / files.CONFIG} must be {' or '.join(known)}; "
                 f"got {kind!r}"

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from slimkernels.models.bert import BertBased
 from slimkernels.models.block import Wanted, affine, initialise
-from slimkernels.models.checks import check_labels, check_padded
-from slimkernels.models.config import TransformerConfig
+from slimkernels.models.checks import check_labels, check_padded, spread
+from slimkernels.models.config import TransformerConfig, expected
 from slimkernels.models.outputs import LogitsOutput, PoolingOutput, QuestionAnsweringOutput
 from slimkernels.models.padding import Ragged, unpad
 from slimkernels.ops.cross_entropy import cross_entropy
@@ -25,11 +25,9 @@ class _Padded(BertBased):
     def _embed(self, input_ids, attention_mask, token_type_ids, position_ids, multiplies=False):
         check_padded(input_ids, attention_mask, token_type_ids)
         ragged = unpad(input_ids, attention_mask)
-        places = (
-            ragged.position_ids
-            if position_ids is None
-            else ragged.take(position_ids.expand(input_ids.shape))
-        )
+        places = ragged.position_ids
+        if position_ids is not None:
+            places = ragged.take(spread("position_ids", position_ids, tuple(input_ids.shape)))
         ids = ragged.take(input_ids), ragged.take(token_type_ids), places
         return ragged, self.bert.embed(*ids, ragged.cu_seqlens, multiplies=multiplies)
 
@@ -123,6 +121,9 @@ class BertForMaskedLM(_Padded):
         return LogitsOutput(loss, None if skip_logits else ragged.put_back(logits))
 
 
+_PROBLEMS = "regression", "single_label_classification", "multi_label_classification"
+
+
 class _Classifier(_Padded):
     """A layer of num_labels scores.
 
@@ -144,17 +145,11 @@ class _Classifier(_Padded):
         id2label: dict[int, str] | None = None,
         problem_type: str | None = None,
     ) -> None:
-        is_whole = isinstance(num_labels, int) and not isinstance(num_labels, bool)
-        if not is_whole or num_labels < 1:
-            name = type(self).__name__
-            raise ValueError(f"{name}: num_labels must be an integer >= 1; got {num_labels!r}")
+        self._check_head(num_labels, classifier_dropout, id2label, problem_type)
         super().__init__(config)
         self.num_labels, self.problem_type = num_labels, problem_type
         if id2label is None:
             id2label = {i: f"LABEL_{i}" for i in range(num_labels)}
-        if len(id2label) != num_labels:
-            name = type(self).__name__
-            raise ValueError(f"{name}: id2label must name {num_labels} labels; got {len(id2label)}")
         self.id2label = {int(i): label for i, label in id2label.items()}
         self.classifier_dropout = classifier_dropout
         if self.has_pooler:
@@ -163,12 +158,36 @@ class _Classifier(_Padded):
         initialise(self, config.initializer_std)
 
     @classmethod
+    def _check_head(cls, num_labels, classifier_dropout, id2label, problem_type) -> None:
+        def require(holds, name, expected, got):
+            if not holds:
+                raise ValueError(f"{cls.__name__}: {name} must be {expected}; got {got!r}")
+
+        is_whole = isinstance(num_labels, int) and not isinstance(num_labels, bool)
+        require(is_whole and num_labels >= 1, "num_labels", "an integer >= 1", num_labels)
+        if classifier_dropout is not None:
+            wanted = expected("dropout_p", classifier_dropout)
+            require(wanted is None, "classifier_dropout", f"{wanted} or None", classifier_dropout)
+        known = None, *_PROBLEMS
+        require(problem_type in known, "problem_type", " or ".join(map(repr, known)), problem_type)
+        if id2label is None:
+            return
+        is_named = isinstance(id2label, dict) and all(str(i).isdecimal() for i in id2label)
+        require(is_named, "id2label", "a dict of numbers to names, or None", id2label)
+        if len(id2label) != num_labels:
+            raise ValueError(
+                f"{cls.__name__}: id2label must name {num_labels} labels; got {len(id2label)}"
+            )
+
+    @classmethod
     def _options(cls, theirs, options):
         names = theirs.get("id2label")
-        count = options.get("num_labels", len(names) if names else theirs.get("num_labels", 2))
+        has_names = isinstance(names, dict) and names
+        count = options.get("num_labels", len(names) if has_names else theirs.get("num_labels", 2))
         found = {name: theirs.get(name) for name in ("classifier_dropout", "problem_type")}
-        names = names if names and len(names) == count else None
-        return found | {"num_labels": count, "id2label": names} | options
+        # What is no dict the constructor refuses.
+        names = names if not has_names or len(names) == count else None
+        return found | {"num_labels": count, "id2label": names or None} | options
 
     def _entries(self):
         entries = {
@@ -205,14 +224,25 @@ class BertForSequenceClassification(_Classifier):
         return LogitsOutput(None if labels is None else self._loss(logits, labels), logits)
 
     def _loss(self, logits, labels):
-        kind = self.problem_type
+        name, kind = type(self).__name__, self.problem_type
+        if not isinstance(labels, Tensor):
+            raise ValueError(f"{name}: labels must be a tensor; got {type(labels).__name__}")
         if kind is None:
             whole = not labels.is_floating_point()
             kind = "single_label_classification" if whole else "multi_label_classification"
             kind = "regression" if self.num_labels == 1 else kind
+        B = len(logits)
         if kind == "single_label_classification":
-            check_labels("labels", labels, self.num_labels, (len(logits),), ", one a row")
+            check_labels("labels", labels, self.num_labels, (B,), ", one a row", name)
             return _wide(cross_entropy(logits, labels))
+        shape = tuple(logits.shape)
+        one_a_row = kind == "regression" and self.num_labels == 1
+        if tuple(labels.shape) != shape and not (one_a_row and tuple(labels.shape) == (B,)):
+            how = f"({B},) or {shape} for regression" if one_a_row else f"{shape} for {kind}"
+            how += "" if kind == "regression" else f", or integers ({B},) for one class a row"
+            raise ValueError(
+                f"{name}: labels must be {how}; got {labels.dtype} {tuple(labels.shape)}"
+            )
         wide = _wide(logits)
         labels = labels.to(wide.dtype)
         if kind == "regression":
@@ -280,8 +310,15 @@ class BertForQuestionAnswering(_Padded):
         return QuestionAnsweringOutput(loss, start, end)
 
     def _loss(self, logits, columns):
-        T = logits.shape[1]
-        columns = columns.reshape(len(logits))
+        B, T = logits.shape
+        is_tensor = isinstance(columns, Tensor)
+        if not is_tensor or columns.is_floating_point() or columns.numel() != B:
+            name = type(self).__name__
+            got = f"{columns.dtype} {tuple(columns.shape)}" if is_tensor else repr(columns)
+            raise ValueError(
+                f"{name}: start_positions and end_positions must be integers ({B},); got {got}"
+            )
+        columns = columns.reshape(B)
         known = (columns >= 0) & (columns < T)
         return _wide(cross_entropy(logits, columns.where(known, -100)))
 

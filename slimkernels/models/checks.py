@@ -135,6 +135,18 @@ def check_padded(
             )
 
 
+def spread(name: str, ids: Tensor, shape: tuple[int, int], model: str = "Bert") -> Tensor:
+    """Integers (B, T), from what broadcasts to that."""
+    _check_integers(model, name, ids, None, "")
+    B, T = shape
+    if tuple(ids.shape) not in (shape, (1, T), (T,)):
+        raise ValueError(
+            f"{model}: {name} must have shape {shape} like input_ids, or ({T},); "
+            f"got {tuple(ids.shape)}"
+        )
+    return ids.expand(shape)
+
+
 def _check_integers(model, name, ids, shape, why):
     if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
         actual = getattr(ids, "dtype", type(ids).__name__)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
+from numbers import Real
 
 GATED = ("swiglu", "geglu", "geglu_tanh")
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", *GATED)
@@ -104,19 +106,10 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         if isinstance(self.rotary_stretch, list):  # as JSON gives it
             object.__setattr__(self, "rotary_stretch", tuple(self.rotary_stretch))
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type == "int" or (field.type == "int | None" and value is not None):
-                least = 0 if field.name in _MAY_BE_ZERO else 1
-                whole = isinstance(value, int) and not isinstance(value, bool)
-                _require(whole and value >= least, field.name, f"an integer >= {least}", value)
-            elif field.name.endswith("dropout_p"):
-                _require(0.0 <= value < 1.0, field.name, "in [0, 1)", value)
-            elif field.name in _POSITIVE:
-                _require(value > 0, field.name, "positive", value)
-            elif field.name in _CHOICES:
-                names = _CHOICES[field.name]
-                _require(value in names, field.name, " or ".join(names), repr(value))
+        for name in KINDS:
+            value = getattr(self, name)
+            wanted = expected(name, value)
+            _require(wanted is None, name, wanted, value)
         heads = self.num_heads
         if self.head_width is None:
             wanted = f"a multiple of num_heads, {heads}"
@@ -152,7 +145,7 @@ class TransformerConfig:
     @classmethod
     def preset(cls, name: str, **changes) -> TransformerConfig:
         """One of PRESETS by name, with any field changed: ``preset("minilm", dropout_p=0.0)``."""
-        _require(name in PRESETS, "preset", " or ".join(PRESETS), repr(name))
+        _require(name in PRESETS, "preset", " or ".join(PRESETS), name)
         num_layers, hidden_size, num_heads = PRESETS[name]
         sizes = {
             "num_layers": num_layers,
@@ -171,10 +164,42 @@ class TransformerConfig:
         """The config of `fields`, the rest at their defaults; an unknown name is a ValueError."""
         known = [field.name for field in dataclasses.fields(cls)]
         for name in fields:
-            _require(name in known, "a field", "one of " + ", ".join(known), repr(name))
+            _require(name in known, "a field", "one of " + ", ".join(known), name)
         return cls(**fields)
 
 
-def _require(holds: bool, name: str, expected: str, actual: object) -> None:
+# The fields' annotations.
+KINDS = {field.name: field.type for field in dataclasses.fields(TransformerConfig)}
+
+
+def expected(name: str, value: object) -> str | None:
+    """What the field of this name must be, if `value` is not that; None if it is."""
+    kind = KINDS[name]
+    if value is None and kind.endswith(" | None"):
+        return None
+    if kind.startswith("int"):
+        least = 0 if name in _MAY_BE_ZERO else 1
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        return None if whole and value >= least else f"an integer >= {least}"
+    if kind == "bool":
+        return None if isinstance(value, bool) else "True or False"
+    if name in _CHOICES:
+        return None if value in _CHOICES[name] else " or ".join(_CHOICES[name])
+    if name == "rotary_stretch":
+        four = isinstance(value, tuple) and len(value) == 4 and all(map(is_number, value))
+        return None if four else "four numbers, or None"
+    if name.endswith("dropout_p"):
+        return None if is_number(value) and 0 <= value < 1 else "a number in [0, 1)"
+    if name in _POSITIVE:
+        return None if is_number(value) and value > 0 else "a positive number"
+    return None if is_number(value) else "a number"
+
+
+def is_number(value: object) -> bool:
+    """Whether `value` is a finite number; True and False are none."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _require(holds: bool, name: str, expected: str | None, actual: object) -> None:
     if not holds:
-        raise ValueError(f"TransformerConfig: {name} must be {expected}; got {actual}")
+        raise ValueError(f"TransformerConfig: {name} must be {expected}; got {actual!r}")

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from slimkernels.models.config import TransformerConfig
+from slimkernels.models.config import TransformerConfig, expected
 
 
 class Source(NamedTuple):
@@ -166,7 +166,7 @@ def without_ties(
 
 def chosen(caller: str, name: str, value: object, known: Mapping[str, str]) -> str:
     """Ours for the value of an entry in config.json, or a ValueError that lists the known ones."""
-    if value not in known:
+    if not isinstance(value, str) or value not in known:
         raise ValueError(f"{caller}: {name} must be {' or '.join(known)}; got {value!r}")
     return known[value]
 
@@ -180,11 +180,37 @@ def name_of(value: str, known: Mapping[str, str]) -> str:
 
 
 def taken(caller: str, theirs: Mapping, fields: Mapping[str, str]) -> dict:
-    """Our fields from entries of config.json, or a ValueError that names the one missing."""
-    for name in fields.values():
+    """Our fields from entries of config.json, or a ValueError that names the one that is missing
+    or is not what the field must be."""
+    for ours, name in fields.items():
         if name not in theirs:
             raise ValueError(f"{caller}: config.json must have {name}; it has not")
+        check_entry(caller, name, ours, theirs[name])
     return {ours: theirs[name] for ours, name in fields.items()}
+
+
+def entry(caller: str, theirs: Mapping, name: str, ours: str, default: object) -> object:
+    """Our field from an entry of config.json, or `default` where it has none or null."""
+    value = theirs.get(name)
+    value = default if value is None else value
+    check_entry(caller, name, ours, value)
+    return value
+
+
+def flag(caller: str, theirs: Mapping, name: str, default: bool) -> bool:
+    """An entry of config.json that is true or false, or `default` where it has none or null."""
+    value = theirs.get(name)
+    value = default if value is None else value
+    if not isinstance(value, bool):
+        raise ValueError(f"{caller}: {name} must be True or False; got {value!r}")
+    return value
+
+
+def check_entry(caller: str, name: str, ours: str, value: object) -> None:
+    """A ValueError that names config.json's entry where our field could not be `value`."""
+    wanted = expected(ours, value)
+    if wanted is not None:
+        raise ValueError(f"{caller}: {name} must be {wanted}; got {value!r}")
 
 
 def given(config: TransformerConfig, fields: Mapping[str, str]) -> dict:

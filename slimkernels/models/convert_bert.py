@@ -12,6 +12,7 @@ from slimkernels.models.convert import (
     Family,
     Names,
     chosen,
+    flag,
     given,
     name_of,
     require,
@@ -67,9 +68,9 @@ def config_from_hugging_face(config) -> TransformerConfig:
     """
     theirs = config if isinstance(config, Mapping) else config.to_dict()
     caller = "config_from_hugging_face"
-    activation = chosen(caller, "hidden_act", theirs["hidden_act"], _ACTIVATIONS)
+    activation = chosen(caller, "hidden_act", theirs.get("hidden_act"), _ACTIVATIONS)
     require(caller, theirs, position_embedding_type="absolute", is_decoder=False)
-    if not theirs.get("tie_word_embeddings", True):
+    if not flag(caller, theirs, "tie_word_embeddings", True):
         raise ValueError(
             f"{caller}: tie_word_embeddings must be True, as our decoder's matrix "
             "is the token embedding; got False"

@@ -8,7 +8,10 @@ from slimkernels.models.config import TransformerConfig
 from slimkernels.models.convert import (
     Family,
     Names,
+    check_entry,
     chosen,
+    entry,
+    flag,
     given,
     name_of,
     norm_chain,
@@ -67,9 +70,11 @@ def _gpt2_config(theirs: Mapping) -> TransformerConfig:
     return TransformerConfig(
         type_vocab_size=0,
         norm_first=True,
-        intermediate_size=theirs.get("n_inner") or 4 * fields["hidden_size"],
+        intermediate_size=entry(
+            *(caller, theirs, "n_inner", "intermediate_size"), 4 * fields["hidden_size"]
+        ),
         activation=chosen(caller, "activation_function", activation, _GPT2_ACTIVATIONS),
-        tie_embeddings=theirs.get("tie_word_embeddings", True),
+        tie_embeddings=flag(caller, theirs, "tie_word_embeddings", True),
         **fields,
     )
 
@@ -133,28 +138,34 @@ def _llama_names(config: TransformerConfig) -> Names:
 
 def _llama_config(theirs: Mapping) -> TransformerConfig:
     caller = "config of Llama"
-    bias = theirs.get("attention_bias", False)
+    bias = flag(caller, theirs, "attention_bias", False)
     require(caller, theirs, mlp_bias=bias)
     rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping):
+        raise ValueError(f"{caller}: rope_parameters must be an object; got {rope!r}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
         raise ValueError(f"{caller}: rope_type must be 'default' or 'llama3'; got {kind!r}")
-    stretch = tuple(rope[name] for name in _LLAMA3) if kind == "llama3" else None
+    stretch = tuple(rope.get(name) for name in _LLAMA3) if kind == "llama3" else None
+    check_entry(caller, f"rope_parameters' {', '.join(_LLAMA3)}", "rotary_stretch", stretch)
+    theta = entry(caller, {**theirs, **rope}, "rope_theta", "rotary_base", 10000.0)
     return TransformerConfig(
         type_vocab_size=0,
         dropout_p=0.0,
-        attention_dropout_p=theirs.get("attention_dropout", 0.0),
+        attention_dropout_p=entry(
+            *(caller, theirs, "attention_dropout", "attention_dropout_p"), 0.0
+        ),
         norm_first=True,
         norm="rms_norm",
         bias=bias,
         positions="rotary",
-        rotary_base=rope.get("rope_theta", theirs.get("rope_theta", 10000.0)),
+        rotary_base=theta,
         rotary_stretch=stretch,
-        num_key_heads=theirs.get("num_key_value_heads"),
-        head_width=theirs.get("head_dim"),
-        activation=chosen(caller, "hidden_act", theirs["hidden_act"], _LLAMA_ACTIVATIONS),
-        tie_embeddings=theirs.get("tie_word_embeddings", False),
-        initializer_std=theirs.get("initializer_range", 0.02),
+        num_key_heads=entry(caller, theirs, "num_key_value_heads", "num_key_heads", None),
+        head_width=entry(caller, theirs, "head_dim", "head_width", None),
+        activation=chosen(caller, "hidden_act", theirs.get("hidden_act"), _LLAMA_ACTIVATIONS),
+        tie_embeddings=flag(caller, theirs, "tie_word_embeddings", False),
+        initializer_std=entry(caller, theirs, "initializer_range", "initializer_std", 0.02),
         **taken(caller, theirs, _LLAMA_FIELDS),
     )
 

@@ -10,6 +10,8 @@ from slimkernels.models.convert import (
     Family,
     Names,
     chosen,
+    entry,
+    flag,
     given,
     name_of,
     norm_chain,
@@ -83,14 +85,16 @@ def _t5_config(theirs: Mapping) -> TransformerConfig:
     caller = "config of T5"
     fields = taken(caller, theirs, _T5_FIELDS)
     kind = theirs.get("feed_forward_proj", "relu")
-    is_tied = theirs.get("tie_word_embeddings", True)
+    is_tied = flag(caller, theirs, "tie_word_embeddings", True)
     # Version 5 always says tied, and has an entry of its own for what that used to decide.
-    is_scaled = theirs.get("scale_decoder_outputs", is_tied)
+    is_scaled = flag(caller, theirs, "scale_decoder_outputs", is_tied)
+    farthest = "relative_attention_max_distance", "relative_max_distance"
+    layers = "num_decoder_layers"  # is the entry's name and ours
     p = fields["dropout_p"]
     return TransformerConfig(
         type_vocab_size=0,
-        max_positions=theirs.get("n_positions", _T5_LONGEST),
-        relative_max_distance=theirs.get("relative_attention_max_distance", 128),
+        max_positions=entry(caller, theirs, "n_positions", "max_positions", _T5_LONGEST),
+        relative_max_distance=entry(caller, theirs, *farthest, 128),
         attention_dropout_p=p,
         activation_dropout_p=p,
         output_dropout_p=p,
@@ -102,7 +106,7 @@ def _t5_config(theirs: Mapping) -> TransformerConfig:
         activation=chosen(caller, "feed_forward_proj", kind, _T5_ACTIVATIONS),
         logit_scale=fields["hidden_size"] ** -0.5 if is_scaled else 1.0,
         tie_embeddings=is_tied,
-        num_decoder_layers=theirs.get("num_decoder_layers") or fields["num_layers"],
+        num_decoder_layers=entry(caller, theirs, layers, layers, fields["num_layers"]),
         **fields,
     )
 
@@ -213,13 +217,14 @@ def _bart_config(theirs: Mapping) -> TransformerConfig:
         add_final_layer_norm=False,
     )
     activation = theirs.get("activation_function", "gelu")
+    is_scaled = flag(caller, theirs, "scale_embedding", False)
     return TransformerConfig(
         type_vocab_size=0,
         layer_norm_eps=1e-5,
         activation=chosen(caller, "activation_function", activation, _BART_ACTIVATIONS),
         position_offset=_BART_POSITION_OFFSET,
-        embedding_scale=math.sqrt(fields["hidden_size"]) if theirs.get("scale_embedding") else 1.0,
-        tie_embeddings=theirs.get("tie_word_embeddings", True),
+        embedding_scale=math.sqrt(fields["hidden_size"]) if is_scaled else 1.0,
+        tie_embeddings=flag(caller, theirs, "tie_word_embeddings", True),
         **fields,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,15 @@ WEIGHTS = "model.safetensors"
 INDEX = WEIGHTS + ".index.json"
 _OLD_WEIGHTS = "pytorch_model.bin"
 _FORMS = (WEIGHTS, INDEX, _OLD_WEIGHTS, _OLD_WEIGHTS + ".index.json")
+# Of a model on the Hub: perhaps its owner, and its own.
+_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+def path_of(path: object, caller: str) -> Path:
+    """`path` as a Path, or a ValueError where it cannot be one."""
+    if not isinstance(path, (str, os.PathLike)) or not str(path):
+        raise ValueError(f"{caller}: path must be the path of a folder; got {path!r}")
+    return Path(path)
 
 
 def folder_of(path: str | Path, caller: str) -> Path:
@@ -23,9 +33,13 @@ def folder_of(path: str | Path, caller: str) -> Path:
 
     Errors  ValueError where there is neither
     """
-    folder = Path(path)
+    folder = path_of(path, caller)
     if folder.is_dir():
         return folder
+    if folder.exists():
+        raise ValueError(f"{caller}: path must be a folder; {path} is a file")
+    if _NAME.fullmatch(str(path)) is None:
+        raise ValueError(f"{caller}: path must be a folder that exists; {path} does not")
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
@@ -37,8 +51,9 @@ def folder_of(path: str | Path, caller: str) -> Path:
     try:
         return Path(snapshot_download(str(path), allow_patterns=patterns))
     except Exception as error:  # its many kinds all mean that there is no such model here
+        reason = " ".join(str(error).split())  # of several lines
         raise ValueError(
-            f"{caller}: {path} is no folder, and the Hub gave no model of that name: {error}"
+            f"{caller}: {path} is no folder, and the Hub gave no model of that name: {reason}"
         ) from error
 
 
@@ -67,6 +82,8 @@ def read_weights(folder: Path, caller: str, device: str = "cpu") -> dict[str, Te
     if not form.endswith(".index.json"):
         return _read(folder / form, caller, device)
     shards = read_json(folder / form, caller).get("weight_map", {})
+    if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
+        raise ValueError(f"{caller}: weight_map in {folder / form} must say a file for each name")
     state: dict[str, Tensor] = {}
     for shard in sorted(set(shards.values())):
         if not (folder / shard).exists():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from slimkernels.models.cache import Cache
 from slimkernels.models.checks import check_padded
+from slimkernels.ops._checks import check_flag, check_integer, check_number
 
 
 class Sampling(NamedTuple):
@@ -29,6 +32,12 @@ class Sampling(NamedTuple):
     def checked(self, caller: str) -> Sampling:
         """Itself, or a ValueError that names what is out of range."""
         k, p = self.top_k, self.top_p
+        check_flag(caller, "do_sample", self.do_sample)
+        check_number(caller, "temperature", self.temperature)
+        if k is not None:
+            check_integer(caller, "top_k", k)
+        if p is not None:
+            check_number(caller, "top_p", p)
         if not self.temperature > 0:
             raise ValueError(f"{caller}: temperature must be positive; got {self.temperature}")
         if k is not None and k < 1:
@@ -76,13 +85,17 @@ def ending_of(
     caller: str,
 ) -> Ending:
     """An Ending of the caller's arguments, or the folder's settings where they are None."""
+    check_integer(caller, "max_new_tokens", max_new_tokens)
     if max_new_tokens < 1:
         raise ValueError(f"{caller}: max_new_tokens must be at least 1; got {max_new_tokens}")
     eos = settings.get("eos_token_id") if eos_token_id is None else eos_token_id
-    eos = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+    eos = () if eos is None else (eos,) if isinstance(eos, int | str) else tuple(eos)
+    for token in eos:
+        check_integer(caller, "eos_token_id", token)
     pad = settings.get("pad_token_id") if pad_token_id is None else pad_token_id
     if pad is None:
         pad = eos[0] if eos else 0
+    check_integer(caller, "pad_token_id", pad)
     forced = settings.get("forced_bos_token_id"), settings.get("forced_eos_token_id")
     return Ending(max_new_tokens, eos, pad, *forced)
 
@@ -109,6 +122,39 @@ def new_tokens(
         if len(tokens) == ending.max_new_tokens or has_ended.all():
             return torch.stack(tokens, 1)
         logits = step(token)
+
+
+# Entries of generation_config.json that this module does not follow, at what changes nothing.
+_NEUTRAL = {
+    "num_beams": 1,
+    "no_repeat_ngram_size": 0,
+    "repetition_penalty": 1.0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "bad_words_ids": [],
+    "suppress_tokens": [],
+    "begin_suppress_tokens": [],
+}
+
+
+def _warn_of(settings: dict, caller: str) -> None:
+    asked = {n: settings[n] for n, no in _NEUTRAL.items() if settings.get(n) not in (None, no)}
+    if asked:
+        entries = ", ".join(f"{name}={value!r}" for name, value in asked.items())
+        warnings.warn(
+            f"{caller}: the folder asks for {entries}, which is not implemented: tokens are the "
+            "most likely ones, or drawn",
+            stacklevel=4,
+        )
+
+
+def _refuse_others(others: dict, caller: str) -> None:
+    if others:
+        takes = ", ".join(list(inspect.signature(Generates.generate).parameters)[1:-1])
+        raise TypeError(
+            f"{caller}: {next(iter(others))} is not implemented: tokens are the most likely ones, "
+            f"or drawn; it takes {takes}"
+        )
 
 
 class Begun(NamedTuple):
@@ -147,6 +193,7 @@ class Generates:
         top_p: float | None = None,
         eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
+        **others,
     ) -> Tensor:
         """The text that follows, at most max_new_tokens a row.
 
@@ -160,11 +207,15 @@ class Generates:
         pad_token_id    fills an ended row; None for the folder's, or eos_token_id
         Returns         (B, T + n), the prompts and n new tokens; of an encoder-decoder (B, 1 + n),
                         the start token first
-        Errors          ValueError for what is out of range, such as more tokens than positions
+        Errors          ValueError for what is out of range, such as more tokens than positions;
+                        TypeError for what only transformers has, such as num_beams
         Caution         drops out in training mode: call eval() before. Waits for the device once a
-                        token, to see whether all rows have ended
+                        token, to see whether all rows have ended. Of the folder's settings only the
+                        ids of tokens count: a warning names others that would change the text
         """
         name = f"{type(self).__name__}.generate"
+        _refuse_others(others, name)
+        _warn_of(self.settings, name)
         check_padded(input_ids, attention_mask, model=name)
         ending = ending_of(self.settings, max_new_tokens, eos_token_id, pad_token_id, name)
         sampling = Sampling(do_sample, temperature, top_k, top_p).checked(name)

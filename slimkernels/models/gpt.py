@@ -12,7 +12,7 @@ from torch import Tensor
 from slimkernels.models.bert import positions
 from slimkernels.models.block import initialise
 from slimkernels.models.cache import Cache
-from slimkernels.models.checks import check_batch, check_ids, check_labels, check_padded
+from slimkernels.models.checks import check_batch, check_ids, check_labels, check_padded, spread
 from slimkernels.models.config import TransformerConfig
 from slimkernels.models.convert_gpt import GPT2, LLAMA
 from slimkernels.models.generate import Begun, Generates
@@ -74,7 +74,8 @@ class CausalLM(Generates, Pretrained):
         ragged = unpad(input_ids, attention_mask)
         places = ragged.position_ids
         if position_ids is not None:
-            places = ragged.take(position_ids.expand(input_ids.shape))
+            shape = tuple(input_ids.shape)
+            places = ragged.take(spread("position_ids", position_ids, shape, name))
         logits, loss = self._unmasked(
             *(ragged.take(input_ids), places, ragged.take(labels)), ragged.cu_seqlens, skip_logits
         )

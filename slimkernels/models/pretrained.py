@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from slimkernels.models import files
 from slimkernels.models.block import initial
 from slimkernels.models.convert import Converted, Family, to_ours, to_theirs, without_ties
+from slimkernels.ops._checks import check_integer
 
 
 class Pretrained(nn.Module):
@@ -57,10 +59,12 @@ class Pretrained(nn.Module):
         device   None for the CPU
         options  the head's, such as num_labels; those not given are the folder's
         Errors   ValueError naming the file, the entry of config.json or the parameter that is
-                 wrong or missing. Parameters of the head that are not there are new, and those
-                 that the model does not have are left: a warning names both.
+                 wrong or missing; TypeError for an option that the head does not have. Parameters
+                 of the head that are not there are new, and those that the model does not have are
+                 left: a warning names both.
         """
         caller = f"{cls.__name__}.from_pretrained"
+        cls._check_options(caller, dtype, device, options)
         folder = files.folder_of(path, caller)
         theirs = files.read_json(folder / files.CONFIG, caller)
         family = cls.family
@@ -90,8 +94,10 @@ class Pretrained(nn.Module):
         max_shard_size  bytes in a file at most, with an index of the files; None for one file
         Errors          ValueError where Hugging Face has no such model, before anything is written
         """
-        folder, family = Path(path), self.family
         caller = f"{type(self).__name__}.save_pretrained"
+        folder, family = files.path_of(path, caller), self.family
+        if max_shard_size is not None:
+            check_integer(caller, "max_shard_size", max_shard_size)
         config = {**family.defaults, **self.theirs, **family.to_theirs(self.config)}
         read = family.from_theirs(config)
         if replace(read, initializer_std=self.config.initializer_std) != self.config:
@@ -111,6 +117,25 @@ class Pretrained(nn.Module):
             files.write_json(folder / files.GENERATION, self.generation)
         files.write_json(folder / files.CONFIG, config)
         return folder
+
+    @classmethod
+    def _check_options(cls, caller: str, dtype, device, options: dict) -> None:
+        known = list(inspect.signature(cls).parameters)[1:]  # besides the config
+        for name in options:
+            if name not in known:
+                takes = ", ".join(["path", "dtype", "device", *known])
+                raise TypeError(f"{caller}: there is no option {name}; it takes {takes}")
+        floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+        if dtype is not None and not floating:
+            raise ValueError(
+                f"{caller}: dtype must be a floating torch.dtype or None; got {dtype!r}"
+            )
+        try:
+            torch.device("cpu" if device is None else device)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"{caller}: device must be a torch.device or its name; got {device!r}"
+            ) from error
 
     @classmethod
     def _options(cls, theirs: dict, options: dict) -> dict:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from slimkernels.models import files
+from slimkernels.models.config import is_number
 
 TOKENIZER = "tokenizer.json"
 _SETTINGS = "tokenizer_config.json"
@@ -62,14 +63,24 @@ class AutoTokenizer:
             token = token.get("content") if isinstance(token, dict) else token
             setattr(self, f"{name}_token", token)
             setattr(self, f"{name}_token_id", None if token is None else inner.token_to_id(token))
-        limit = self.settings.get("model_max_length")
+        limit = self._setting("model_max_length", None, is_number, "a number")
         self.model_max_length = None if limit is None or limit > _NO_LIMIT else int(limit)
-        self.padding_side = self.settings.get("padding_side", "right")
-        self.model_input_names = self.settings.get("model_input_names") or (
+        self.padding_side = self._setting(
+            "padding_side", "right", lambda side: side in ("right", "left"), "'right' or 'left'"
+        )
+        self.model_input_names = self._setting("model_input_names", [], _are_texts, "names") or (
             ["input_ids", "token_type_ids", "attention_mask"]
             if "Bert" in self.settings.get("tokenizer_class", "Bert")
             else ["input_ids", "attention_mask"]
         )
+
+    def _setting(self, name, default, is_right, expected):
+        """An entry of tokenizer_config.json, or `default` where it has none or null."""
+        value = self.settings.get(name)
+        value = default if value is None else value
+        if value is not None and not is_right(value):
+            raise ValueError(f"tokenizer: {name} must be {expected}; {_SETTINGS} has {value!r}")
+        return value
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> AutoTokenizer:
@@ -104,7 +115,7 @@ class AutoTokenizer:
 
     def save_pretrained(self, path: str | Path) -> Path:
         """Writes tokenizer.json and tokenizer_config.json into the folder `path`; returns it."""
-        folder = Path(path)
+        folder = files.path_of(path, "AutoTokenizer.save_pretrained")
         folder.mkdir(parents=True, exist_ok=True)
         self.inner.no_padding()
         self.inner.no_truncation()
@@ -130,7 +141,7 @@ class AutoTokenizer:
         """A model's inputs for one text, or for a list of texts or of pairs.
 
         text            a string, a list of strings, or a list of pairs (two strings)
-        text_pair       the second text of each, as a string or a list
+        text_pair       the second text of each, as a string or a list like text
         padding         True or "longest": to the longest of the batch; "max_length": to max_length
         truncation      True or "longest_first", "only_first", "only_second": to max_length
         max_length      None for model_max_length
@@ -140,16 +151,7 @@ class AutoTokenizer:
         """
         self._set(padding, truncation, max_length)
         is_one = isinstance(text, str)
-        texts = [text] if is_one else list(text)
-        if text_pair is not None:
-            seconds = [text_pair] if is_one else list(text_pair)
-            if len(seconds) != len(texts):
-                raise ValueError(
-                    f"tokenizer: text_pair must have {len(texts)} texts like text; "
-                    f"got {len(seconds)}"
-                )
-            texts = list(zip(texts, seconds, strict=True))
-        texts = [tuple(t) if isinstance(t, list) else t for t in texts]
+        texts = _texts(text, text_pair)
         encoded = self.inner.encode_batch(texts, add_special_tokens=add_special_tokens)
         fields = {
             "input_ids": [e.ids for e in encoded],
@@ -225,6 +227,36 @@ class AutoTokenizer:
             pad_token=self.pad_token,
             length=limit if padding == "max_length" else None,
         )
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(text, str) for text in value)
+
+
+def _texts(text, text_pair) -> list[str | tuple[str, str]]:
+    """What is to be encoded, a text or a pair each."""
+    is_one = isinstance(text, str)
+    expected = "a string, a list of strings or a list of pairs of strings"
+    if not (is_one or isinstance(text, Iterable)):
+        raise ValueError(f"tokenizer: text must be {expected}; got {text!r}")
+    texts = [text] if is_one else list(text)
+    texts = [tuple(t) if isinstance(t, list) else t for t in texts]
+    for t in texts:
+        if not (isinstance(t, str) or (_are_texts(t) and len(t) == 2)):
+            raise ValueError(f"tokenizer: text must be {expected}; got {t!r} in it")
+    if text_pair is None:
+        return texts
+    if not (isinstance(text_pair, str) if is_one else _are_texts(text_pair)):
+        expected = "a string" if is_one else "a list of strings"
+        raise ValueError(f"tokenizer: text_pair must be {expected} like text; got {text_pair!r}")
+    seconds = [text_pair] if is_one else list(text_pair)
+    if not _are_texts(texts):
+        raise ValueError("tokenizer: text_pair must be None where text has pairs")
+    if len(seconds) != len(texts):
+        raise ValueError(
+            f"tokenizer: text_pair must have {len(texts)} texts like text; got {len(seconds)}"
+        )
+    return list(zip(texts, seconds, strict=True))
 
 
 def _tensor(rows: list[list[int]]) -> Tensor:

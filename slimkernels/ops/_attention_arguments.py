@@ -24,6 +24,7 @@ from slimkernels.ops._attention_checks import (
 from slimkernels.ops._attention_variant import AttentionVariant, Call, RelativeBias
 from slimkernels.ops._checks import (
     FLOATING,
+    cast_alike,
     check_dropout,
     check_flag,
     check_integer,
@@ -63,6 +64,11 @@ def call_of(
     signature = _signature(query, key, value, options) if is_plain else None
     call = None if signature is None else _known_calls.get(signature)
     if call is None:
+        cast = cast_alike(query, key, value, attn_mask)
+        if cast is not None:
+            of = {"scale": scale, "enable_gqa": enable_gqa, "return_lse": return_lse}
+            of |= {"key_lengths": key_lengths, "cu_seqlens": cu_seqlens, "variant": variant}
+            return call_of(*cast, dropout_p, is_causal, **of)
         call = _checked(query, key, value, attn_mask, cu_seqlens, variant, options)
         if signature is not None:
             if len(_known_calls) >= _MOST_KNOWN:

@@ -200,6 +200,24 @@ def promoted(x: Tensor, other: object) -> tuple[Tensor, object]:
     return x.to(dtype), other.to(dtype)
 
 
+def cast_alike(*tensors: object) -> tuple | None:
+    """Query, key, value and a mask in autocast's dtype, as torch's own attention takes them; None
+    where the first three are alike, or autocast is off or leaves one of them alone."""
+    *three, mask = tensors
+    if not all(isinstance(t, Tensor) and t.dtype in FLOATING for t in three):
+        return None
+    dtypes = [t.dtype for t in three]
+    if dtypes[0] == dtypes[1] == dtypes[2] or torch.float64 in dtypes:
+        return None
+    device = autocast_device(three[0])
+    if not torch.is_autocast_enabled(device):
+        return None
+    dtype = torch.get_autocast_dtype(device)
+    if isinstance(mask, Tensor) and mask.dtype in (torch.float16, torch.bfloat16):
+        mask = mask.to(dtype)  # a wider one may stay
+    return *(t.to(dtype) for t in three), mask
+
+
 def outside_autocast(function: Callable[..., Tensor], x: Tensor, *args) -> Tensor:
     """function(x, *args) in x's own dtype: torch's norms return float32 under autocast."""
     device = autocast_device(x)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from slimkernels.ops._checks import (
+    FLOATING,
+    check_dense,
     check_flag,
     check_integer,
     check_mask,
@@ -37,6 +39,23 @@ def scores_of(
         return scores, None
     nothing = ~seen.any(dim, keepdim=True)
     return scores.masked_fill(~seen, -math.inf).masked_fill(nothing, 0.0), nothing
+
+
+def converted(op: str, dtype: torch.dtype | None, input: Tensor, *others: Tensor | None) -> list:
+    """`input` in `dtype`, and with it those others, masks and the like, that have input's own; they
+    may stay float32."""
+    if dtype is None:
+        return [input, *others]
+    if dtype not in FLOATING:
+        raise ValueError(
+            f"{op}: dtype must be float32, float16, bfloat16, float64 or None; got {dtype!r}"
+        )
+    check_dense(op, "input", input)
+    if input.is_complex():  # which the checks refuse
+        return [input, *others]
+    own = (input.dtype,) if input.dtype in FLOATING and input.dtype != torch.float32 else ()
+    others = [t.to(dtype) if isinstance(t, Tensor) and t.dtype in own else t for t in others]
+    return [input.to(dtype), *others]
 
 
 def softmax_arguments(op, input, dim=-1, *, scale=1.0, mask=None, is_causal=False):

@@ -9,8 +9,13 @@ from torch import Tensor
 
 from slimkernels.dispatch import Op, kernel_op, needs_gradient
 from slimkernels.ops._first_order import first_order
+<<<<<<< HEAD
 from slimkernels.ops._known_calls import is_torchs_own, remember
 from slimkernels.ops._softmax import scores_of, softmax_arguments
+=======
+from slimkernels.ops._known_calls import is_torchs_own, remember, signature_of
+from slimkernels.ops._softmax import converted, scores_of, softmax_arguments
+>>>>>>> left6
 from slimkernels.ops.softmax import gradients_of
 
 
@@ -34,6 +39,7 @@ def log_softmax(
     input: Tensor,
     dim: int = -1,
     *,
+    dtype: torch.dtype | None = None,
     scale: float = 1.0,
     mask: Tensor | None = None,
     is_causal: bool = False,
@@ -41,19 +47,24 @@ def log_softmax(
 ) -> Tensor:
     """log(softmax(input * scale + mask)) over `dim`, without the exp and log in between.
 
-    input, dim, scale, mask, is_causal
+    input, dim, dtype, scale, mask, is_causal
                as in softmax
-    Returns    input's shape and dtype, without gaps; computed in float32 (float64 for float64).
-               Hidden elements are -inf and have zero gradient; so is, and has, a whole row where
-               nothing takes part. A row whose elements are all -inf is NaN, as in
+    Returns    input's shape and dtype, or `dtype`, without gaps; computed in float32 (float64 for
+               float64). Hidden elements are -inf and have zero gradient; so is, and has, a whole
+               row where nothing takes part. A row whose elements are all -inf is NaN, as in
                torch.log_softmax.
     Saves      the output. Under a mask or is_causal, gradients take what is -inf for hidden.
     Errors     ValueError naming the argument whose shape, dtype or device is wrong
     """
+<<<<<<< HEAD
     call = (input, mask), (dim, scale, is_causal, backend)
     if is_torchs_own("log_softmax", *call):
+=======
+    signature = signature_of("log_softmax", input, dim, dtype, scale, mask, is_causal, backend)
+    if is_torchs_own(signature):
+>>>>>>> left6
         return torch.log_softmax(input, dim)
-    x, *_ = args = _arguments(input, dim, scale=scale, mask=mask, is_causal=is_causal)
+    x, *_ = args = _arguments(input, dim, dtype=dtype, scale=scale, mask=mask, is_causal=is_causal)
     chosen = LOG_SOFTMAX.select(*args, backend=backend)
     if chosen == "torch":
         y = _by_torch(*args)
@@ -74,7 +85,8 @@ def _by_torch(x, dim, scale, mask, is_causal):
     return y if y.dtype == x.dtype else y.to(x.dtype)  # autocast returns float32
 
 
-def _arguments(input, dim=-1, *, scale=1.0, mask=None, is_causal=False):
+def _arguments(input, dim=-1, *, dtype=None, scale=1.0, mask=None, is_causal=False):
+    input, mask = converted("log_softmax", dtype, input, mask)
     return softmax_arguments("log_softmax", input, dim, scale=scale, mask=mask, is_causal=is_causal)
 
 

@@ -13,7 +13,7 @@ from slimkernels.dispatch import Op, kernel_op, needs_gradient
 from slimkernels.ops._checks import check_dropout, check_flag, check_parameter
 from slimkernels.ops._dropout import draw_seed, dropped
 from slimkernels.ops._first_order import first_order
-from slimkernels.ops._softmax import scores_of, softmax_arguments
+from slimkernels.ops._softmax import converted, scores_of, softmax_arguments
 
 
 def softmax_reference(
@@ -42,6 +42,7 @@ def softmax(
     input: Tensor,
     dim: int = -1,
     *,
+    dtype: torch.dtype | None = None,
     scale: float = 1.0,
     mask: Tensor | None = None,
     is_causal: bool = False,
@@ -54,6 +55,8 @@ def softmax(
 
     input      (...) float32, float16, bfloat16 or float64
     dim        dimension that sums to 1; any of them without a copy
+    dtype      input, then of any real dtype, is cast to it first, in a pass of its own; None for
+               no cast. A mask and sinks may still have input's own
     scale      multiplies input before the softmax
     mask       broadcastable to input, as attn_mask in torch's attention: bool, True where an
                element takes part; or floating, in input's dtype or float32, added to the scaled
@@ -69,16 +72,17 @@ def softmax(
     dropout_p  probability of dropping an element of the result, in [0, 1); survivors are
                multiplied by 1 / (1 - dropout_p)
     training   False for no dropout
-    Returns    input's shape and dtype, without gaps; computed in float32 (float64 for float64).
-               Hidden elements are 0. A row where nothing takes part is zero and has zero gradient
-               if the gradient of its result is finite; a row without a sink whose elements are
-               all -inf is NaN, as in torch.softmax.
+    Returns    input's shape and dtype, or `dtype`, without gaps; computed in float32 (float64 for
+               float64). Hidden elements are 0. A row where nothing takes part is zero and has zero
+               gradient if the gradient of its result is finite; a row without a sink whose
+               elements are all -inf is NaN, as in torch.softmax.
     Saves      the output; with dropout, in its place, the output before dropout, and the seed: the
                gradient of what was dropped needs it. With sinks, one float32 a row.
     Errors     ValueError naming the argument whose shape, dtype or device is wrong
     """
     x, *_, dropout_p = args = _arguments(
         *(input, dim),
+        dtype=dtype,
         scale=scale,
         mask=mask,
         is_causal=is_causal,
@@ -109,6 +113,7 @@ def _arguments(
     input,
     dim=-1,
     *,
+    dtype=None,
     scale=1.0,
     mask=None,
     is_causal=False,
@@ -116,6 +121,7 @@ def _arguments(
     dropout_p=0.0,
     training=True,
 ):
+    input, mask, sinks = converted("softmax", dtype, input, mask, sinks)
     x, *others = softmax_arguments(
         "softmax", input, dim, scale=scale, mask=mask, is_causal=is_causal
     )

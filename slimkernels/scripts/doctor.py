@@ -7,6 +7,8 @@ swapped, turn by turn, and left where it was: nothing is written.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import os
 import statistics
 import sys
 import time
@@ -16,14 +18,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import transformers
 import tyro
 from torch import Tensor
+from torch.nn import Module
 from tqdm import tqdm
 
 from slimkernels.dispatch import Op
 from slimkernels.integrations.replace import replace, restore
 from slimkernels.training.device import resolve_device, resolve_precision
+
+# From a disk that has not been read before it takes a minute: imported when that has been said.
+if importlib.util.find_spec("transformers") is None:
+    raise ModuleNotFoundError("No module named 'transformers'", name="transformers")
 
 
 @dataclass
@@ -41,7 +47,7 @@ class Options:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto is bfloat16 on a GPU and float32 on a CPU"""
     seconds: float = 20.0
-    """how long to measure, about; at least three forwards of each"""
+    """how long to measure, about; at least one forward of each"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,32 +69,61 @@ def diagnose(options: Options) -> int:
         if getattr(options, name) < 1:
             raise ValueError(f"--{name} must be at least 1; got {getattr(options, name)}")
     device = resolve_device(options.device)
-    model = load(options.model).to(device, resolve_precision(options.precision, device)).eval()
+    where = "" if os.path.isdir(options.model) else " from the Hugging Face Hub, or its cache here"
+    with step(f"Loading transformers, and {options.model}{where}"):
+        model = load(options.model).to(device, resolve_precision(options.precision, device)).eval()
+    inputs = padded_batch(model, options.batch, options.length)
+    with step("Looking for what can be swapped"):
+        report = replace(model)
+        restore(model)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    print(f"{options.model}: {millions:.1f} M parameters, {model.dtype} on {device}{threads}\n")
-    print(replace(model), end="\n\n")
-    restore(model)
-    inputs = padded_batch(model, options.batch, options.length)
+    print(f"\n{options.model}: {millions:.1f} M parameters, {model.dtype} on {device}{threads}\n")
+    print(report, end="\n\n")
     with torch.no_grad():
-        before = outputs_of(model, inputs)
-        replace(model)
-        with recorded() as chosen:
-            after = outputs_of(model, inputs)
-        print("Ops of one forward, and the backends that run them (slimkernels.explain says why):")
-        for (op, backend), times in sorted(chosen.items()):
-            print(f"  {op:<30}{backend:<8}{times:>4} times")
-        restore(model)
-        seconds = measure(model, inputs, options.seconds)
+        error = compare(model, inputs)
+        print()
+        with step(f"Measuring for {options.seconds:g} s, and a forward of each at least"):
+            seconds = measure(model, inputs, options.seconds)
     real = inputs["attention_mask"].sum().item() if "attention_mask" in inputs else None
-    print(verdict(seconds, difference(before, after, inputs), options, real))
+    print(verdict(seconds, error, options, real))
     return 0
 
 
-def load(name: str) -> transformers.PreTrainedModel:
+def compare(model, inputs: dict[str, Tensor]) -> float:
+    """The difference() of a forward as it is and one swapped, of which it shows the ops."""
+    with step("A forward of the model as it is"):
+        before = outputs_of(model, inputs)
+    replace(model)
+    compiles = ", whose kernels are compiled the first time" if model.device.type == "cuda" else ""
+    with step(f"A forward of the model swapped{compiles}"), recorded() as chosen:
+        after = outputs_of(model, inputs)
+    restore(model)
+    print("\nOps of a forward, and the backends that run them (slimkernels.explain says why):")
+    for (op, backend), times in sorted(chosen.items()):
+        print(f"  {op:<30}{backend:<8}{times:>4} times")
+    return difference(before, after, inputs)
+
+
+@contextlib.contextmanager
+def step(what: str) -> Iterator[None]:
+    """Says what is about to be done, and then how long it took."""
+    print(f"{what} ...", end="", flush=True)
+    begin, end = time.perf_counter(), ""
+    try:
+        yield
+        end = f" {time.perf_counter() - begin:.1f} s"
+    finally:
+        print(end, flush=True)
+
+
+def load(name: str) -> Module:
     """The model without a head; a ValueError in a sentence if there is none by that name."""
+    import transformers
+
     transformers.logging.set_verbosity_error()  # of heads that are left out
-    transformers.logging.disable_progress_bar()
+    if os.path.isdir(name):  # but of a download one wants to see how far it is
+        transformers.logging.disable_progress_bar()
     try:
         return transformers.AutoModel.from_pretrained(name)
     except Exception as error:  # of a damaged file each format has its own
@@ -99,7 +134,7 @@ def load(name: str) -> transformers.PreTrainedModel:
         ) from error
 
 
-def padded_batch(model: transformers.PreTrainedModel, B: int, T: int) -> dict[str, Tensor]:
+def padded_batch(model: Module, B: int, T: int) -> dict[str, Tensor]:
     """Random inputs (B, T) with an attention_mask of rows that end early; or random images."""
     generator = torch.Generator().manual_seed(0)
     if model.main_input_name == "pixel_values":
@@ -146,24 +181,34 @@ def recorded() -> Iterator[Counter]:
         Op.select = select
 
 
-def measure(model, inputs, seconds: float) -> dict[str, float]:
-    """Median seconds of a forward "before" and "after", turn by turn so that both drift alike."""
+def measure(model, inputs, seconds: float) -> dict[str, list[float]]:
+    """Seconds of forwards "before" and "after", turn by turn so that both drift alike.
+
+    No turn begins after `seconds`, but one there is.
+    """
     times = {"before": [], "after": []}
     begin = time.perf_counter()
     shape = "{desc}: {percentage:3.0f}%|{bar}| {remaining} left"
     with tqdm(total=seconds, desc="measuring", bar_format=shape, leave=False, disable=None) as bar:
-        while len(times["after"]) < 3 or time.perf_counter() - begin < seconds:
+        while not times["after"] or time.perf_counter() - begin < seconds:
             for change, name in ((restore, "before"), (replace, "after")):
                 change(model)
-                outputs_of(model, inputs)  # caches are the other one's
-                synchronize(model.device)
-                start = time.perf_counter()
-                outputs_of(model, inputs)
-                synchronize(model.device)
-                times[name].append(time.perf_counter() - start)
+                # Caches are the other one's, which a forward of a second does not feel.
+                took = forward_seconds(model, inputs)
+                is_short = took < min(1.0, seconds / 20)
+                times[name].append(forward_seconds(model, inputs) if is_short else took)
             bar.update(min(time.perf_counter() - begin, seconds) - bar.n)
     restore(model)
-    return {name: statistics.median(each) for name, each in times.items()}
+    return times
+
+
+def forward_seconds(model, inputs) -> float:
+    """How long one forward takes."""
+    synchronize(model.device)
+    start = time.perf_counter()
+    outputs_of(model, inputs)
+    synchronize(model.device)
+    return time.perf_counter() - start
 
 
 def synchronize(device: torch.device) -> None:
@@ -180,15 +225,17 @@ def difference(before: Tensor, after: Tensor, inputs: dict[str, Tensor]) -> floa
     return ((before - after).abs().max() / before.abs().max()).item()
 
 
-def verdict(seconds: dict[str, float], error: float, options: Options, real: int | None) -> str:
-    before, after = (1e3 * seconds[name] for name in ("before", "after"))
+def verdict(
+    seconds: dict[str, list[float]], error: float, options: Options, real: int | None
+) -> str:
+    before, after = (1e3 * statistics.median(seconds[name]) for name in ("before", "after"))
     if real is None:
         what = f"{options.batch} images"
     else:
         share = 1 - real / (options.batch * options.length)
         what = f"{options.batch} x {options.length} tokens, {share:.0%} of them padding"
     return (
-        f"\nForward of {what}, median:\n"
+        f"\nForward of {what}, median of {len(seconds['after'])}:\n"
         f"  before  {before:9.2f} ms\n"
         f"  after   {after:9.2f} ms   {before / after:.2f} times as fast\n"
         f"  the outputs of real tokens differ by {error:.1e} of the largest"

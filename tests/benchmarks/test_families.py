@@ -16,6 +16,11 @@ def test_a_family_is_measured_and_shown(tmp_path):
     assert {row["gate"] for row in rows if row["provider"] == "slim"} == {"pass"}
     (line,) = [s for s in families.page(header, rows).splitlines() if s.startswith("| DistilBERT")]
     assert "Stack" in line and line.count("x |") == 4
+    again = [*arguments, "--no-memory", "--work", "training", "--renew", "--out", str(tmp_path)]
+    assert families.main(again) == 0
+    renewed = results.read_csv(tmp_path / "families.csv")[1]
+    assert [row["work"] for row in renewed] == 3 * ["inference"] + 3 * ["training"]
+    assert renewed[:3] == rows[:3] and renewed[3:] != rows[3:]
 
 
 def test_a_family_that_fails_its_gate_has_no_number(tmp_path, monkeypatch):

@@ -268,6 +268,14 @@ def test_wrong_models_are_refused(make, sentence):
         replace(make())
 
 
+@pytest.mark.parametrize("inplace", ["no", 0, None])
+def test_a_wrong_inplace_is_refused(inplace):
+    model = nn.Sequential(nn.GELU())
+    with pytest.raises(ValueError, match=f"^replace: inplace must be .*; got {inplace!r}$"):
+        replace(model, inplace=inplace)
+    assert type(model[0]) is nn.GELU
+
+
 def test_restore_refuses_what_somebody_else_has_changed(model):
     replace(model)
     weight_norm(model.encoder.norm)

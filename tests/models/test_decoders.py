@@ -239,6 +239,9 @@ def test_tokens_are_drawn_from_the_likely_ones(options, kept):
         ({"temperature": 0.0}, "temperature must be positive; got 0.0"),
         ({"top_k": 0}, "top_k must be at least 1 or None; got 0"),
         ({"top_p": 1.5}, r"top_p must be in \(0, 1\] or None; got 1.5"),
+        ({"max_new_tokens": "5"}, "max_new_tokens must be an integer; got '5'"),
+        ({"temperature": "hot"}, "temperature must be a number; got 'hot'"),
+        ({"eos_token_id": "</s>"}, "eos_token_id must be an integer; got '</s>'"),
         ({"attention_mask": torch.zeros(1, 4)}, "attention_mask must leave a token in every row"),
     ],
 )
@@ -248,11 +251,27 @@ def test_bad_generation_is_one_sentence(pair, options, sentence):
         ours.generate(torch.full((1, 4), 5), **options)
 
 
+def test_what_only_transformers_generates_with_is_named(pair, monkeypatch):
+    ours, *_ = pair
+    name, prompt = f"{type(ours).__name__}.generate", torch.full((1, 4), 5)
+    sentence = "num_beams is not implemented: .*; it takes input_ids, .*, max_new_tokens, .*_id$"
+    with pytest.raises(TypeError, match=f"^{name}: {sentence}"):
+        ours.generate(prompt, num_beams=2)
+    folder = {"num_beams": 4, "no_repeat_ngram_size": 0, "eos_token_id": 3}
+    monkeypatch.setattr(ours, "generation", folder)
+    with pytest.warns(UserWarning, match=f"^{name}: the folder asks for num_beams=4, which is not"):
+        ours.generate(prompt, max_new_tokens=1)
+
+
 @pytest.mark.parametrize(
     "changes, sentence",
     [
         ({"input_ids": torch.full((1, 4), 61)}, r"input_ids must be in \[0, 61\); got 61"),
         ({"position_ids": torch.full((1, 4), 40)}, r"position_ids must be in \[0, 40\); got 40"),
+        (
+            {"position_ids": torch.full((3,), 4), "attention_mask": torch.ones(1, 4)},
+            r"position_ids must have shape \(1, 4\) like input_ids, or \(4,\); got \(3,\)",
+        ),
         ({"labels": torch.full((1, 4), 61)}, r"labels must be in \[0, 61\), or -100 .*; got 61"),
         ({"labels": torch.full((1, 3), 6)}, r"labels must have shape \(1, 4\) like input_ids"),
         ({"skip_logits": True}, "labels must be given with skip_logits"),
@@ -279,6 +298,15 @@ def test_bad_batches_are_one_sentence(pair, changes, sentence):
             "rope_type must be 'default' or 'llama3'; got 'yarn'",
         ),
         ("rms_norm_eps", None, "config.json must have rms_norm_eps"),
+        ("rms_norm_eps", "1e-6", "rms_norm_eps must be a positive number; got '1e-6'"),
+        ("num_key_value_heads", "2", "num_key_value_heads must be an integer >= 1; got '2'"),
+        ("tie_word_embeddings", "false", "tie_word_embeddings must be True or False; got 'false'"),
+        ("rope_parameters", [1], r"rope_parameters must be an object; got \[1\]"),
+        (
+            "rope_parameters",
+            {"rope_type": "llama3", "factor": 8.0},
+            r"rope_parameters' factor, .* must be four numbers, or None; got \(8.0, None, None,",
+        ),
     ],
 )
 def test_a_config_that_is_not_implemented_is_one_sentence(entry, value, sentence):

@@ -188,13 +188,58 @@ def test_a_folder_is_whole_when_writing_fails(folders, tmp_path, monkeypatch):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-@pytest.mark.parametrize("count", [0, "2", 2.5])
-def test_a_wrong_number_of_labels_is_one_sentence(folders, count):
-    expected = f"num_labels must be an integer >= 1; got {count!r}"
-    with pytest.raises(ValueError, match=re.escape(expected)):
-        models.BertForSequenceClassification.from_pretrained(
-            folders / "BertForMaskedLM", num_labels=count
-        )
+@pytest.mark.parametrize(
+    "options, error, sentence",
+    [
+        ({"num_labels": 0}, ValueError, "num_labels must be an integer >= 1; got 0"),
+        ({"num_labels": "2"}, ValueError, "num_labels must be an integer >= 1; got '2'"),
+        ({"id2label": ["a", "b"]}, ValueError, "id2label must be a dict of .*; got .'a', 'b'."),
+        ({"problem_type": "rank"}, ValueError, "problem_type must be None or .*; got 'rank'"),
+        ({"classifier_dropout": "0"}, ValueError, r"classifier_dropout must be a .*; got '0'"),
+        ({"dtype": "float32"}, ValueError, "dtype must be a floating torch.dtype or .*'float32'"),
+        ({"device": "gpu"}, ValueError, "device must be a torch.device or its name; got 'gpu'"),
+        (
+            {"num_label": 2},
+            TypeError,
+            "there is no option num_label; it takes path, dtype, device, num_labels, .*_type",
+        ),
+    ],
+)
+def test_a_wrong_option_is_one_sentence(folders, options, error, sentence):
+    kind = "BertForSequenceClassification"
+    with pytest.raises(error, match=f"^{kind}(.from_pretrained)?: {sentence}$"):
+        models.BertForSequenceClassification.from_pretrained(folders / kind, **options)
+
+
+@pytest.mark.parametrize(
+    "path, sentence",
+    [
+        (None, "path must be the path of a folder; got None"),
+        ("", "path must be the path of a folder; got ''"),
+        ("/no/such/folder", "path must be a folder that exists; /no/such/folder does not"),
+        ("./model", "path must be a folder that exists; ./model does not"),
+        (__file__, "path must be a folder; .* is a file"),
+    ],
+)
+def test_a_wrong_path_is_one_sentence(path, sentence):
+    for kind in (models.BertModel, models.AutoModel, models.AutoTokenizer):
+        with pytest.raises(ValueError, match=f"^{kind.__name__}.from_pretrained: {sentence}$"):
+            kind.from_pretrained(path)
+
+
+def test_wrong_labels_are_one_sentence(folders, inputs):
+    def refused(head, sentence, **wrong):
+        model = getattr(models, head).from_pretrained(folders / head)
+        with pytest.raises(ValueError, match=f"^{head}: {sentence}$"):
+            model(**inputs, **wrong)
+
+    head, kind = "BertForSequenceClassification", "multi_label_classification"
+    sentence = rf"labels must be \(3, 2\) for {kind}, or integers \(3,\) for one class a row; "
+    refused(head, sentence + r"got torch.float32 \(3,\)", labels=torch.ones(3))
+    refused(head, "labels must be a tensor; got list", labels=[1, 0, 1])
+    sentence = r"start_positions and end_positions must be integers \(3,\); got "
+    wrong = {"start_positions": torch.ones(3), "end_positions": torch.ones(3)}
+    refused("BertForQuestionAnswering", sentence + r"torch.float32 \(3,\)", **wrong)
 
 
 def test_a_head_that_is_not_there_is_new_and_named(folders):
@@ -299,8 +344,20 @@ def test_labels_have_the_names_of_the_folder_or_the_caller(folders, tmp_path):
 @pytest.mark.parametrize(
     "file, change, sentence",
     [
-        ("config.json", lambda c: c.update(model_type="gpt2"), "must be 'bert'; got 'gpt2'"),
+        ("config.json", lambda c: c.update(model_type="gpt2"), "must be bert; got 'gpt2'"),
         ("config.json", lambda c: c.update(is_decoder=True), "is_decoder must be False; got True"),
+        ("config.json", lambda c: c.update(model_type=[1]), r"must be bert; got \[1\]"),
+        (
+            "config.json",
+            lambda c: c.update(hidden_size="32"),
+            "hidden_size must be an .*; got '32'",
+        ),
+        ("config.json", lambda c: c.update(hidden_act=["gelu"]), r"hidden_act must be .*'gelu'\]"),
+        (
+            "config.json",
+            lambda c: c.update(num_hidden_layers=2.0),
+            "num_hidden_layers must be an integer >= 0; got 2.0",
+        ),
         (
             "config.json",
             lambda c: c.update(hidden_size=16),
@@ -321,7 +378,7 @@ def test_labels_have_the_names_of_the_folder_or_the_caller(folders, tmp_path):
 def test_a_wrong_folder_is_one_sentence(folders, tmp_path, file, change, sentence):
     path = changed(folders / "BertModel", tmp_path, file, change)
     with pytest.raises(ValueError, match=sentence):
-        models.BertModel.from_pretrained(path)
+        models.AutoModel.from_pretrained(path)
 
 
 def test_a_damaged_folder_is_one_sentence(folders, tmp_path):

@@ -113,11 +113,24 @@ def test_padding_on_the_left(saved):
         ({"return_tensors": "np"}, "return_tensors must be 'pt' or None; got 'np'"),
         ({"return_tensors": "pt"}, "a tensor of them needs padding=True"),
         ({"text_pair": ["a"]}, "text_pair must have 6 texts like text; got 1"),
+        ({"text_pair": "a"}, "text_pair must be a list of strings like text; got 'a'"),
+        ({"text": None}, "text must be a string, a list of .*; got None"),
+        ({"text": ["the", 1]}, "text must be a string, a list of .*; got 1 in it"),
+        ({"text": [("a", "b", "c")]}, r"text must be .*; got \('a', 'b', 'c'\) in it"),
+        ({"text": [("a", "b")], "text_pair": ["c"]}, "text_pair must be None where text has pairs"),
     ],
 )
 def test_bad_calls_are_one_sentence(saved, options, sentence):
     with pytest.raises(ValueError, match="^tokenizer: .*" + sentence):
-        AutoTokenizer.from_pretrained(saved)(TEXTS, **options)
+        AutoTokenizer.from_pretrained(saved)(**{"text": TEXTS} | options)
+
+
+@pytest.mark.parametrize("entry, value", [("model_max_length", "512"), ("padding_side", "up")])
+def test_wrong_settings_are_one_sentence(saved, entry, value):
+    tokenizer = AutoTokenizer.from_pretrained(saved)
+    sentence = f"^tokenizer: {entry} must be .*; tokenizer_config.json has '{value}'$"
+    with pytest.raises(ValueError, match=sentence):
+        AutoTokenizer(tokenizer.inner, tokenizer.settings | {entry: value})
 
 
 def test_bad_folders_are_one_sentence(tmp_path):

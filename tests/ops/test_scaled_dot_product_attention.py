@@ -15,10 +15,14 @@ from attention_cases import (
     strided,
     with_groups,
 )
+<<<<<<< HEAD
 from op_cases import DTYPES, KERNEL_BACKENDS, assert_rounding_alone, device_of, skip_unsupported
+=======
+from op_cases import DTYPES, KERNEL_BACKENDS, device_of, maybe_compiled, skip_unsupported
+>>>>>>> left6
 
 import slimkernels as sk
-from slimkernels.testing import run_with_gradients
+from slimkernels.testing import assert_op_matches, run_with_gradients
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
@@ -217,6 +221,34 @@ def test_autocast_does_not_touch_the_definition(dtype):
     expected, actual = (run_with_gradients(f, inputs) for f in (ours, under_autocast))
     for name in expected:
         assert torch.equal(actual[name], expected[name]), name
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_autocast_casts_tensors_of_different_dtypes_as_torch_does(backend, compiled):
+    q, k, v = strided((2, 9, 4), (2, 13, 4), 6, torch.float32, "cpu", True)
+    q, k, v = (t.bfloat16().to(d) for t, d in ((q, q.dtype), (k, torch.bfloat16), (v, v.dtype)))
+    mask = torch.randn(9, 13).half()
+
+    def autocast(function, **options):
+        def call(q, k, v):
+            with torch.autocast("cpu", torch.bfloat16):
+                return function(q, k, v, attn_mask=mask, **options)
+
+        return call
+
+    skip_unsupported(NAME, backend, *(t.bfloat16() for t in (q, k, v)))
+    ours = maybe_compiled(autocast(sk.scaled_dot_product_attention, backend=backend), compiled)
+
+    def truth(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.bfloat16().to(q.dtype))
+
+    eager = autocast(F.scaled_dot_product_attention)
+    results = assert_op_matches(ours, eager, truth, (q, k, v))
+    expected = run_with_gradients(eager, (q, k, v))
+    assert {n: t.dtype for n, t in results.items()} == {n: t.dtype for n, t in expected.items()}
+    with pytest.raises(ValueError, match="key must have query's dtype torch.float32; got"):
+        sk.scaled_dot_product_attention(q, k, v, backend=backend)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])

@@ -1,14 +1,17 @@
 """softmax's definition, what it refuses, and what it leaves to ATen."""
 
+from functools import partial
+
 import pytest
 import torch
-from op_cases import DTYPES, KERNEL_BACKENDS, assert_rounding_alone, device_of
+import torch.nn.functional as F
+from op_cases import DTYPES, KERNEL_BACKENDS, assert_rounding_alone, device_of, skip_unsupported
 from softmax_cases import eager_softmax, inputs_of
 
 import slimkernels as sk
 from slimkernels.dispatch import OPS
 from slimkernels.ops.softmax import softmax_reference
-from slimkernels.testing import assert_no_worse
+from slimkernels.testing import assert_no_worse, assert_op_matches
 
 
 @pytest.mark.parametrize("dim", [0, 1, -1])
@@ -78,9 +81,48 @@ def test_rows_whose_columns_triton_cannot_count(op):
     assert OPS[op].unsupported("triton", *OPS[op].arguments(x[:, 1:])) is None
 
 
-def test_parameters_of_torchs_softmax_that_are_absent():
-    with pytest.raises(TypeError, match="dtype"):
-        sk.softmax(X, -1, dtype=torch.float64)
+@pytest.mark.parametrize(
+    "given, dtype",
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.bfloat16),
+        (torch.float32, torch.float64),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("op", ["softmax", "log_softmax"])
+@pytest.mark.parametrize("backend", [*KERNEL_BACKENDS, "torch"])
+def test_dtype_casts_the_input_first(backend, op, given, dtype):
+    x = (4 * torch.randn(5, 33, device=device_of(backend))).to(given)
+    skip_unsupported(op, backend, x, dtype=dtype)
+    ours, eager = (partial(getattr(of, op), dim=-1, dtype=dtype) for of in (sk, F))
+    results = assert_op_matches(
+        partial(ours, backend=backend), eager, lambda x: getattr(F, op)(x.double(), -1), (x,)
+    )
+    assert (results["output 0"].dtype, results["gradient 0"].dtype) == (dtype, given)
+    whole = x.detach().long()
+    assert torch.equal(ours(whole, backend="torch"), eager(whole))
+
+
+@pytest.mark.parametrize("op", ["softmax", "log_softmax"])
+def test_masks_of_a_cast_input(op):
+    """In the dtype that it had, in the one it gets, and in float32."""
+    x = torch.randn(4, 8).half()
+    mask = torch.randn(8).half()
+    y = [
+        getattr(sk, op)(x, dtype=torch.float64, mask=mask.to(of))
+        for of in (torch.float16, torch.float64, torch.float32)
+    ]
+    expected = getattr(torch, op)(x.double() + mask.double(), -1)
+    assert all(torch.equal(each, y[0]) for each in y) and y[0].dtype == torch.float64
+    assert (y[0] - expected).abs().max() < 1e-14
+    sentence = f"^{op}: dtype must be float32, float16, bfloat16, float64 or None; got torch.int32"
+    with pytest.raises(ValueError, match=sentence):
+        getattr(sk, op)(x, dtype=torch.int32)
+    with pytest.raises(ValueError, match=f"^{op}: mask must be bool, .*; got torch.bfloat16"):
+        getattr(sk, op)(x, dtype=torch.float64, mask=mask.bfloat16())
+    told = sk.explain(getattr(sk, op), x, dtype=torch.float64, backend="torch")
+    assert told.startswith(f"{op} runs on torch")
 
 
 @pytest.mark.parametrize("op", ["softmax", "log_softmax"])
