@@ -9,13 +9,8 @@ from torch import Tensor
 
 from slimkernels.dispatch import Op, kernel_op, needs_gradient
 from slimkernels.ops._first_order import first_order
-<<<<<<< HEAD
 from slimkernels.ops._known_calls import is_torchs_own, remember
-from slimkernels.ops._softmax import scores_of, softmax_arguments
-=======
-from slimkernels.ops._known_calls import is_torchs_own, remember, signature_of
 from slimkernels.ops._softmax import converted, scores_of, softmax_arguments
->>>>>>> left6
 from slimkernels.ops.softmax import gradients_of
 
 
@@ -56,13 +51,8 @@ def log_softmax(
     Saves      the output. Under a mask or is_causal, gradients take what is -inf for hidden.
     Errors     ValueError naming the argument whose shape, dtype or device is wrong
     """
-<<<<<<< HEAD
-    call = (input, mask), (dim, scale, is_causal, backend)
+    call = (input, mask), (dim, dtype, scale, is_causal, backend)
     if is_torchs_own("log_softmax", *call):
-=======
-    signature = signature_of("log_softmax", input, dim, dtype, scale, mask, is_causal, backend)
-    if is_torchs_own(signature):
->>>>>>> left6
         return torch.log_softmax(input, dim)
     x, *_ = args = _arguments(input, dim, dtype=dtype, scale=scale, mask=mask, is_causal=is_causal)
     chosen = LOG_SOFTMAX.select(*args, backend=backend)

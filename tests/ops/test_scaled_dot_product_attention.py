@@ -15,11 +15,14 @@ from attention_cases import (
     strided,
     with_groups,
 )
-<<<<<<< HEAD
-from op_cases import DTYPES, KERNEL_BACKENDS, assert_rounding_alone, device_of, skip_unsupported
-=======
-from op_cases import DTYPES, KERNEL_BACKENDS, device_of, maybe_compiled, skip_unsupported
->>>>>>> left6
+from op_cases import (
+    DTYPES,
+    KERNEL_BACKENDS,
+    assert_rounding_alone,
+    device_of,
+    maybe_compiled,
+    skip_unsupported,
+)
 
 import slimkernels as sk
 from slimkernels.testing import assert_op_matches, run_with_gradients
