@@ -202,7 +202,8 @@ def gate(name: str, quick: bool, device) -> tuple[str, str, str]:
     model = make(name, "sdpa", quick).to(device)
     eager, truth = loss(model), loss(make(name, "sdpa", quick).to(device).double())
     rows = slimkernels.replace(model)
-    swapped = sorted({row.detail.rpartition(".")[2] for row in rows.swapped})
+    details = {part for row in rows.swapped for part in row.detail.split("; ")}
+    swapped = sorted({part.rpartition(".")[2] for part in details})
     parts = {id(m) for m in model.modules() if any(True for _ in m.children())}
     paths = dict(model.named_modules())
     left = sorted({r.kind.rpartition(".")[2] for r in rows.left if id(paths[r.path]) not in parts})
