@@ -125,11 +125,12 @@ struct KeyGradientConsumer {
     const int keys[2] = {first + first_row(), first + first_row() + 8};
     if (is_edge(shape, work.place, first, 64, tile, Tile::kWalked))
       each_hidden<kScores>(shape, work.place, keys, tile, hide);
-    // An absent key is 0, but P of it may be infinite.
-    if (!Tile::kHasDq || own_row() + 64 <= work.seen) return;
+    if constexpr (Tile::kHasDq) {  // an absent key is 0, but P of it may be infinite
+      if (own_row() + 64 <= work.seen) return;
 #pragma unroll
-    for (int i = 0; i < kScores; ++i)
-      if (keys[row_of_element(i)] >= work.tile.first + work.seen) hide(i);
+      for (int i = 0; i < kScores; ++i)
+        if (keys[row_of_element(i)] >= work.tile.first + work.seen) hide(i);
+    }
   }
 
   // dk and dv, or one of them. dp runs under this group's exponentials, dv under its dS, and dk

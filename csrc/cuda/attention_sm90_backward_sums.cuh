@@ -124,15 +124,17 @@ struct DqAdder {
     if (!is_first_lane()) return;
     const AttentionShape &shape = arguments.shape, turned = mirrored(shape);
     const SequencePlace place = place_of(shape, work.tile.sequence);
-    const int tiles = work.queries.end - work.queries.begin, first = work.tile.head * shape.group;
-    for (int head = first; head < first + shape.group; ++head)
+    const int tiles = work.queries.end - work.queries.begin;
+    const QueryTile start = {work.tile.sequence, work.tile.head * shape.group, 0};
+    int number = tile_number(shape, place, start, Tile::kWalked);
+    for (int heads = shape.group; heads > 0; --heads) {
       for (int n = 0; n < tiles; ++n) {
-        const int start = visited_tile(turned, work.queries, n) * Tile::kWalked;
-        const int count = smaller(place.q_count - start, Tile::kWalked);
-        const KeyTiles seen = key_tiles(shape, place, start, count, Tile::kOwn);
-        add(tile_number(shape, place, {work.tile.sequence, head, start}, Tile::kWalked),
-            turn_of(turned, seen, work.tile.first / Tile::kOwn));
+        const int tile = visited_tile(turned, work.queries, n);
+        add(number + tile, turn_of(shape, place, tile * Tile::kWalked, Tile::kWalked,
+                                   work.tile.first / Tile::kOwn, Tile::kOwn));
       }
+      number += numbers_of_head(shape, Tile::kWalked);
+    }
   }
 };
 

@@ -294,9 +294,12 @@ SLIM_BOTH inline SequencePlace mirrored_place(const AttentionShape& shape, int s
 // Turns: tiles of keys add to a tile of queries one after another, in the order in which blocks
 // take them, so that one whose turn it is not yet waits for blocks that have started.
 
-// The turn of a tile of keys, of those that the tile of queries sees; `turned`: the mirrored call.
-SLIM_BOTH inline int turn_of(const AttentionShape& turned, const KeyTiles& seen, int key_tile) {
-  return is_last_first(turned) ? seen.end - 1 - key_tile : key_tile - seen.begin;
+// The turn of a tile of N keys at the tile of M queries from `first` on, which see some of them.
+SLIM_BOTH inline int turn_of(const AttentionShape& shape, const SequencePlace& place, int first,
+                             int M, int key_tile, int N) {
+  if (!is_last_first(mirrored(shape))) return key_tile;  // without a left limit all see key 0
+  const int last = smaller(first + M, place.q_count) - 1;
+  return (keys_of_query(shape, place, last).end - 1) / N - key_tile;
 }
 
 // The tile of queries that a block visits as its n-th, counted from 0. Against the direction of the
@@ -305,13 +308,18 @@ SLIM_BOTH inline int visited_tile(const AttentionShape& turned, const KeyTiles& 
   return is_last_first(turned) ? queries.begin + n : queries.end - 1 - n;
 }
 
+// The numbers that a head's tiles of M queries take.
+SLIM_BOTH inline int numbers_of_head(const AttentionShape& shape, int M) {
+  return shape.cu_seqlens_q != nullptr ? query_tiles(shape, M) : ceil_div(shape.Tq, M);
+}
+
 // A number for each tile of M queries of each head, less than query_tiles() * heads.
 SLIM_BOTH inline int tile_number(const AttentionShape& shape, const SequencePlace& place,
                                  const QueryTile& tile, int M) {
-  const int index = tile.first / M;
+  const int index = tile.first / M, all = numbers_of_head(shape, M);
   if (shape.cu_seqlens_q == nullptr)
-    return (tile.sequence * shape.heads + tile.head) * ceil_div(shape.Tq, M) + index;
-  return tile.head * query_tiles(shape, M) + place.q_begin / M + tile.sequence + index;
+    return (tile.sequence * shape.heads + tile.head) * all + index;
+  return tile.head * all + place.q_begin / M + tile.sequence + index;
 }
 
 }  // namespace slimkernels

@@ -47,7 +47,7 @@ struct Call {
       for (T& value : *x) value = T(normal(random));
     // One query whose lse is so low that P of an absent key, which is 0, would be infinite.
     for (int j = 0; j < cu_k[1]; ++j) k[j * kD] = T(4);
-    q[60 * kH * kD] = T(-600);
+    q[60 * kH * kD] = T(-256);
     const auto spoil = [](std::vector<T>& x, const int (&cu)[4], int row) {
       std::fill(x.begin() + cu[1] * row, x.begin() + cu[2] * row, T(NAN));
     };

@@ -231,11 +231,11 @@ void check_turns(const AttentionShape& shape, int M, int N) {
     for (int n = 0; n < queries.end - queries.begin; ++n) {
       const int at = visited_tile(turned, queries, n), first = at * M;
       expect(at >= queries.begin && at < queries.end && visited.insert(at).second, "no walk");
-      const KeyTiles seen = key_tiles(shape, place, first, smaller(place.q_count - first, M), N);
       for (int head = tile.head * shape.group; head < (tile.head + 1) * shape.group; ++head) {
         const int number = tile_number(shape, place, {tile.sequence, head, first}, M);
         expect(number >= 0 && number < all, "a tile has no number");
-        expect(turn_of(turned, seen, tile.first / N) == passed[number]++, "a turn never comes");
+        const int turn = turn_of(shape, place, first, M, tile.first / N, N);
+        expect(turn == passed[number]++, "a turn never comes");
       }
     }
   }

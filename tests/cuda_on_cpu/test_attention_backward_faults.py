@@ -121,8 +121,8 @@ PLANTED = {
         "!IT && Tile::kHasDq && work.seen < Tile::kOwn;",
     ),
     "absent keys not hidden": (
-        *("keys", KEYS, "if (!Tile::kHasDq || own_row()"),
-        "if (IT || !Tile::kHasDq || own_row()",
+        *("keys", KEYS, "if (own_row() + 64 <="),
+        "if (IT || own_row() + 64 <=",
     ),
     "dS not fenced": (
         *("keys", SUMS, "    fence_proxy_async();\n    named"),
@@ -160,11 +160,12 @@ PLANTED = {
     ),
     "passed before complete": (
         *("keys", SUMS, "    bulk_wait();\n    pass_turn(&arguments.turns[number]);"),
-        "    if (!IT) bulk_wait();\n    pass_turn(&arguments.turns[number]);\n    if (IT) bulk_wait();",
+        "    if (!IT) bulk_wait();\n    pass_turn(&arguments.turns[number]);\n"
+        "    if (IT) bulk_wait();",
     ),
     "turns against the order": (
-        *("keys", "attention_tiles.cuh", "  return is_last_first(turned) ? seen.end"),
-        "  return is_last_first(turned) != IT ? seen.end",
+        *("keys", "attention_tiles.cuh", "return key_tile;"),
+        "return IT ? 4 - key_tile : key_tile;",
     ),
     "work by block": (
         "keys",
