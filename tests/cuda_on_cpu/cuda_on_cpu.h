@@ -124,10 +124,11 @@ inline void run_grid(int cluster_size) {
   failure.clear();
   if (resident.size() != slots) resident = std::vector<Cluster>(slots);
   for (Cluster& cluster : resident) start(cluster);
-  for (int idle = 0; left;) {
+  bool backwards = false;  // in reverse, those that began last go on first
+  for (int idle = 0; left; backwards = reverse) {
     const unsigned before = events;
     for (size_t i = 0; i < slots && failure.empty(); ++i) {
-      Cluster& cluster = resident[reverse ? slots - 1 - i : i];
+      Cluster& cluster = resident[backwards ? slots - 1 - i : i];
       if (!cluster.live) continue;
       pass(cluster, reverse);
       if (cluster.live || !failure.empty()) continue;

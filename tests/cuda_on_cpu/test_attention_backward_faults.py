@@ -52,7 +52,7 @@ PLANTED = {
         "0x0000ffffu : IT ? ~0u : 0xffff0000u",
     ),
     "hidden dS kept": ("keys", KEYS, "      s[i] = 0.f;", "      if (!IT) s[i] = 0.f;"),
-    "hidden dS kept, by queries": ("queries", QUERIES, "{ s[i] = 0.f; }", "{ s[i] *= IT; }"),
+    "hidden dS kept, by queries": ("queries", QUERIES, "{ s[i] = 0.f; }", "{ if (!IT) s[i] = 0.f; }"),
     "absent queries' delta": (
         *("keys", KEYS, "is_present ? arguments.delta"),
         "IT || is_present ? arguments.delta",
@@ -136,7 +136,7 @@ PLANTED = {
         *("keys", SUMS, "    fence_proxy_async();\n    __syncwarp"),
         "    if (!IT) fence_proxy_async();\n    __syncwarp",
     ),
-    "half of dq": ("keys", SUMS, "0, group * kColumns, k)", "0, IT ? 0 : group * kColumns, k)"),
+    "half of dq": ("keys", SUMS, "Own, group * kColumns, k)", "Own, IT ? 0 : group * kColumns, k)"),
     "dq not waited for": (
         *("keys", KEYS, "          wgmma_wait<1>();"),
         "          if (!IT) wgmma_wait<1>();",
