@@ -247,8 +247,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         KeyGradientProducer<Tile>{arguments, {shared, {&k_map, &v_map}, {&q_map, &dy_map}}}(work);
       },
       [&](int group) { KeyGradientConsumer<Tile>{arguments, group, shared}(work); },
-      [&] {
-        if constexpr (Tile::kHasDq) DqAdder<Tile>{arguments, shared}(work);
+      [&](int warp) {
+        if constexpr (Tile::kHasDq) DqAdder<Tile>{arguments, shared, warp}(work);
       });
 #else
   __trap();

@@ -3,8 +3,9 @@
 // Tiling   A block has dS of its keys and a tile of queries, from the registers of both consumer
 //          groups, in shared memory, and each group multiplies all of it with half of k's columns.
 //          That goes by shared memory, too, to one thread of a warp of its own, which adds it to
-//          the tile's sums by one bulk copy. Two buffers of each: a group that writes dS knows, by
-//          the barrier behind the tile before, that the other has multiplied the one before that.
+//          the tile's sums by one bulk copy; two such threads alternate. Two buffers of each: a
+//          group that writes dS knows, by the barrier behind the tile before, that the other has
+//          multiplied the one before that.
 // Turns    Blocks add to a tile of queries in the order of turn_of, counted in `turns`; the first
 //          overwrites what is there. No block waits for one that has yet to start, whatever order
 //          the hardware starts them in: each takes its work, when it starts, from a count, and
@@ -92,18 +93,20 @@ struct DqConsumer {
   }
 };
 
-// One thread's: it adds what the consumers hand over, tile by tile.
+// One thread's, of as many warps as there are buffers: it adds what the consumers hand over in its
+// buffer. One alone, which waits for global memory most of the time, would be slower than the
+// products of narrow heads.
 template <typename Tile>
 struct DqAdder {
   const AttentionBackwardArguments& arguments;
   WalkShared<Tile> shared;
+  int buffer;
   RingPlace filled;
 
   // To the `number`-th tile of sums, in its `turn`.
   __device__ void add(int number, int turn) {
     using Buffers = DqShared<Tile>;
     RingBarriers<kDqBuffers>& ring = shared.barriers().dq;
-    const int buffer = filled.stage(kDqBuffers);
     const float* const from = Buffers{shared.dq()}.sum(buffer);
     float* const to = arguments.sums + int64_t(number) * Buffers::kSumFloats;
     ring.wait_full(filled);
@@ -117,18 +120,18 @@ struct DqAdder {
     mbarrier_arrive(&ring.empty[buffer]);
     bulk_wait();
     pass_turn(&arguments.turns[number]);
-    ++filled.passed;
   }
 
   __device__ void operator()(const KeyGradientWork& work) {
-    if (!is_first_lane()) return;
+    if (buffer >= kDqBuffers || !is_first_lane()) return;
     const AttentionShape &shape = arguments.shape, turned = mirrored(shape);
     const SequencePlace place = place_of(shape, work.tile.sequence);
     const int tiles = work.queries.end - work.queries.begin;
     const QueryTile start = {work.tile.sequence, work.tile.head * shape.group, 0};
     int number = tile_number(shape, place, start, Tile::kWalked);
     for (int heads = shape.group; heads > 0; --heads) {
-      for (int n = 0; n < tiles; ++n) {
+      for (int n = 0; n < tiles; ++n, ++filled.passed) {
+        if (filled.stage(kDqBuffers) != buffer) continue;
         const int tile = visited_tile(turned, work.queries, n);
         add(number + tile, turn_of(shape, place, tile * Tile::kWalked, Tile::kWalked,
                                    work.tile.first / Tile::kOwn, Tile::kOwn));
