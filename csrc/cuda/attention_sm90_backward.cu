@@ -16,6 +16,10 @@ struct Operands {
 
 constexpr int kMostOneWalk = 128;  // wide
 
+// Blocks of one head that start together wait for one another, the last one as many turns as they
+// are: with more heads in a section they are fewer, though L2 may not hold those.
+constexpr int kMostWaiting = 8;
+
 // What the kernels share in global memory: dq's sums, lse and delta, counters.
 struct Room {
   int64_t sums = 0, known, counters = 0;  // elements
@@ -47,6 +51,9 @@ void launch_walk(Tile, Kernel kernel, const AttentionShape& shape, int64_t bytes
   const int works = query_tiles(shape, Tile::kOwn) * shape.heads;
   const int blocks = smaller(works, multiprocessors(device));
   arguments.section = section_of(shape, blocks, bytes_of_head, kL2Bytes);
+  if (Tile::kDqBytes > 0)
+    arguments.section =
+        clamped(blocks / kMostWaiting, arguments.section, shape.sequences * shape.heads);
   LAUNCH_CLUSTER(kernel, dim3(works), dim3(Tile::kThreads), 1, WalkShared<Tile>::kBytes, stream,
                  head_map<T>(x.q, M), head_map<T>(x.k, N), head_map<T>(x.v, N),
                  head_map<T>(x.dy, M), arguments);
