@@ -32,7 +32,7 @@
 //          overwritten with zeros.
 // Launch   One tile a block, the heaviest first: what a block waits for at its start is small
 //          beside a tile, and the hardware gives the next one to whoever is free. 384 threads, 83
-//          to 227 KiB of dynamic shared memory. sm_90a only.
+//          to 226 KiB of dynamic shared memory. sm_90a only.
 #pragma once
 #include "attention_sm90_parts.cuh"
 

@@ -41,9 +41,9 @@ __device__ inline uint64_t operand_k(uint32_t tile, int rows, int row, int k) {
 // rows, the leading offset that of 64 columns. It may start inside a panel if it ends there: the
 // swizzle is one of addresses, as for kK's steps.
 __device__ inline uint64_t operand_mn(uint32_t tile, int rows, int column, int k) {
-  const int panel =
-      column / kPanelColumns * panel_bytes(rows) + column % kPanelColumns * int(sizeof(uint16_t));
-  return matrix_descriptor(tile + panel + k * kPanelRowBytes, panel_bytes(rows),
+  const int panel = column / kPanelColumns * panel_bytes(rows);
+  const int inside = column % kPanelColumns * 2;
+  return matrix_descriptor(tile + panel + inside + k * kPanelRowBytes, panel_bytes(rows),
                            8 * kPanelRowBytes);
 }
 

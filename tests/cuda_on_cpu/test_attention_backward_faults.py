@@ -52,7 +52,12 @@ PLANTED = {
         "0x0000ffffu : IT ? ~0u : 0xffff0000u",
     ),
     "hidden dS kept": ("keys", KEYS, "      s[i] = 0.f;", "      if (!IT) s[i] = 0.f;"),
-    "hidden dS kept, by queries": ("queries", QUERIES, "{ s[i] = 0.f; }", "{ if (!IT) s[i] = 0.f; }"),
+    "hidden dS kept, by queries": (
+        "queries",
+        QUERIES,
+        "{ s[i] = 0.f; }",
+        "{ if (!IT) s[i] = 0.f; }",
+    ),
     "absent queries' delta": (
         *("keys", KEYS, "is_present ? arguments.delta"),
         "IT || is_present ? arguments.delta",
