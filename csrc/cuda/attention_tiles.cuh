@@ -317,8 +317,7 @@ SLIM_BOTH inline int numbers_of_head(const AttentionShape& shape, int M) {
 SLIM_BOTH inline int tile_number(const AttentionShape& shape, const SequencePlace& place,
                                  const QueryTile& tile, int M) {
   const int index = tile.first / M, all = numbers_of_head(shape, M);
-  if (shape.cu_seqlens_q == nullptr)
-    return (tile.sequence * shape.heads + tile.head) * all + index;
+  if (shape.cu_seqlens_q == nullptr) return (tile.sequence * shape.heads + tile.head) * all + index;
   return tile.head * all + place.q_begin / M + tile.sequence + index;
 }
 
