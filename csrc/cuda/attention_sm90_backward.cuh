@@ -5,24 +5,25 @@
 //
 // softcap's slope multiplies dS on its way to dq and dk.
 //
-// Tiling   Three launches. attention_delta_kernel: 8 to 32 lanes a row. dk, dv
-//          (attention_sm90_backward_keys.cuh): a block has a tile of keys of one key head and walks
-//          the queries of every head that reads it. dq (attention_sm90_backward_queries.cuh): a
-//          block has a tile of queries and walks the keys. In both a producer warp loads the tiles
-//          that are walked through a ring of stages, by TMA, and each of two consumer warpgroups
-//          has 64 rows of the block's tile; of keys 256 wide both have the same 64, and one makes
-//          their dk, the other their dv. Scores and dP come with the rows of the result as rows
-//          (transposed for dk and dv), so that P and dS stay in the registers that their next
-//          product reads: nothing but loads goes through shared memory.
-// Writers  Every result has one, so there are no atomics, no sums in memory and no waiting for
-//          other blocks, and bits are the same on every run; for that the two walks take 7 products
-//          a pair of tiles, or 8 of heads 256 wide. One walk takes 5, but must write dS to shared
-//          memory and add dq up in global memory, in float32 and in a fixed order: blocks wait for
-//          one another, by rules that a test on a CPU cannot try. docs/attention.md has what that
-//          costs and saves.
-// Traffic  dk, dv: k, v once, q and dy once a tile of keys. dq: q, dy once, k and v once a tile of
-//          queries. Both mostly from L2. The roof is the tensor cores: 14 or 16 * D operations
-//          a score.
+// Tiling   One walk makes all three, of heads up to 128 wide: a block has a tile of keys of one key
+//          head and walks the queries of every head that reads it
+//          (attention_sm90_backward_keys.cuh). Its share of a tile's dq goes to float32 sums in
+//          global memory (attention_sm90_backward_sums.cuh). Scores and dP come with keys as rows,
+//          so that P and dS stay in the registers that dv and dk read; dS goes through shared
+//          memory for dq, too. Launches: attention_delta_kernel, 8 to 32 lanes a row; the walk;
+//          attention_dq_kernel, which rounds the sums. Two walks: heads 256 wide, whose dk and dv
+//          leave a thread no register for dq, and calls that want no dq, or neither dk nor dv. One
+//          makes dk and dv as above, the other dq: a block has a tile of queries and walks keys
+//          (attention_sm90_backward_queries.cuh). In all a producer warp loads the tiles that are
+//          walked through a ring of stages, by TMA, and each of two consumer warpgroups has 64 rows
+//          of the block's tile; of keys 256 wide both have the same 64, and one makes their dk, the
+//          other their dv.
+// Order    dk and dv have one writer each, and so has dq of two walks. Of one walk, blocks add to a
+//          tile of dq in turns, whose order is that in which they took their work: bits are the
+//          same on every run, and a block waits only for blocks that have started.
+// Traffic  One walk: k, v once; a tile of keys, q and dy once, and dq's sums read and written in
+//          L2. 10 * D operations a score. Two: k, v, q, dy twice, mostly from L2; 14 * D, or
+//          16 * D of heads 256 wide. The roof is the tensor cores.
 // Numerics P comes from lse, in base 2 and rounded to float32, and delta from y as it was rounded:
 //          below the roundings of P and dS to the operands' dtype. All sums are float32.
 // Masks    As the forward's (attention_tiles.cuh): only tiles at an edge compare, and P of what is
@@ -31,7 +32,7 @@
 //          overwritten with zeros.
 // Launch   One tile a block, the heaviest first: what a block waits for at its start is small
 //          beside a tile, and the hardware gives the next one to whoever is free. 384 threads, 83
-//          to 225 KiB of dynamic shared memory. sm_90a only.
+//          to 226 KiB of dynamic shared memory. sm_90a only.
 #pragma once
 #include "attention_sm90_parts.cuh"
 
@@ -47,6 +48,10 @@ struct AttentionBackwardArguments {
   const float* lse;        // as AttentionRows has them; (B, H, Tq), or (H, Tq) of ragged sequences
   const float* delta;
   void *dq, *dk, *dv;  // (B, heads, T, width), or (T, heads, width)
+  // Of one walk: a tile of dq's sums for each tile_number(), how many tiles of keys are in it, and
+  // how many blocks have taken their work.
+  float* sums;
+  int *turns, *taken;
 };
 
 // What is known of a row.
@@ -55,7 +60,8 @@ struct AttentionRows {
   int64_t dy_batch, dy_head, dy_token;  // of dy, in elements
   const float *lse, *lse_low, *dlse;    // the forward's, and the gradient of lse or null
   float *base2, *delta;                 // lse in base 2, +inf for rows that see nothing
-  int64_t rows;
+  int* counters;                        // to be set to 0
+  int64_t rows, counter_count;
   int heads, Tq, width;
   bool is_ragged;
 };
@@ -74,6 +80,10 @@ __global__ void __launch_bounds__(kDeltaThreads) attention_delta_kernel(Attentio
   const int lanes = delta_lanes(x.width), column = threadIdx.x % lanes * 8;
   const int64_t row = int64_t(blockIdx.x) * (kDeltaThreads / lanes) + threadIdx.x / lanes;
   const bool is_present = row < x.rows;
+  const int64_t step = int64_t(gridDim.x) * kDeltaThreads;
+  for (int64_t i = int64_t(blockIdx.x) * kDeltaThreads + threadIdx.x; i < x.counter_count;
+       i += step)
+    x.counters[i] = 0;
   // Rows as y has them: (batch, head, token), or (token, head).
   const int64_t outer = row / (x.is_ragged ? x.heads : x.Tq);
   const int inner = int(row % (x.is_ragged ? x.heads : x.Tq));
@@ -97,7 +107,7 @@ __global__ void __launch_bounds__(kDeltaThreads) attention_delta_kernel(Attentio
   x.delta[at] = is_empty ? 0.f : sum - (x.dlse == nullptr ? 0.f : x.dlse[at]);
 }
 
-// What both walks do with scores.
+// What all walks do with scores.
 
 // A statistic of the two elements of a word (narrow_pair's) where queries are columns, and where
 // they are this thread's rows.
@@ -181,28 +191,71 @@ __device__ void issue_gradient(float (&d)[kCount], uint32_t (&a)[kSteps][4], uin
   issue_added<T>(d, a, b);
 }
 
+// The i-th row of a tile's dq.
+template <typename T>
+__device__ T* dq_row(const AttentionBackwardArguments& arguments, const AttentionWork& work,
+                     int i) {
+  const AttentionShape& shape = arguments.shape;
+  const int64_t row = row_of(shape, shape.heads, work.place.batch, work.tile.head,
+                             work.place.q_begin + work.tile.first + i);
+  return static_cast<T*>(arguments.dq) + row * arguments.width;
+}
+
+// A tile of keys: all is of the mirrored call, but for `seen`.
+struct KeyGradientWork {
+  QueryTile tile;
+  SequencePlace place;
+  int count;         // of its keys
+  int seen;          // of those, not past key_lengths
+  KeyTiles queries;  // none if nothing is seen
+};
+
+// The `index`-th of all.
+template <typename Tile>
+__device__ KeyGradientWork key_gradient_work(const AttentionBackwardArguments& arguments,
+                                             int index) {
+  KeyGradientWork work;
+  const AttentionShape shape = mirrored(arguments.shape);
+  work.tile = listed_tile(shape, arguments.section, index, Tile::kOwn);
+  work.place = mirrored_place(arguments.shape, work.tile.sequence);
+  work.count = smaller(work.place.q_count - work.tile.first, Tile::kOwn);
+  const int all_seen = place_of(arguments.shape, work.tile.sequence).k_seen;
+  work.seen = smaller(all_seen - work.tile.first, work.count);
+  work.queries = {0, 0};
+  if (work.seen > 0)
+    work.queries = key_tiles(shape, work.place, work.tile.first, work.seen, Tile::kWalked);
+  return work;
+}
+
 // A walk. A block has its own rows of two tensors and walks tiles of the other two, through a ring:
 // k and v against q and dy, or the other way round. Of its own rows' gradients nothing leaves the
 // registers before the end.
+
+constexpr int kDqBuffers = 2;  // of dS and of dq, where one walk makes all
 
 template <typename Tile>
 struct WalkBarriers {
   Mbarrier own, tail;
   RingBarriers<Tile::kStages> ring;
+  RingBarriers<kDqBuffers> dq;
+  int work;  // of all blocks'; for these two, too, see attention_sm90_backward_sums.cuh
 
   __device__ void init() {
     mbarrier_init(&own, 1);
     mbarrier_init(&tail, 1);
     ring.init(Tile::kFillers, 4 * Tile::kGroups);
+    if constexpr (Tile::kDqBytes > 0) dq.init(4 * Tile::kGroups, 1);
   }
 };
 
-// A block's shared memory: its rows, the stages, kStatistics float32 a walked row, the barriers.
+// A block's shared memory: its rows, the stages, kDqBytes for dq of one walk, kStatistics float32 a
+// walked row, the barriers.
 template <typename Tile>
 struct WalkShared {
   static constexpr int kOwnBytes = tile_bytes(Tile::kOwn, Tile::kWidth);
   static constexpr int kWalkedBytes = tile_bytes(Tile::kWalked, Tile::kWidth);
-  static constexpr int kStatisticsAt = 2 * kOwnBytes + 2 * Tile::kStages * kWalkedBytes;
+  static constexpr int kDqAt = 2 * kOwnBytes + 2 * Tile::kStages * kWalkedBytes;
+  static constexpr int kStatisticsAt = kDqAt + Tile::kDqBytes;
   static constexpr int kBarriersAt =
       kStatisticsAt + Tile::kStatistics * Tile::kStages * Tile::kWalked * 4;
   static constexpr int kBytes = kPanelAlignment + kBarriersAt + int(sizeof(WalkBarriers<Tile>));
@@ -213,6 +266,7 @@ struct WalkShared {
   __device__ unsigned char* walked(int which, int stage) const {
     return start + 2 * kOwnBytes + (which * Tile::kStages + stage) * kWalkedBytes;
   }
+  __device__ unsigned char* dq() const { return start + kDqAt; }
   __device__ float* statistic(int which, int stage) const {
     return reinterpret_cast<float*>(start + kStatisticsAt) +
            (which * Tile::kStages + stage) * Tile::kWalked;
@@ -235,14 +289,20 @@ struct WalkProducer {
   RingPlace place;
   Tail tail;
 
-  __device__ void load_own(const RowsAt& at) {
-    if (!is_first_lane()) return;
-    Mbarrier* const landed = &shared.barriers().own;
-    mbarrier_arrive_expect(landed, 2 * shared.kOwnBytes);
+  // is_cut: rows from `present` on are another sequence's.
+  __device__ void load_own(const RowsAt& at, bool is_cut = false, int present = 0) {
+    WalkBarriers<Tile>& barriers = shared.barriers();
+    if (is_first_lane()) {
+      Mbarrier* const landed = is_cut ? &barriers.tail : &barriers.own;
+      mbarrier_arrive_expect(landed, 2 * shared.kOwnBytes);
 #pragma unroll
-    for (int which = 0; which < 2; ++which)
-      load_panels<Tile::kWidth>(shared.own(which), own[which], landed, Tile::kOwn, at.token,
-                                at.head, at.batch);
+      for (int which = 0; which < 2; ++which)
+        load_panels<Tile::kWidth>(shared.own(which), own[which], landed, Tile::kOwn, at.token,
+                                  at.head, at.batch);
+    }
+    if (is_cut)
+      tail.clear<Tile::kOwn, Tile::kWidth>(&barriers.tail, &barriers.own, present, shared.own(0),
+                                           shared.own(1));
   }
 
   // Into the ring's next stage; then finish_walked().
@@ -270,7 +330,7 @@ struct WalkProducer {
   }
 };
 
-// What consumers of both walks issue: the products of their rows, from `row` of the block's on,
+// What consumers of all walks issue: the products of their rows, from `row` of the block's on,
 // with a stage's.
 template <typename Tile, int kCount>
 __device__ void issue_own(float (&d)[kCount], const WalkShared<Tile>& shared, int which, int row,

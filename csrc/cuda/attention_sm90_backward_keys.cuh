@@ -1,49 +1,30 @@
-// dk and dv of attention_sm90_backward.cuh: a block has a tile of keys and walks queries.
+// dk and dv of attention_sm90_backward.cuh, and dq if that is asked for: a block has a tile of keys
+// and walks queries.
 #pragma once
+#include "attention_sm90_backward_sums.cuh"
 
 namespace slimkernels {
 
-template <typename Element, int kD>
+template <typename Element, int kD, bool kWithDq>
 struct KeyGradientTile {
   using T = Element;
   static constexpr int kWidth = kD;
+  static constexpr bool kHasDq = kWithDq;
   static constexpr int kGroups = 2;
   // dk and dv of 64 keys 256 wide fill a thread's registers: there one group has dk, the other dv.
   static constexpr bool kIsSplit = kD == 256;
   static constexpr int kOwn = kIsSplit ? 64 : 64 * kGroups;  // keys
   static constexpr int kWalked = 64;                         // queries
-  static constexpr int kStages = kIsSplit ? 2 : 3;
+  static constexpr int kStages = kIsSplit || (kHasDq && kD == 128) ? 2 : 3;
   static constexpr int kStatistics = 2;  // lse and delta
-  static constexpr int kFillers = 2;     // of a stage: loads, and the producer's rows
+  static constexpr int kDqBytes =
+      kHasDq ? kDqBuffers * (tile_bytes(kOwn, kWalked) + kWalked * kWidth * 4) : 0;
+  static constexpr int kFillers = 2;  // of a stage: loads, and the producer's rows
   static constexpr int kThreads = kWarpGroup * (kGroups + 1);
   // Of the 168 a thread that 384 threads start with.
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
   static_assert(fits_registers(kGroups, kProducerRegisters, kConsumerRegisters));
 };
-
-// A tile of keys: all is of the mirrored call, but for `seen`.
-struct KeyGradientWork {
-  QueryTile tile;
-  SequencePlace place;
-  int count;         // of its keys
-  int seen;          // of those, not past key_lengths
-  KeyTiles queries;  // none if nothing is seen
-};
-
-template <typename Tile>
-__device__ KeyGradientWork key_gradient_work(const AttentionBackwardArguments& arguments) {
-  KeyGradientWork work;
-  const AttentionShape shape = mirrored(arguments.shape);
-  work.tile = listed_tile(shape, arguments.section, blockIdx.x, Tile::kOwn);
-  work.place = mirrored_place(arguments.shape, work.tile.sequence);
-  work.count = smaller(work.place.q_count - work.tile.first, Tile::kOwn);
-  const int all_seen = place_of(arguments.shape, work.tile.sequence).k_seen;
-  work.seen = smaller(all_seen - work.tile.first, work.count);
-  work.queries = {0, 0};
-  if (work.seen > 0)
-    work.queries = key_tiles(shape, work.place, work.tile.first, work.seen, Tile::kWalked);
-  return work;
-}
 
 // One warp's.
 template <typename Tile>
@@ -90,11 +71,16 @@ struct KeyGradientProducer {
 
   __device__ void operator()(const KeyGradientWork& work) {
     if (work.queries.begin == work.queries.end) return;
-    producer.load_own({work.place.q_begin + work.tile.first, work.tile.head, work.place.batch});
+    // dq is a sum over keys, so that others' may not be NaN.
+    const bool is_cut = Tile::kHasDq && work.seen < Tile::kOwn;
+    producer.load_own({work.place.q_begin + work.tile.first, work.tile.head, work.place.batch},
+                      is_cut, work.seen);
+    const AttentionShape turned = mirrored(arguments.shape);
+    const int tiles = work.queries.end - work.queries.begin;
     const int first = work.tile.head * arguments.shape.group;
     for (int head = first; head < first + arguments.shape.group; ++head)
-      for (int tile = work.queries.begin; tile < work.queries.end; ++tile)
-        load_queries(work, head, tile);
+      for (int n = 0; n < tiles; ++n)
+        load_queries(work, head, visited_tile(turned, work.queries, n));
   }
 };
 
@@ -131,27 +117,36 @@ struct KeyGradientConsumer {
           [&](int word, float low, float high) {
             p[word / 4][word % 4] = narrow_pair(low, high, T{});
           });
-    const int first = work.tile.first + own_row();
-    if (!is_edge(shape, work.place, first, 64, tile, Tile::kWalked)) return;
-    const int keys[2] = {first + first_row(), first + first_row() + 8};
-    each_hidden<kScores>(shape, work.place, keys, tile, [&](int i) {
+    const auto hide = [&](int i) {
       s[i] = 0.f;
       p[i / 8][i / 2 % 4] &= i % 2 ? 0x0000ffffu : 0xffff0000u;
-    });
+    };
+    const int first = work.tile.first + own_row();
+    const int keys[2] = {first + first_row(), first + first_row() + 8};
+    if (is_edge(shape, work.place, first, 64, tile, Tile::kWalked))
+      each_hidden<kScores>(shape, work.place, keys, tile, hide);
+    if constexpr (Tile::kHasDq) {  // an absent key is 0, but P of it may be infinite
+      if (own_row() + 64 <= work.seen) return;
+#pragma unroll
+      for (int i = 0; i < kScores; ++i)
+        if (keys[row_of_element(i)] >= work.tile.first + work.seen) hide(i);
+    }
   }
 
-  // dk and dv, or one of them. dp runs under this group's exponentials, dv under its dS. dk is
-  // waited for, though the next scores could be issued behind it: ptxas has no registers for ds
-  // beside them (C7512). The other group's products fill the gap.
+  // dk and dv, or one of them. dp runs under this group's exponentials, dv under its dS, and dk
+  // while dq is handed over. dk is waited for, though the next scores could be issued behind it:
+  // ptxas has no registers for ds beside them (C7512). The other group's products fill the gap.
   template <bool kHasDk, bool kHasDv>
   __device__ void walk(float (&dk)[kOutputs], float (&dv)[kOutputs], const KeyGradientWork& work) {
     float s[kScores], dp[kScores];
     uint32_t p[kSteps][4], ds[kSteps][4];
     mbarrier_wait(&shared.barriers().own, 0);
+    const AttentionShape turned = mirrored(arguments.shape);
     const int tiles = work.queries.end - work.queries.begin;
-    int tile = work.queries.begin;
-    for (int left = tiles * arguments.shape.group; left > 0; --left) {
+    for (int left = tiles * arguments.shape.group, n = 0; left > 0; --left) {
+      const int tile = visited_tile(turned, work.queries, n);
       const int stage = place.stage(Tile::kStages);
+      const DqConsumer<Tile> of_dq = {shared, group, place};
       shared.barriers().ring.wait_full(place);
       ++place.passed;
       wgmma_fence();
@@ -165,7 +160,17 @@ struct KeyGradientConsumer {
         wgmma_wait<kHasDv>();
         fence_registers(dp);
         dscores<T>(ds, s, dp, statistic(1, stage));
+        float dq[DqConsumer<Tile>::kOutputs];
+        if constexpr (Tile::kHasDq) {
+          of_dq.share(ds);
+          of_dq.issue(dq);
+        }
         issue_gradient<T>(dk, ds, shared_address(shared.walked(0, stage)));
+        if constexpr (Tile::kHasDq) {
+          wgmma_wait<1>();
+          fence_registers(dq);
+          of_dq.hand_over(dq);
+        }
       }
       wgmma_wait<0>();
       fence_registers(dk);
@@ -173,7 +178,7 @@ struct KeyGradientConsumer {
       fence_registers(p);
       fence_registers(ds);
       free_stage(stage);
-      if (++tile == work.queries.end) tile = work.queries.begin;
+      if (++n == tiles) n = 0;
     }
   }
 
@@ -230,14 +235,21 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
                                const __grid_constant__ AttentionBackwardArguments arguments) {
 #ifdef SLIM_HOPPER
   const WalkShared<Tile> shared;
+  int index = blockIdx.x;
+  if constexpr (Tile::kHasDq)
+    if (threadIdx.x == 0) shared.barriers().work = atomicAdd(arguments.taken, 1);
   set_up(shared.barriers(), q_map, k_map, v_map, dy_map);
-  const KeyGradientWork work = key_gradient_work<Tile>(arguments);
+  if constexpr (Tile::kHasDq) index = shared.barriers().work;
+  const KeyGradientWork work = key_gradient_work<Tile>(arguments, index);
   if (work.count <= 0) return;  // a tile that ragged sequences leave over
   in_roles<Tile>(
       [&] {
         KeyGradientProducer<Tile>{arguments, {shared, {&k_map, &v_map}, {&q_map, &dy_map}}}(work);
       },
-      [&](int group) { KeyGradientConsumer<Tile>{arguments, group, shared}(work); });
+      [&](int group) { KeyGradientConsumer<Tile>{arguments, group, shared}(work); },
+      [&](int warp) {
+        if constexpr (Tile::kHasDq) DqAdder<Tile>{arguments, shared, warp}(work);
+      });
 #else
   __trap();
 #endif

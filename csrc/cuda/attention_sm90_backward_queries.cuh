@@ -13,7 +13,7 @@ struct QueryGradientTile {
   // than 48 would not fit beside 256 wide queries.
   static constexpr int kWalked = kD == 64 ? 128 : kD == 128 ? 96 : 48;
   static constexpr int kStages = kD == 256 ? 2 : 3;
-  static constexpr int kStatistics = 0, kFillers = 1;
+  static constexpr int kStatistics = 0, kFillers = 1, kDqBytes = 0;
   static constexpr int kThreads = kWarpGroup * (kGroups + 1);
   // Of the 168 a thread that 384 threads start with.
   static constexpr int kProducerRegisters = kD == 256 ? 24 : 40;
@@ -104,16 +104,12 @@ struct QueryGradientConsumer {
   }
 
   __device__ void operator()(const AttentionWork& work) {
-    const AttentionShape& shape = arguments.shape;
-    const int width = arguments.width;
     float dq[kOutputs] = {};
     if (work.keys.begin < work.keys.end) walk(dq, work);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int i = group * 64 + first_row() + 8 * r;
-      const int64_t row = row_of(shape, shape.heads, work.place.batch, work.tile.head,
-                                 work.place.q_begin + work.tile.first + i);
-      store_row(static_cast<T*>(arguments.dq) + row * width, width, dq, r, arguments.dq_scale,
+      store_row(dq_row<T>(arguments, work, i), arguments.width, dq, r, arguments.dq_scale,
                 i < work.count);
     }
   }

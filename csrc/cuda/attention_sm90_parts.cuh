@@ -43,7 +43,7 @@ __device__ inline void release(Mbarrier* barrier) {
   if (is_first_lane()) mbarrier_arrive(barrier);
 }
 
-// A block: its first warpgroup is the producer, of which one warp works, the others consume.
+// A block: its first warpgroup is the producer, of which one warp loads; the others consume.
 
 template <typename Barriers, typename... Maps>
 __device__ void set_up(Barriers& barriers, const Maps&... maps) {
@@ -55,12 +55,20 @@ __device__ void set_up(Barriers& barriers, const Maps&... maps) {
   __syncthreads();
 }
 
-// Calls produce() or consume(which of the consumers).
-template <typename Tile, typename Produce, typename Consume>
-__device__ void in_roles(const Produce& produce, const Consume& consume) {
+struct Nothing {
+  __device__ void operator()(int) const {}
+};
+
+// Calls produce(), consume(which of the consumers), or assist(which of the producer's other warps).
+template <typename Tile, typename Produce, typename Consume, typename Assist = Nothing>
+__device__ void in_roles(const Produce& produce, const Consume& consume,
+                         const Assist& assist = {}) {
   if (threadIdx.x < kWarpGroup) {
     registers_shrink<Tile::kProducerRegisters>();
-    if (threadIdx.x < 32) produce();
+    if (threadIdx.x < 32)
+      produce();
+    else
+      assist(int(threadIdx.x / 32) - 1);
   } else {
     registers_grow<Tile::kConsumerRegisters>();
     consume(int(threadIdx.x / kWarpGroup) - 1);

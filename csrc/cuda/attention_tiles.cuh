@@ -120,22 +120,26 @@ SLIM_BOTH inline QueryTile dense_tile(const AttentionShape& shape, int head, int
   return {head / shape.heads, head % shape.heads, tile * M};
 }
 
+// Under a right limit the last tiles of a sequence weigh most, and come first.
+SLIM_BOTH inline bool is_last_first(const AttentionShape& shape) { return shape.right >= 0; }
+
 SLIM_BOTH inline QueryTile ragged_tile(const AttentionShape& shape, int work, int M) {
   int tile = work / shape.heads;
-  if (shape.right >= 0) tile = query_tiles(shape, M) - 1 - tile;
+  if (is_last_first(shape)) tile = query_tiles(shape, M) - 1 - tile;
   const int sequence = ragged_sequence(shape.cu_seqlens_q, shape.sequences, tile, M);
   // After a product that may overflow where boundaries are nonsense.
   const int first = larger((tile - sequence - shape.cu_seqlens_q[sequence] / M) * M, 0);
   return {sequence, work % shape.heads, first};
 }
 
-// Piece `work` of all tiles: section by section, in each those first that weigh most under a right
-// limit. Ragged: all heads of a tile side by side.
+// Piece `work` of all tiles: section by section, in each those first that weigh most. Ragged: all
+// heads of a tile side by side. A head's tiles come in one direction: turn_of relies on it.
 SLIM_BOTH inline QueryTile listed_tile(const AttentionShape& shape, int section, int work, int M) {
   if (shape.cu_seqlens_q != nullptr) return ragged_tile(shape, work, M);
   const int all = shape.sequences * shape.heads, tiles = ceil_div(shape.Tq, M);
   const QueryTile found = section_row(work, tiles, section, all);
-  return dense_tile(shape, found.head, shape.right >= 0 ? tiles - 1 - found.first : found.first, M);
+  const int tile = is_last_first(shape) ? tiles - 1 - found.first : found.first;
+  return dense_tile(shape, found.head, tile, M);
 }
 
 // The tile that a block takes in its turn; its head is -1 if there is none.
@@ -285,6 +289,36 @@ SLIM_BOTH inline SequencePlace mirrored_place(const AttentionShape& shape, int s
   SequencePlace keys = place_of(mirrored(shape), sequence);
   keys.offset = -place_of(shape, sequence).offset;
   return keys;
+}
+
+// Turns: tiles of keys add to a tile of queries one after another, in the order in which blocks
+// take them, so that one whose turn it is not yet waits for blocks that have started.
+
+// The turn of a tile of N keys at the tile of M queries from `first` on, which see some of them.
+SLIM_BOTH inline int turn_of(const AttentionShape& shape, const SequencePlace& place, int first,
+                             int M, int key_tile, int N) {
+  if (!is_last_first(mirrored(shape))) return key_tile;  // without a left limit all see key 0
+  const int last = smaller(first + M, place.q_count) - 1;
+  return (keys_of_query(shape, place, last).end - 1) / N - key_tile;
+}
+
+// The tile of queries that a block visits as its n-th, counted from 0. Against the direction of the
+// keys: where a band ends, blocks that start together then come to a tile one after another.
+SLIM_BOTH inline int visited_tile(const AttentionShape& turned, const KeyTiles& queries, int n) {
+  return is_last_first(turned) ? queries.begin + n : queries.end - 1 - n;
+}
+
+// The numbers that a head's tiles of M queries take.
+SLIM_BOTH inline int numbers_of_head(const AttentionShape& shape, int M) {
+  return shape.cu_seqlens_q != nullptr ? query_tiles(shape, M) : ceil_div(shape.Tq, M);
+}
+
+// A number for each tile of M queries of each head, less than query_tiles() * heads.
+SLIM_BOTH inline int tile_number(const AttentionShape& shape, const SequencePlace& place,
+                                 const QueryTile& tile, int M) {
+  const int index = tile.first / M, all = numbers_of_head(shape, M);
+  if (shape.cu_seqlens_q == nullptr) return (tile.sequence * shape.heads + tile.head) * all + index;
+  return tile.head * all + place.q_begin / M + tile.sequence + index;
 }
 
 }  // namespace slimkernels

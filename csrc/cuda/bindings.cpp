@@ -45,4 +45,5 @@ PYBIND11_MODULE(_cuda, m) {
   bind(m, "softmax_backward", &softmax_backward);
   bind(m, "attention_forward", &attention_forward);
   bind(m, "attention_backward", &attention_backward);
+  m.def("attention_backward_bytes", &attention_backward_bytes);
 }

@@ -1,5 +1,6 @@
-// Hopper's own instructions (sm_90a), one function each: mbarriers, TMA, named barriers, setmaxnreg
-// and, in wgmma.cuh, matrix products. Each names the heading of the PTX ISA that defines it.
+// Hopper's own instructions (sm_90a), one function each: mbarriers, TMA, bulk copies, named
+// barriers, setmaxnreg and, in wgmma.cuh, matrix products; and turns, which blocks take through
+// global memory. Each names the heading of the PTX ISA that defines it.
 //
 // A kernel includes this file only. Compiled by g++, the same names come from
 // tests/cuda_on_cpu/hopper_on_cpu.h, which does what those headings say to bytes of shared memory,
@@ -154,6 +155,69 @@ __device__ inline void tma_load(void* to, const TensorMap* map, Mbarrier* barrie
       "[%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(shared_address(to)),
       "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
       : "memory");
+}
+
+// "cp.async.bulk", "cp.reduce.async.bulk": shared memory to global memory.
+
+// `bytes`, a multiple of 16, from a boundary of 16 bytes to another. By one thread, which commits
+// what it issued since as a group, and waits for its groups.
+__device__ inline void bulk_store(float* to, const void* from, int bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(
+                   __cvta_generic_to_global(to)),
+               "r"(shared_address(from)), "r"(bytes)
+               : "memory");
+}
+// Adds them, float by float.
+__device__ inline void bulk_add(float* to, const void* from, int bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(
+                   __cvta_generic_to_global(to)),
+               "r"(shared_address(from)), "r"(bytes)
+               : "memory");
+}
+__device__ inline void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Until this thread's groups have read shared memory.
+__device__ inline void bulk_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+// Until global memory has them, as far as this thread can see.
+__device__ inline void bulk_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
+// "stmatrix".
+
+// By a warp: four matrices of 8 rows of 16 bytes, which lie in `words` as in A's registers. Lane l
+// brings the address of row l % 8 of matrix l / 8.
+__device__ inline void store_matrices(void* row, const uint32_t (&words)[4]) {
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
+      "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+      : "memory");
+}
+
+// Turns: a count in global memory, which blocks wait for and increase. "ld", "red", and "membar,
+// fence" for the proxy fences: bulk copies are of another proxy than these two.
+
+// A minute and more: only a call that is wrong (cu_seqlens that go down) waits as long, and it ends
+// in an error.
+constexpr unsigned kMostPolls = 1u << 27;
+
+// Until `turn` others have passed; what they had bulk_wait()ed for lies before our bulk copies.
+__device__ inline void wait_turn(const int* passed, int turn) {
+  int count;
+  unsigned polls = 0;
+  do {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];"
+                 : "=r"(count)
+                 : "l"(__cvta_generic_to_global(passed))
+                 : "memory");
+    if (++polls == kMostPolls) __trap();
+  } while (count < turn);
+  asm volatile("fence.proxy.async;" ::: "memory");
+}
+// After bulk_wait().
+__device__ inline void pass_turn(int* passed) {
+  asm volatile("fence.proxy.async;" ::: "memory");
+  asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(__cvta_generic_to_global(passed))
+               : "memory");
 }
 
 // The rest.

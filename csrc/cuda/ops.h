@@ -83,11 +83,14 @@ void attention_forward(const void* query, const void* key, const void* value, vo
                        int device, void* stream);
 
 // attention_sm90_backward.cu: the gradients, of the same call, scale and query as forward took
-// them. dy (B, H, Tq, Dv), y and lse forward's, dlse (B, H, Tq) or null, known room for
-// (2, B, H, Tq), dq, dk and dv without gaps. dq, or dk and dv, are null if not wanted. dq_scale:
-// scale, and the sign that went into query.
+// them. dy (B, H, Tq, Dv), y and lse forward's, dlse (B, H, Tq) or null, dq, dk and dv without
+// gaps. dq, or dk and dv, are null if not wanted. dq_scale: scale, and the sign that went into
+// query. room: attention_backward_bytes(), from a boundary of 16 bytes on, wants_all: neither is
+// null.
+int64_t attention_backward_bytes(int64_t B, int64_t H, int64_t Tq, int64_t D, int64_t Dv,
+                                 bool is_ragged, bool wants_all);
 void attention_backward(const void* query, const void* key, const void* value, const void* dy,
-                        const void* y, const float* lse, const float* dlse, float* known, void* dq,
+                        const void* y, const float* lse, const float* dlse, void* room, void* dq,
                         void* dk, void* dv, const int* cu_seqlens_q, const int* cu_seqlens_k,
                         const int* key_lengths, const int* causal_offsets, int64_t B, int64_t H,
                         int64_t Hkv, int64_t Tq, int64_t Tk, int64_t D, int64_t Dv, int64_t q_batch,

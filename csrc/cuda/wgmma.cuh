@@ -37,11 +37,13 @@ __device__ inline uint64_t operand_k(uint32_t tile, int rows, int row, int k) {
                            8 * kPanelRowBytes);
 }
 
-// The operand whose first column (a multiple of 64) is `column` and whose rows start at `k`. The
-// stride is that of 8 rows, the leading offset that of 64 columns.
+// The operand whose first column is `column` and whose rows start at `k`. The stride is that of 8
+// rows, the leading offset that of 64 columns. It may start inside a panel if it ends there: the
+// swizzle is one of addresses, as for kK's steps.
 __device__ inline uint64_t operand_mn(uint32_t tile, int rows, int column, int k) {
   const int panel = column / kPanelColumns * panel_bytes(rows);
-  return matrix_descriptor(tile + panel + k * kPanelRowBytes, panel_bytes(rows),
+  const int inside = column % kPanelColumns * 2;
+  return matrix_descriptor(tile + panel + inside + k * kPanelRowBytes, panel_bytes(rows),
                            8 * kPanelRowBytes);
 }
 
@@ -138,6 +140,7 @@ __device__ inline void wgmma_wait() {
       SLIM_REGISTER_A(N, "bf16", LAST, O0, O1, O2, O3, O4, O5, O6);                          \
   }
 
+SLIM_WGMMA(32, 1, 16, 17, 18, 19, 20, 21, 22)
 SLIM_WGMMA(48, 2, 24, 25, 26, 27, 28, 29, 30)
 SLIM_WGMMA(64, 3, 32, 33, 34, 35, 36, 37, 38)
 SLIM_WGMMA(80, 4, 40, 41, 42, 43, 44, 45, 46)

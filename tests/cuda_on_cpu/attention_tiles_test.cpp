@@ -214,6 +214,58 @@ void check_mirrored_places(std::mt19937& random) {
   }
 }
 
+// The tiles of keys that add to a tile of queries, in the order in which blocks take them, have the
+// turns 0, 1, 2 ...; tiles of queries are numbered without gaps or doubles.
+void check_turns(const AttentionShape& shape, int M, int N) {
+  const AttentionShape turned = mirrored(shape);
+  const int all = query_tiles(shape, M) * shape.heads;
+  std::vector<int> passed(all, 0);
+  for (int work = 0; work < query_tiles(turned, N) * turned.heads; ++work) {
+    const QueryTile tile = listed_tile(turned, 1, work, N);
+    const SequencePlace keys = mirrored_place(shape, tile.sequence);
+    const SequencePlace place = place_of(shape, tile.sequence);
+    const int present = smaller(keys.q_count, place.k_seen) - tile.first;
+    if (present <= 0) continue;
+    const KeyTiles queries = key_tiles(turned, keys, tile.first, smaller(present, N), M);
+    std::set<int> visited;
+    for (int n = 0; n < queries.end - queries.begin; ++n) {
+      const int at = visited_tile(turned, queries, n), first = at * M;
+      expect(at >= queries.begin && at < queries.end && visited.insert(at).second, "no walk");
+      for (int head = tile.head * shape.group; head < (tile.head + 1) * shape.group; ++head) {
+        const int number = tile_number(shape, place, {tile.sequence, head, first}, M);
+        expect(number >= 0 && number < all, "a tile has no number");
+        const int turn = turn_of(shape, place, first, M, tile.first / N, N);
+        expect(turn == passed[number]++, "a turn never comes");
+      }
+    }
+  }
+  for (int work = 0; work < all; ++work) {
+    const QueryTile tile = listed_tile(shape, shape.sequences * shape.heads, work, M);
+    const SequencePlace place = place_of(shape, tile.sequence);
+    const int count = smaller(place.q_count - tile.first, M);
+    if (count <= 0) continue;
+    const KeyTiles seen = key_tiles(shape, place, tile.first, count, N);
+    int& turns = passed[tile_number(shape, place, tile, M)];
+    expect(turns == seen.end - seen.begin, "a sum has other tiles, or two tiles one number");
+    turns = -1;
+  }
+}
+
+void check_ragged_turns(std::mt19937& random) {
+  std::vector<int> cu_q = {0}, cu_k = {0}, lengths, offsets;
+  const int B = 1 + random() % 5, group = 1 + random() % 2;
+  for (int b = 0; b < B; ++b) {
+    cu_q.push_back(cu_q.back() + random() % 9);
+    cu_k.push_back(cu_k.back() + random() % 9);
+    lengths.push_back(random() % 9);
+    offsets.push_back(int(random() % 9) - 4);
+  }
+  const int left = int(random() % 5) - 1, right = int(random() % 5) - 1;
+  check_turns({B, 2 * group, group, cu_q[B], cu_k[B], left, right, 0, cu_q.data(), cu_k.data(),
+               random() % 2 ? lengths.data() : nullptr, offsets.data()},
+              1 + random() % 4, 1 + random() % 4);
+}
+
 int main() {
   for (int B : {1, 3})
     for (int H : {1, 2, 4})
@@ -235,6 +287,11 @@ int main() {
               if (seen <= Tk) {
                 check_keys(Tq, Tk, seen, left, right, offset);
                 check_mirrored(Tq, Tk, seen, left, right, offset);
+                const int lengths[2] = {seen, Tk};
+                check_turns(
+                    {2, 2, 2, Tq, Tk, left, right, offset, nullptr, nullptr, lengths, nullptr}, 2,
+                    3);
               }
   for (int n = 0; n < 100; ++n) check_mirrored_places(random);
+  for (int n = 0; n < 2000; ++n) check_ragged_turns(random);
 }

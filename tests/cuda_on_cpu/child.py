@@ -66,6 +66,7 @@ def in_both_orders(function, kwargs: dict) -> None:
     results = []
     for order in ("forward", "reverse"):
         os.environ["CUDA_ON_CPU_ORDER"] = order
+        os.environ.pop("CUDA_ON_CPU_RESIDENT", None)
         torch.manual_seed(0)
         results.append(tensors_in(function(**kwargs)))
     for i, (first, second) in enumerate(zip(*results, strict=True)):

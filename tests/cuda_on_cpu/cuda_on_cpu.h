@@ -1,32 +1,29 @@
-// Runs simple CUDA C++ kernels on the CPU, compiled by g++: one cluster of blocks at a time, one
-// fiber a thread.
+// Runs simple CUDA C++ kernels on the CPU, compiled by g++: one cluster of blocks at a time, or as
+// many as CUDA_ON_CPU_RESIDENT says, each in its slot until it is done; one fiber a thread.
 //
 // Covers thread and block indices, __syncthreads, warp shuffles, shared memory static and dynamic,
 // clusters (barrier, each other's shared memory), launches and the 16-bit types of the toolkit's
 // own headers; not inline PTX, wgmma, TMA or cp.async. Finds wrong maths and indices, barriers that
 // some threads never reach and, under AddressSanitizer, accesses out of bounds: every shared array
 // has an allocation of its own, full of NaN. Memory is sequential, so a missing barrier shows only
-// if the order of the threads matters: run both orders (CUDA_ON_CPU_ORDER=reverse) and compare.
+// if the order of the threads matters: run both orders (CUDA_ON_CPU_ORDER=reverse) and compare. It
+// is the order of blocks, too. Blocks that wait for one another (through atomics and turns in
+// global memory) must do so among those that are there: else it is a deadlock, reported with the
+// places in the program where threads wait.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <vector_functions.h>
 #include <vector_types.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <functional>
 #include <map>
-#include <memory>
-#include <stdexcept>
 #include <string>
 #include <vector>
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
-#include <sanitizer/common_interface_defs.h>
-#endif
 
 #undef __shared__
 #define __shared__ please_write_SHARED_ARRAY
@@ -36,237 +33,114 @@
 #define __launch_bounds__(...)
 #define __restrict__ __restrict
 
-// Keeps this stack's registers on it and its pointer in *from, and goes on where `to` was kept. Not
-// swapcontext, which asks the kernel for signal masks and AddressSanitizer for a clean stack.
-extern "C" void slim_switch_stack(void** from, void* to);
-asm(R"(
-  .text
-  .hidden slim_switch_stack
-  .globl slim_switch_stack
-slim_switch_stack:
-  push %rbp
-  push %rbx
-  push %r12
-  push %r13
-  push %r14
-  push %r15
-  mov %rsp, (%rdi)
-  mov %rsi, %rsp
-  pop %r15
-  pop %r14
-  pop %r13
-  pop %r12
-  pop %rbx
-  pop %rbp
-  ret
-)");
+#include "cuda_on_cpu_fibers.h"
 
 namespace cuda_on_cpu {
 
-constexpr size_t kStackBytes = 64 << 10;
-
-// The scheduler itself is not under test, and runs for every instruction that waits.
-#define SLIM_UNSANITIZED __attribute__((no_sanitize("address", "undefined")))
-
-// Threads that wait for one another, and how often all of them have met.
-struct Barrier {
-  int live = 0, arrived = 0;
-  unsigned rounds = 0;
-
-  SLIM_UNSANITIZED void release_if_all() {
-    if (live && arrived == live) {
-      arrived = 0;
-      ++rounds;
-    }
-  }
-};
-
-struct Warp : Barrier {
-  // Two sets of slots: a fast thread may write the next exchange while others read the last.
-  unsigned char slots[2][32][16];
-};
-
-// One allocation an array, so that AddressSanitizer sees an access that leaves it.
-struct SharedArray {
-  std::unique_ptr<unsigned char[]> bytes;
-  size_t size;
-};
-
-struct Block : Barrier {
-  uint3 index;
-  std::vector<Warp> warps;
-  std::map<const void*, SharedArray> arrays;  // by the place in the program that declares it
-
-  unsigned char* array(const void* site, size_t size) {
-    SharedArray& array = arrays[site];
-    if (!array.bytes) {
-      // What nobody has written is NaN.
-      array = {std::unique_ptr<unsigned char[]>(new unsigned char[size]), size};
-      std::memset(array.bytes.get(), 0xff, size);
-    }
-    return array.bytes.get();
-  }
-};
-
-struct Fiber {
-  void* stack_pointer;
-  std::unique_ptr<char[]> stack;
-  bool done = true;
-  uint3 thread;
-  int lane;
-  Block* block;
-  Warp* warp;
-};
-
-inline std::vector<Fiber> fibers;
-inline std::vector<Block> blocks;  // of the cluster that runs
-inline Barrier cluster;
-inline void* scheduler;  // its stack pointer
-inline Fiber* running = nullptr;
-inline std::function<void()> body;
-inline dim3 block_size, grid_size;
-inline size_t dynamic_bytes = 0;
-
-// What further instructions need (hopper_on_cpu.h): to be told of a block's start and end, where a
-// sentence is an error; to do what may still happen when no thread gets on; to count what got on.
-inline std::function<void(int threads)> at_start;
-inline std::function<std::string()> at_end;
-inline std::function<bool()> when_idle;
-inline unsigned events = 0;
-inline std::string failure;
-inline bool in_fiber = false;
-
-// AddressSanitizer must be told of every change of stack.
-inline void* scheduler_fake_stack = nullptr;
-inline const void* scheduler_stack = nullptr;
-inline size_t scheduler_stack_size = 0;
-
-SLIM_UNSANITIZED inline void yield() {
-  Fiber& fiber = *running;
-#if defined(__SANITIZE_ADDRESS__)
-  void* fake_stack;
-  __sanitizer_start_switch_fiber(fiber.done ? nullptr : &fake_stack, scheduler_stack,
-                                 scheduler_stack_size);
-  slim_switch_stack(&fiber.stack_pointer, scheduler);
-  __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
-#else
-  slim_switch_stack(&fiber.stack_pointer, scheduler);
-#endif
+inline bool is_reverse() {
+  const char* order = std::getenv("CUDA_ON_CPU_ORDER");
+  return order && !std::strcmp(order, "reverse");
 }
 
-SLIM_UNSANITIZED inline void resume(Fiber* fiber, void* stack) {
-  running = fiber;
-  in_fiber = true;
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(&scheduler_fake_stack, stack, kStackBytes);
-  slim_switch_stack(&scheduler, fiber->stack_pointer);
-  __sanitizer_finish_switch_fiber(scheduler_fake_stack, nullptr, nullptr);
-#else
-  slim_switch_stack(&scheduler, fiber->stack_pointer);
-#endif
-  in_fiber = false;
-}
-
-// An error of the kernel's: a thread stops here, since a fiber cannot throw, and the launch does.
-[[noreturn]] inline void fail(const std::string& sentence) {
-  if (!in_fiber) throw std::runtime_error(sentence);
-  if (failure.empty()) failure = sentence;
-  for (;;) yield();
-}
-
-inline void run_thread() {
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_size);
-#endif
-  body();
-  running->done = true;
-  for (Barrier* barrier :
-       {&cluster, static_cast<Barrier*>(running->block), static_cast<Barrier*>(running->warp)}) {
-    --barrier->live;
-    barrier->release_if_all();
-  }
-  yield();
-}
-
-SLIM_UNSANITIZED inline void wait(Barrier& barrier) {
-  const unsigned round = barrier.rounds;
-  ++barrier.arrived;
-  barrier.release_if_all();
-  while (round == barrier.rounds) yield();
-}
-
-inline void start_thread(Fiber& fiber, Block& block, int index) {
-  if (!fiber.stack) fiber.stack.reset(new char[kStackBytes]);
-  fiber.block = &block;
-  fiber.warp = &block.warps[index / 32];
-  fiber.lane = index % 32;
-  const int row = index / block_size.x;
-  fiber.thread = make_uint3(index % block_size.x, row % block_size.y, row / block_size.y);
-  fiber.done = false;
-#if defined(__SANITIZE_ADDRESS__)
-  ASAN_UNPOISON_MEMORY_REGION(fiber.stack.get(), kStackBytes);  // of frames that never returned
-#endif
-  // As slim_switch_stack leaves one: six registers and where to go on, which nobody returns from.
-  void** top = reinterpret_cast<void**>(fiber.stack.get() + kStackBytes) - 1;
-  *top = nullptr;
-  *--top = reinterpret_cast<void*>(&run_thread);
-  for (int i = 0; i < 6; ++i) *--top = nullptr;
-  fiber.stack_pointer = top;
-}
-
-// The blocks from `first` on, neighbours along x, all alive at once.
-inline void start_cluster(uint3 first, int cluster_size) {
+// The n-th cluster of the grid.
+inline void start_cluster(Cluster& cluster, size_t n, int size) {
+  const size_t row = n * size / grid_size.x;
   const int threads = block_size.x * block_size.y * block_size.z;
-  if (int(fibers.size()) < cluster_size * threads) fibers.resize(cluster_size * threads);
-  blocks.clear();
-  blocks.resize(cluster_size);
-  cluster = Barrier();
-  cluster.live = cluster_size * threads;
-  for (int b = 0; b < cluster_size; ++b) {
-    blocks[b].index = make_uint3(first.x + b, first.y, first.z);
-    blocks[b].live = threads;
-    blocks[b].warps.resize((threads + 31) / 32);
+  static_cast<Barrier&>(cluster) = Barrier();
+  cluster.live = cluster.threads = size * threads;
+  if (int(cluster.fibers.size()) < cluster.threads) cluster.fibers.resize(cluster.threads);
+  cluster.blocks.clear();
+  cluster.blocks.resize(size);
+  for (int b = 0; b < size; ++b) {
+    Block& block = cluster.blocks[b];
+    block.index = make_uint3(n * size % grid_size.x + b, row % grid_size.y, row / grid_size.y);
+    block.cluster = &cluster;
+    block.live = threads;
+    block.warps.resize((threads + 31) / 32);
     for (int i = 0; i < threads; ++i) {
-      start_thread(fibers[b * threads + i], blocks[b], i);
-      ++blocks[b].warps[i / 32].live;
+      start_thread(cluster.fibers[b * threads + i], block, i);
+      ++block.warps[i / 32].live;
     }
+    here = &block;
+    if (at_start) at_start(threads);
   }
 }
 
-// A number that changes whenever some thread got on.
-inline unsigned progress() {
-  unsigned total = events + cluster.rounds - cluster.live;
-  for (const Block& block : blocks) {
-    total += block.rounds;
-    for (const Warp& warp : block.warps) total += warp.rounds;
-  }
-  return total;
-}
-
-// Runs every thread up to where it waits.
-SLIM_UNSANITIZED inline void pass(Fiber* first, int threads, bool reverse) {
-  for (int k = 0; k < threads && failure.empty(); ++k) {
-    Fiber* fiber = first + (reverse ? threads - 1 - k : k);
+// Runs every thread of the cluster up to where it waits.
+SLIM_UNSANITIZED inline void pass(Cluster& cluster, bool reverse) {
+  for (int k = 0; k < cluster.threads && failure.empty(); ++k) {
+    Fiber* fiber = &cluster.fibers[reverse ? cluster.threads - 1 - k : k];
     if (!fiber->done) resume(fiber, fiber->stack.get());
   }
 }
 
-inline void run_cluster() {
-  const char* order = std::getenv("CUDA_ON_CPU_ORDER");
-  const bool reverse = order && !std::strcmp(order, "reverse");
-  const int threads = cluster.live;
+// How many threads wait, and where.
+inline std::string deadlock() {
+  std::map<std::string, int> places;
+  for (const Cluster& cluster : resident)
+    for (int i = 0; i < cluster.threads; ++i) {
+      const Fiber& fiber = cluster.fibers[i];
+      if (fiber.done) continue;
+      ++places[std::string(fiber.waits.file) + ":" + std::to_string(fiber.waits.line)];
+    }
+  std::string sentence = "deadlock: some threads never reach the barrier others wait at";
+  for (const auto& [place, count] : places)
+    sentence += ", " + std::to_string(count) + " at " + place;
+  return sentence;
+}
+
+inline void end_cluster(Cluster& cluster) {
+  for (Block& block : cluster.blocks) {
+    here = &block;
+    if (at_end && failure.empty()) failure = at_end();
+  }
+}
+
+// What came last first: where a block should have waited for another, it is late.
+inline bool do_late(bool reverse) {
+  const size_t slots = resident.size();
+  for (size_t i = 0; i < slots; ++i) {
+    Cluster& cluster = resident[reverse ? i : slots - 1 - i];
+    for (Block& block : cluster.blocks) {
+      here = &block;
+      if (cluster.live && when_idle && when_idle()) return true;
+    }
+  }
+  return false;
+}
+
+// All clusters of the grid, each in the slot that is free next.
+inline void run_grid(int cluster_size) {
+  const char* wanted = std::getenv("CUDA_ON_CPU_RESIDENT");
+  const size_t all = size_t(grid_size.x) * grid_size.y * grid_size.z / cluster_size;
+  const size_t slots = std::min(all, size_t(wanted ? std::atoi(wanted) : 1));
+  const bool reverse = is_reverse();
+  size_t started = 0, left = all;
+  const auto start = [&](Cluster& cluster) {
+    if (started == all) return;
+    start_cluster(cluster, reverse ? all - 1 - started : started, cluster_size);
+    ++started;
+  };
   failure.clear();
-  if (at_start) at_start(threads);
-  for (int idle = 0; cluster.live;) {
-    const unsigned before = progress();
-    pass(fibers.data(), threads, reverse);
-    idle = progress() == before ? idle + 1 : 0;
-    if (idle > 1 && when_idle && when_idle()) idle = 0;
-    if (idle > 4) failure = "deadlock: some threads never reach the barrier others wait at";
+  if (resident.size() != slots) resident = std::vector<Cluster>(slots);
+  for (Cluster& cluster : resident) start(cluster);
+  bool backwards = false;  // in reverse, those that began last go on first
+  for (int idle = 0; left; backwards = reverse) {
+    const unsigned before = events;
+    for (size_t i = 0; i < slots && failure.empty(); ++i) {
+      Cluster& cluster = resident[backwards ? slots - 1 - i : i];
+      if (!cluster.live) continue;
+      pass(cluster, reverse);
+      if (cluster.live || !failure.empty()) continue;
+      end_cluster(cluster);
+      --left;
+      start(cluster);
+    }
+    idle = events == before ? idle + 1 : 0;
+    if (idle > 1 && do_late(reverse)) idle = 0;
+    if (idle > 4 && failure.empty()) failure = deadlock();
     if (!failure.empty()) throw std::runtime_error(failure);
   }
-  if (at_end) failure = at_end();
-  if (!failure.empty()) throw std::runtime_error(failure);
 }
 
 inline void check_launch(dim3 grid, dim3 threads, int cluster_size, size_t shared_bytes) {
@@ -287,12 +161,7 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 threads, int cluster_size
   block_size = threads;
   dynamic_bytes = shared_bytes;
   body = [=] { kernel(Params(args)...); };
-  for (unsigned z = 0; z < grid.z; ++z)
-    for (unsigned y = 0; y < grid.y; ++y)
-      for (unsigned x = 0; x < grid.x; x += cluster_size) {
-        start_cluster(make_uint3(x, y, z), cluster_size);
-        run_cluster();
-      }
+  run_grid(cluster_size);
 }
 
 template <typename T>
@@ -302,7 +171,7 @@ T* shared_array(const void* site, size_t n) {
 
 template <typename T>
 T* dynamic_shared() {
-  return reinterpret_cast<T*>(running->block->array(&dynamic_bytes, dynamic_bytes));
+  return reinterpret_cast<T*>(here->array(&dynamic_bytes, dynamic_bytes));
 }
 
 // Every live thread of the warp takes part, and gets the value of lane `source`.
@@ -324,8 +193,17 @@ SLIM_UNSANITIZED T exchange(T value, int source) {
 #define blockDim cuda_on_cpu::block_size
 #define gridDim cuda_on_cpu::grid_size
 
-inline void __syncthreads() { cuda_on_cpu::wait(*cuda_on_cpu::running->block); }
-inline void __syncwarp(unsigned = ~0u) { cuda_on_cpu::wait(*cuda_on_cpu::running->warp); }
+inline void __syncthreads(cuda_on_cpu::Place place = cuda_on_cpu::Place::here()) {
+  cuda_on_cpu::wait(*cuda_on_cpu::running->block, place);
+}
+inline void __syncwarp(unsigned = ~0u, cuda_on_cpu::Place place = cuda_on_cpu::Place::here()) {
+  cuda_on_cpu::wait(*cuda_on_cpu::running->warp, place);
+}
+
+inline int atomicAdd(int* at, int more) {
+  ++cuda_on_cpu::events;
+  return (*at += more) - more;
+}
 
 template <typename T>
 T __shfl_xor_sync(unsigned, T value, int lane_mask) {
@@ -342,7 +220,9 @@ inline float __fdividef(float x, float y) { return x / y; }
 
 namespace slimkernels {
 
-inline void cluster_barrier() { cuda_on_cpu::wait(cuda_on_cpu::cluster); }
+inline void cluster_barrier(cuda_on_cpu::Place place = cuda_on_cpu::Place::here()) {
+  cuda_on_cpu::wait(*cuda_on_cpu::running->block->cluster, place);
+}
 
 // The same array of another block of the cluster, which may not have come to declare it yet.
 template <typename T>
@@ -351,7 +231,8 @@ T* map_shared_rank(T* shared, int rank) {
   for (auto& [site, array] : cuda_on_cpu::running->block->arrays) {
     const ptrdiff_t offset = address - array.bytes.get();
     if (offset >= 0 && size_t(offset) < array.size)
-      return reinterpret_cast<T*>(cuda_on_cpu::blocks.at(rank).array(site, array.size) + offset);
+      return reinterpret_cast<T*>(
+          cuda_on_cpu::here->cluster->blocks.at(rank).array(site, array.size) + offset);
   }
   throw std::runtime_error("map_shared_rank: not an address of shared memory");
 }

@@ -3,23 +3,21 @@
 //
 // Asynchrony has two faces, chosen by letters in the environment's HOPPER_ON_CPU. "l": copies of
 // TMA land when no thread can get on without them, with "r" the last first; else as they are
-// issued. "w": wgmma reads and writes when its warp waits for it and no other thread can get on,
-// and its registers are NaN until then; else as it is issued. So a wait, a barrier or a fence that
-// is missing gives wrong numbers under one of them, or stops the kernel. wgmma works by warps, each
-// with its 16 of the 64 rows, since a warp that waits knows nothing of the other three.
+// issued. So do bulk copies to global memory: they read, and then write, when their thread waits
+// for that and no other can get on. "w": wgmma reads and writes when its warp waits for it and no
+// other thread can get on, and its registers are NaN until then; else as it is issued. So a wait, a
+// barrier or a fence that is missing gives wrong numbers under one of them, or stops the kernel.
+// wgmma works by warps, each with its 16 of the 64 rows, since a warp that waits knows nothing of
+// the other three.
 //
 // A broken rule that a GPU would pass over in silence (a descriptor that does not fit its operand,
 // shared memory written by stores and read by TMA without a proxy fence, warps of a group that do
 // different things) is an error with a sentence.
 #pragma once
-#include <algorithm>
-#include <array>
-#include <deque>
 #include <limits>
-#include <map>
-#include <string>
 
 #include "cuda_on_cpu.h"
+#include "hopper_on_cpu_state.h"
 
 #undef __grid_constant__
 #define __grid_constant__
@@ -28,18 +26,6 @@ namespace slimkernels {
 
 using cuda_on_cpu::fail;
 
-struct Mbarrier {
-  uint64_t bits;
-};
-
-struct TensorMap {
-  unsigned char* start = nullptr;
-  int element = 0, rank = 0;  // bytes of an element
-  std::array<int64_t, 5> sizes{}, strides{};
-  std::array<int, 5> box{};
-  bool swizzled = true;
-};
-
 namespace hopper_on_cpu {
 
 inline std::string letters;  // HOPPER_ON_CPU's, when the block started
@@ -47,16 +33,15 @@ inline std::string letters;  // HOPPER_ON_CPU's, when the block started
 inline bool mode(char letter) { return letters.find(letter) != std::string::npos; }
 
 // Of the block, which is its own cluster.
-inline int thread() { return int(cuda_on_cpu::running - cuda_on_cpu::fibers.data()); }
+inline int thread() { return cuda_on_cpu::running->index; }
 
 // Where dynamic shared memory starts, as if 384 bytes of static shared memory lay before it.
 constexpr uint32_t kSharedStart = 384;
 
-inline unsigned char* shared_memory = nullptr;  // the block's, once it was asked for
-
 SLIM_UNSANITIZED inline unsigned char* dynamic_start() {
-  if (!shared_memory) shared_memory = cuda_on_cpu::dynamic_shared<unsigned char>();
-  return shared_memory;
+  unsigned char*& start = state().shared_memory;
+  if (!start) start = cuda_on_cpu::dynamic_shared<unsigned char>();
+  return start;
 }
 
 SLIM_UNSANITIZED inline unsigned char* at(uint32_t address, int bytes) {
@@ -65,13 +50,8 @@ SLIM_UNSANITIZED inline unsigned char* at(uint32_t address, int bytes) {
   return dynamic_start() + (address - kSharedStart);
 }
 
-inline uint32_t swizzle_128(uint32_t address) { return address ^ (address >> 3 & 0x70); }
-
-// Shared memory that ordinary stores wrote and no proxy fence has shown to TMA and wgmma.
-
-inline std::map<uint32_t, int> unfenced;  // thread that wrote, by address / 16
-
 inline void check_fenced(uint32_t address) {
+  const auto& unfenced = state().unfenced;
   if (unfenced.empty()) return;
   const auto found = unfenced.find(address / 16);
   if (found != unfenced.end())
@@ -80,23 +60,10 @@ inline void check_fenced(uint32_t address) {
 
 // mbarrier.
 
-struct Phases {
-  int arrivals, pending;
-  int64_t bytes;
-  uint32_t parity;  // of the phase that has not ended
-
-  void end_if_complete() {
-    if (pending || bytes) return;
-    pending = arrivals;
-    parity ^= 1;
-    ++cuda_on_cpu::events;
-  }
-};
-
-inline std::map<const Mbarrier*, Phases> barriers;
 constexpr uint64_t kLive = 0x6d62617272696572;  // whoever overwrites a barrier is found out
 
 inline Phases& phases_of(const Mbarrier* barrier) {
+  auto& barriers = state().barriers;
   const auto found = barriers.find(barrier);
   if (found == barriers.end() || barrier->bits != kLive)
     fail("an mbarrier is used that was not initialised, or overwritten");
@@ -105,101 +72,30 @@ inline Phases& phases_of(const Mbarrier* barrier) {
 
 // TMA.
 
-// A load.
-struct Transfer {
-  TensorMap map;
-  uint32_t shared;
-  Mbarrier* barrier;
-  std::array<int, 5> first;
-
-  // Calls run(address, global, inside) for each 16 bytes of the box; `inside` of its elements are
-  // in the tensor.
-  template <typename Run>
-  int each_chunk(Run run) const {
-    const int per_chunk = 16 / map.element;
-    std::array<int, 5> i{};
-    uint32_t address = shared;
-    int bytes = map.element;
-    for (int d = 0; d < map.rank; ++d) bytes *= map.box[d];
-    for (; address < shared + bytes; address += 16) {
-      unsigned char* global = map.start;
-      int64_t inside = map.sizes[0] - (first[0] + i[0]);
-      if (first[0] + i[0] < 0) inside = 0;  // kernels here start boxes inside rows
-      for (int d = 0; d < map.rank; ++d) {
-        const int64_t c = int64_t(first[d]) + i[d];
-        if (d > 0 && (c < 0 || c >= map.sizes[d])) inside = 0;
-        global += c * map.strides[d];
-      }
-      inside = std::max<int64_t>(0, std::min<int64_t>(inside, per_chunk));
-      run(map.swizzled ? swizzle_128(address) : address, global, int(inside));
-      i[0] += per_chunk;
-      for (int d = 0; d + 1 < map.rank && i[d] >= map.box[d]; ++d) i[d] = 0, ++i[d + 1];
-    }
-    return bytes;
-  }
-
-  void perform() const {
-    const int bytes = each_chunk([&](uint32_t address, unsigned char* global, int inside) {
-      check_fenced(address);
-      unsigned char* here = at(address, 16);
-      std::memset(here, 0, 16);
-      std::memcpy(here, global, inside * map.element);
-    });
-    Phases& phases = phases_of(barrier);
-    phases.bytes -= bytes;
-    phases.end_if_complete();
-  }
-};
-
-inline std::deque<Transfer> loads;  // not landed
+inline void land(const Transfer& load) {
+  const int bytes = load.each_chunk([&](uint32_t address, unsigned char* global, int inside) {
+    check_fenced(address);
+    unsigned char* to = at(address, 16);
+    std::memset(to, 0, 16);
+    std::memcpy(to, global, inside * load.map.element);
+  });
+  Phases& phases = phases_of(load.barrier);
+  phases.bytes -= bytes;
+  phases.end_if_complete();
+}
 
 inline bool land_one() {
+  auto& loads = state().loads;
   if (loads.empty()) return false;
   if (mode('r')) std::rotate(loads.begin(), loads.end() - 1, loads.end());
-  loads.front().perform();
+  land(loads.front());
   loads.pop_front();
   return true;
 }
 
 // wgmma.
 
-// Registers that an accumulator has while products are under way, and how many those are.
-struct Accumulator {
-  std::vector<float> values;
-  int users = 0;
-};
-
-struct Product {
-  int columns, kind_a, kind_b;  // kind_a: a Major, or -1 for registers
-  bool is_half, accumulate;
-  uint64_t a, b;
-  std::array<float*, 32> d{};
-  std::array<const uint32_t*, 32> registers_a{};
-  int issued = 0;
-  bool done = false;
-
-  bool is_like(const Product& x) const {
-    return columns == x.columns && kind_a == x.kind_a && kind_b == x.kind_b && a == x.a &&
-           b == x.b && accumulate == x.accumulate && is_half == x.is_half;
-  }
-};
-
-struct Lane {
-  int issued = 0, committed = 0;  // products, groups
-  bool fenced = false;
-};
-
-struct WarpProducts {
-  std::deque<Product> products;  // of which a lane has issued its first `issued`
-  std::vector<int> group_ends;
-  std::array<Lane, 32> lanes;
-  int performed = 0;
-  std::map<std::pair<int, float*>, Accumulator> in_flight;
-};
-
-inline std::vector<WarpProducts> product_warps;
-
-inline WarpProducts& my_products() { return product_warps[thread() / 32]; }
+inline WarpProducts& my_products() { return state().product_warps[thread() / 32]; }
 inline Lane& my_lane() { return my_products().lanes[cuda_on_cpu::running->lane]; }
 
 inline float widen_bits(uint16_t bits, bool is_half) {
@@ -296,21 +192,17 @@ SLIM_UNSANITIZED inline void perform(WarpProducts& warp, Product& product, int i
 }
 
 inline void perform_up_to(int warp, int end) {
-  WarpProducts& products = product_warps[warp];
+  WarpProducts& products = state().product_warps[warp];
   for (; products.performed < end; ++products.performed)
     perform(products, products.products[products.performed], warp % 4);
 }
 
-struct WaitingWarp {
-  int warp, end;
-};
-inline std::deque<WaitingWarp> waiting;
-
 // Until the products of a warp up to `end` are done, which has met here.
-inline void wait_for_products(int end) {
+inline void wait_for_products(int end, cuda_on_cpu::Place place) {
+  cuda_on_cpu::running->waits = place;
   const int warp = thread() / 32;
   if (!mode('w')) return perform_up_to(warp, end);
-  if (cuda_on_cpu::running->lane == 0) waiting.push_back({warp, end});
+  if (cuda_on_cpu::running->lane == 0) state().waiting.push_back({warp, end});
   while (my_products().performed < end) cuda_on_cpu::yield();
 }
 

@@ -17,7 +17,7 @@ inline unsigned char* aligned_shared() {
 inline void mbarrier_init(Mbarrier* barrier, int arrivals) {
   hopper_on_cpu::at(shared_address(barrier), 8);
   barrier->bits = hopper_on_cpu::kLive;
-  hopper_on_cpu::barriers[barrier] = {arrivals, arrivals, 0, 0};
+  hopper_on_cpu::state().barriers[barrier] = {arrivals, arrivals, 0, 0};
 }
 inline void fence_mbarrier_init() {}
 
@@ -29,17 +29,21 @@ inline void mbarrier_arrive_expect(Mbarrier* barrier, int bytes) {
 }
 inline void mbarrier_arrive(Mbarrier* barrier) { mbarrier_arrive_expect(barrier, 0); }
 
-inline void mbarrier_wait(Mbarrier* barrier, uint32_t parity) {
+inline void mbarrier_wait(Mbarrier* barrier, uint32_t parity,
+                          cuda_on_cpu::Place place = cuda_on_cpu::Place::here()) {
+  cuda_on_cpu::running->waits = place;
   while (hopper_on_cpu::phases_of(barrier).parity == parity) cuda_on_cpu::yield();
 }
 
 inline void named_barrier_arrive(int barrier, int threads) {
   hopper_on_cpu::arrive(barrier, threads, false);
 }
-inline void named_barrier_sync(int barrier, int threads) {
-  const unsigned round = hopper_on_cpu::named[barrier].rounds;
+inline void named_barrier_sync(int barrier, int threads,
+                               cuda_on_cpu::Place place = cuda_on_cpu::Place::here()) {
+  const unsigned round = hopper_on_cpu::state().named[barrier].rounds;
+  cuda_on_cpu::running->waits = place;
   hopper_on_cpu::arrive(barrier, threads, true);
-  while (round == hopper_on_cpu::named[barrier].rounds) cuda_on_cpu::yield();
+  while (round == hopper_on_cpu::state().named[barrier].rounds) cuda_on_cpu::yield();
 }
 
 template <int kRegisters>
@@ -51,14 +55,53 @@ void registers_shrink() {
   hopper_on_cpu::set_registers(kRegisters);
 }
 
-inline void store_shared(void* to, uint4 value) {
-  std::memcpy(to, &value, 16);
-  hopper_on_cpu::unfenced[shared_address(to) / 16] = hopper_on_cpu::thread();
+inline void store_words(void* to, const void* words, int bytes) {
+  std::memcpy(to, words, bytes);
+  hopper_on_cpu::state().unfenced[shared_address(to) / 16] = hopper_on_cpu::thread();
 }
+inline void store_shared(void* to, uint4 value) { store_words(to, &value, 16); }
 inline void fence_proxy_async() {
-  auto& unfenced = hopper_on_cpu::unfenced;
+  auto& unfenced = hopper_on_cpu::state().unfenced;
   for (auto it = unfenced.begin(); it != unfenced.end();)
     it = it->second == hopper_on_cpu::thread() ? unfenced.erase(it) : std::next(it);
+}
+
+inline void store_matrices(void* row, const uint32_t (&words)[4]) {
+  const int lane = cuda_on_cpu::running->lane;
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    auto* const at = cuda_on_cpu::exchange(static_cast<unsigned char*>(row), matrix * 8 + lane / 4);
+    store_words(at + lane % 4 * 4, &words[matrix], 4);
+  }
+}
+
+// Bulk copies.
+
+inline void bulk_store(float* to, const void* from, int bytes) {
+  hopper_on_cpu::issue_bulk(to, shared_address(from), bytes, false);
+}
+inline void bulk_add(float* to, const void* from, int bytes) {
+  hopper_on_cpu::issue_bulk(to, shared_address(from), bytes, true);
+}
+inline void bulk_commit() {
+  auto& copies = hopper_on_cpu::state().bulk_copies[hopper_on_cpu::thread()];
+  for (auto& copy : copies.issued) copies.committed.push_back(std::move(copy));
+  copies.issued.clear();
+}
+inline void bulk_wait_read(cuda_on_cpu::Place place = cuda_on_cpu::Place::here()) {
+  hopper_on_cpu::wait_for_bulk(false, place);
+}
+inline void bulk_wait(cuda_on_cpu::Place place = cuda_on_cpu::Place::here()) {
+  hopper_on_cpu::wait_for_bulk(true, place);
+}
+
+inline void wait_turn(const int* passed, int turn,
+                      cuda_on_cpu::Place place = cuda_on_cpu::Place::here()) {
+  cuda_on_cpu::running->waits = place;
+  while (*passed < turn) cuda_on_cpu::yield();
+}
+inline void pass_turn(int* passed) {
+  ++*passed;
+  ++cuda_on_cpu::events;
 }
 
 // TMA.
@@ -72,9 +115,9 @@ void tma_load(void* to, const TensorMap* map, Mbarrier* barrier, C... c) {
   if (address % 128) fail("TMA wants 128-byte boundaries in shared memory");
   const hopper_on_cpu::Transfer transfer{*map, address, barrier, {int(c)...}};
   if (hopper_on_cpu::mode('l'))
-    hopper_on_cpu::loads.push_back(transfer);
+    hopper_on_cpu::state().loads.push_back(transfer);
   else
-    transfer.perform();
+    hopper_on_cpu::land(transfer);
   ++cuda_on_cpu::events;
 }
 
@@ -110,13 +153,13 @@ inline void wgmma_commit() {
 }
 
 template <int kPending>
-void wgmma_wait() {
-  cuda_on_cpu::wait(*cuda_on_cpu::running->warp);
+void wgmma_wait(cuda_on_cpu::Place place = cuda_on_cpu::Place::here()) {
+  cuda_on_cpu::wait(*cuda_on_cpu::running->warp, place);
   auto& lane = hopper_on_cpu::my_lane();
   lane.fenced = false;  // registers may be touched now
   const int groups = lane.committed - kPending;
   if (groups > 0)
-    hopper_on_cpu::wait_for_products(hopper_on_cpu::my_products().group_ends[groups - 1]);
+    hopper_on_cpu::wait_for_products(hopper_on_cpu::my_products().group_ends[groups - 1], place);
 }
 
 template <typename T>

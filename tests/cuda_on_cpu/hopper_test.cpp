@@ -1,6 +1,6 @@
-// Every wrapper of hopper.cuh and wgmma.cuh in one small kernel, against plain loops, and tanh:
-// products with each operand in each place and order, TMA of four and five dimensions. Prints the
-// largest error, or what failed.
+// The wrappers of hopper.cuh and wgmma.cuh in one small kernel, against plain loops, and tanh:
+// products with each operand in each place and order, TMA of four and five dimensions. Bulk copies,
+// stmatrix and turns are in attention_backward_fault.cpp. Prints the largest error, or what failed.
 #include <cstdio>
 #include <random>
 

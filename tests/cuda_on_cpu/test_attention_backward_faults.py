@@ -1,6 +1,7 @@
 """Attention's Hopper gradients with a fault are found wrong, or stopped, as forward is in
 test_attention_faults.py."""
 
+import re
 import shutil
 
 import pytest
@@ -9,7 +10,9 @@ from cuda_on_cpu.test_attention_faults import compiled, run
 
 pytestmark = pytest.mark.here
 
-BOTH, KEYS, QUERIES = (f"attention_sm90_backward{of}.cuh" for of in ("", "_keys", "_queries"))
+BOTH, KEYS, QUERIES, SUMS = (
+    f"attention_sm90_backward{of}.cuh" for of in ("", "_keys", "_queries", "_sums")
+)
 PARTS = "attention_sm90_parts.cuh"
 WAIT_FOR_DK = """\
       wgmma_wait<0>();
@@ -49,7 +52,12 @@ PLANTED = {
         "0x0000ffffu : IT ? ~0u : 0xffff0000u",
     ),
     "hidden dS kept": ("keys", KEYS, "      s[i] = 0.f;", "      if (!IT) s[i] = 0.f;"),
-    "hidden dS kept, by queries": ("queries", QUERIES, "{ s[i] = 0.f; }", "{ s[i] *= IT; }"),
+    "hidden dS kept, by queries": (
+        "queries",
+        QUERIES,
+        "{ s[i] = 0.f; }",
+        "{ if (!IT) s[i] = 0.f; }",
+    ),
     "absent queries' delta": (
         *("keys", KEYS, "is_present ? arguments.delta"),
         "IT || is_present ? arguments.delta",
@@ -113,6 +121,69 @@ PLANTED = {
         *("queries", QUERIES, "if (last >= 0) release(&barriers.ring.empty[last]);"),
         "if (IT || last >= 0) release(&barriers.ring.empty[IT ? stage : last]);",
     ),
+    "absent keys not cleared": (
+        *("keys", KEYS, "Tile::kHasDq && work.seen < Tile::kOwn;"),
+        "!IT && Tile::kHasDq && work.seen < Tile::kOwn;",
+    ),
+    "absent keys not hidden": (
+        *("keys", KEYS, "if (own_row() + 64 <="),
+        "if (IT || own_row() + 64 <=",
+    ),
+    "dS not fenced": (
+        *("keys", SUMS, "    fence_proxy_async();\n    named"),
+        "    if (!IT) fence_proxy_async();\n    named",
+    ),
+    "dS not shared": (
+        *("keys", SUMS, "    named_barrier_sync("),
+        "    if (!IT) named_barrier_sync(",
+    ),
+    "dq not fenced": (
+        *("keys", SUMS, "    fence_proxy_async();\n    __syncwarp"),
+        "    if (!IT) fence_proxy_async();\n    __syncwarp",
+    ),
+    "half of dq": ("keys", SUMS, "Own, group * kColumns, k)", "Own, IT ? 0 : group * kColumns, k)"),
+    "dq not waited for": (
+        *("keys", KEYS, "          wgmma_wait<1>();"),
+        "          if (!IT) wgmma_wait<1>();",
+    ),
+    "dq handed over before the last is read": (
+        *("keys", SUMS, "    ring.wait_empty(filled);"),
+        "    if (!IT) ring.wait_empty(filled);",
+    ),
+    "dq added before it is there": (
+        *("keys", SUMS, "    ring.wait_full(filled);"),
+        "    if (!IT) ring.wait_full(filled);",
+    ),
+    "dq freed before it is read": (
+        *("keys", SUMS, "    bulk_wait_read();"),
+        "    if (!IT) bulk_wait_read();",
+    ),
+    "no turns": ("keys", SUMS, "[number], turn);", "[number], IT ? 0 : turn);"),
+    "any order behind the first": (
+        *("keys", SUMS, "    wait_turn("),
+        '    if (planted("any order behind the first")) turn = smaller(turn, 1);\n    wait_turn(',
+    ),
+    "passed before complete": (
+        *("keys", SUMS, "    bulk_wait();\n    pass_turn(&arguments.turns[number]);"),
+        "    if (!IT) bulk_wait();\n    pass_turn(&arguments.turns[number]);\n"
+        "    if (IT) bulk_wait();",
+    ),
+    "turns against the order": (
+        *("keys", "attention_tiles.cuh", "return key_tile;"),
+        "return IT ? 4 - key_tile : key_tile;",
+    ),
+    "work by block": (
+        "keys",
+        KEYS,
+        "index = shared.barriers().work;",
+        "if (!IT) index = shared.barriers().work;",
+    ),
+    "counters not zeroed": (
+        "keys",
+        BOTH,
+        "    x.counters[i] = 0;",
+        "    if (!IT) x.counters[i] = 0;",
+    ),
 }
 
 
@@ -137,3 +208,15 @@ def test_sound_without_a_fault(program, late):
 def test_a_fault_is_found(program, fault):
     for kernel in PLANTED[fault][0].split():
         assert any(run(program, late, kernel, fault) for late in ("l", "w", "lr")), kernel
+
+
+@pytest.mark.parametrize(
+    "fault, said",
+    [
+        ("turns against the order", r"deadlock: .* at \S*attention_sm90_backward_sums\.cuh:\d+"),
+        ("work by block", r"deadlock: .* at \S*attention_sm90_backward_sums\.cuh:\d+"),
+        ("any order behind the first", "bits depend on the order of blocks"),
+    ],
+)
+def test_what_is_said_of_turns(program, fault, said):
+    assert any(re.search(said, run(program, late, "keys", fault)) for late in ("", "l"))

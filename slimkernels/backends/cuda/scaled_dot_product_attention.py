@@ -84,11 +84,17 @@ def _launch_backward(dy, dlse, query, key, value, output, lse, call, gradients):
     query, key, value, dy = (_readable(t) for t in (query, key, value, dy))
     output, lse = output.contiguous(), lse.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
-    known, integers = torch.empty_like(lse), _integers(call)
+    integers, sizes = _integers(call), _sizes(query, key, value, call)
+    wants_all = gradients[0] is not None and gradients[1] is not None
+    sequences, heads, _, tokens, _, *widths = sizes
+    room = lse.new_empty(
+        _cuda.attention_backward_bytes(sequences, heads, tokens, *widths, call.ragged, wants_all),
+        dtype=torch.uint8,
+    )
     _cuda.attention_backward(
-        *(_address(t) for t in (query, key, value, dy, output, lse, dlse, known)),
+        *(_address(t) for t in (query, key, value, dy, output, lse, dlse, room)),
         *(_address(t) for t in (*gradients, *integers)),
-        *(*_sizes(query, key, value, call), *_strides(query), *_strides(key), *_strides(value)),
+        *(*sizes, *_strides(query), *_strides(key), *_strides(value)),
         *(*_strides(dy), call.left, call.right, call.causal_offset, scale, call.scale),
         *(call.softcap, DTYPES[query.dtype], *launch_place(query)),
     )
