@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from hf_configs import GPT2
 from hf_families import FAMILIES, LENGTHS, REAL, B, L, answered, causal, masked, tokens
 
 import slimkernels
@@ -122,6 +123,29 @@ def test_labels_where_padding_is_keep_it(name, packings):
     assert not packings
     slimkernels.restore(replaced)
     assert type(replaced) is type(model)
+
+
+def test_labels_that_are_shifted_already_are_looked_at_too(packings):
+    model = FAMILIES["llama"].make().train()
+    replaced = slimkernels.replace(model, inplace=False).model
+    batch = {**causal(), "use_cache": False}
+    labels = batch["labels"].roll(-1, 1)
+    for given, packs in ((labels.masked_fill(~REAL, -100), True), (labels.clamp(min=0), False)):
+        packings.clear()
+        _assert_right(model, replaced, {**batch, "shift_labels": given})
+        assert bool(packings) == packs
+
+
+def test_a_head_may_take_the_last_place(packings):
+    """Which is padding's, if nobody says which it is."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = transformers.GPT2DoubleHeadsModel(transformers.GPT2Config(**GPT2)).eval()
+    replaced = slimkernels.replace(model, inplace=False).model
+    batch = {**causal(), "use_cache": False}
+    expected, actual = (m(**batch).mc_logits for m in (model, replaced))
+    torch.testing.assert_close(actual, expected)
+    assert not packings
 
 
 @pytest.mark.parametrize("parts_first", [False, True])
