@@ -72,7 +72,8 @@ class Head:
     """Before a model with a head in its bases: tells its stacks whether the head reads padding.
 
     One that chooses among all tokens does (question answering) or takes the last (GPT-2's of two
-    heads), and a loss with labels where the attention mask has padding.
+    heads), and a loss with labels where the attention mask has padding, or that somebody else
+    wrote for the model.
     """
 
     def forward(self, *args, **kwargs):
@@ -81,7 +82,9 @@ class Head:
         given = _by_name(self, args, kwargs)
         mask, reads = given.get("attention_mask"), True if reads_any_token(self) else None
         if reads is None and _are_alike(given.get("labels"), mask):
-            reads = any(_has_loss_at_padding(given.get(name), mask) for name in _LABELS)
+            labels = [given.get(name) for name in _LABELS]
+            at_padding = any(_has_loss_at_padding(each, mask) for each in labels)
+            reads = at_padding or _has_a_loss_of_its_own(self)
         return _with(_reads_padding, reads, super().forward, args, kwargs)
 
 
@@ -90,6 +93,13 @@ def _are_alike(labels, mask) -> bool:
     if not (isinstance(labels, Tensor) and isinstance(mask, Tensor)):
         return False
     return labels.dim() == 2 and labels.shape == mask.shape and is_readable(labels)
+
+
+def _has_a_loss_of_its_own(model: Module) -> bool:
+    """Whether `model.loss_function` was set, to a function that may look at all logits."""
+    function = getattr(model, "_loss_function", None)
+    where = getattr(function, "__module__", None) or ""
+    return function is not None and not where.startswith("transformers.")
 
 
 def _has_loss_at_padding(labels, mask) -> bool:
