@@ -66,7 +66,7 @@ def device_section(folder: Path) -> Iterator[str]:
     header = next(iter(tables.values()))[0]
     yield f"## {header.get('device', folder.name)}"
     if tables.pop("families", None):
-        yield from ("", "Hugging Face's families, with and without: [families.md](families.md).")
+        yield from ("", "Hugging Face's families, before and after: [families.md](families.md).")
     for name in (
         "bert_training",
         "bert_training_default_allocator",
@@ -122,7 +122,8 @@ def slower_table(tables: dict[str, list[Row]]) -> Iterator[str]:
         cells += [[name, *(r[c] for c in CASE), r["provider"], _ratio(r)] for r in slower]
     yield f"What runs by itself is slower than eager by more than {NOISE:.0%}, which two runs of"
     yield f"the same code differ by, in {len(cells)} of {cases} rows of inference, of forward with"
-    yield "backward, and of optimizers' steps. `torch` is eager's own kernel, called from here."
+    yield "backward, and of optimizers' steps. `torch` is eager's own kernel, called through this"
+    yield "library."
     yield from ("", *markdown(["op", *CASE, "provider", "ratio"], cells)) if cells else ()
 
 

@@ -28,6 +28,8 @@ from slimkernels.integrations._hf_recording import recorded
 # Below this share of padding, to pack and to unpack costs as much as is saved.
 _WORTH_IT = 0.05
 _IGNORED = -100  # transformers' label for what has no loss
+# The second, which the loss then takes, are those of the next tokens.
+_LABELS = "labels", "shift_labels"
 
 
 class _Scope:
@@ -69,18 +71,20 @@ def _by_name(module: Module, args: tuple, kwargs: dict) -> dict:
 class Head:
     """Before a model with a head in its bases: tells its stacks whether the head reads padding.
 
-    One that chooses among all tokens does (question answering), and a loss with labels where the
-    attention mask has padding.
+    One that chooses among all tokens does (question answering) or takes the last (GPT-2's of two
+    heads), and a loss with labels where the attention mask has padding, or that somebody else
+    wrote for the model.
     """
 
     def forward(self, *args, **kwargs):
         if torch.compiler.is_compiling():
             return super().forward(*args, **kwargs)
         given = _by_name(self, args, kwargs)
-        labels, mask = given.get("labels"), given.get("attention_mask")
-        reads = True if chooses_among_all(self) else None
-        if reads is None and _are_alike(labels, mask):
-            reads = bool(((labels != _IGNORED) & (mask == 0).to(labels.device)).any())
+        mask, reads = given.get("attention_mask"), True if reads_any_token(self) else None
+        if reads is None and _are_alike(given.get("labels"), mask):
+            labels = [given.get(name) for name in _LABELS]
+            at_padding = any(_has_loss_at_padding(each, mask) for each in labels)
+            reads = at_padding or _has_a_loss_of_its_own(self)
         return _with(_reads_padding, reads, super().forward, args, kwargs)
 
 
@@ -91,8 +95,24 @@ def _are_alike(labels, mask) -> bool:
     return labels.dim() == 2 and labels.shape == mask.shape and is_readable(labels)
 
 
-def chooses_among_all(model: Module) -> bool:
-    return "QuestionAnswering" in type(model).__name__
+def _has_a_loss_of_its_own(model: Module) -> bool:
+    """Whether `model.loss_function` was set, to a function that may look at all logits."""
+    function = getattr(model, "_loss_function", None)
+    where = getattr(function, "__module__", None) or ""
+    return function is not None and not where.startswith("transformers.")
+
+
+def _has_loss_at_padding(labels, mask) -> bool:
+    if labels is None:
+        return False
+    if not _are_alike(labels, mask):
+        return True
+    return bool(((labels != _IGNORED) & (mask == 0).to(labels.device)).any())
+
+
+def reads_any_token(model: Module) -> bool:
+    """Whether a head chooses among all tokens, or takes the last of a row."""
+    return any(kind in type(model).__name__ for kind in ("QuestionAnswering", "DoubleHeads"))
 
 
 class Stack:

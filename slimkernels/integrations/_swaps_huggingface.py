@@ -172,7 +172,7 @@ def _has_head(model: PreTrainedModel) -> bool:
     if is_seq2seq and "TokenClassification" not in type(model).__name__:
         return False  # labels are the decoder's
     takes_labels = "labels" in inspect.signature(type(model).forward).parameters
-    if not (takes_labels or unpad.chooses_among_all(model)):
+    if not (takes_labels or unpad.reads_any_token(model)):
         return False
     return any(isinstance(m, unpad.Stack) or _is_stack(m) for m in model.modules())
 
@@ -193,7 +193,7 @@ def _model_says(model: PreTrainedModel) -> str:
     said = [_attention_refusal(model) or f"attn_implementation={NAME!r}"]
     if isinstance(model, unpad.Stack):
         said.append("padding is left out where nobody reads it")
-    if isinstance(model, unpad.Head) and unpad.chooses_among_all(model):
+    if isinstance(model, unpad.Head) and unpad.reads_any_token(model):
         said.append("padding stays, since the head reads it")
     if type(model.get_output_embeddings()) is VocabularyLinear:
         said.append("logits are computed when they are read")

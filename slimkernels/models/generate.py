@@ -211,7 +211,7 @@ class Generates:
                         TypeError for what only transformers has, such as num_beams
         Caution         drops out in training mode: call eval() before. Waits for the device once a
                         token, to see whether all rows have ended. Of the folder's settings only the
-                        ids of tokens count: a warning names others that would change the text
+                        ids of tokens count: a warning names those that are not implemented here
         """
         name = f"{type(self).__name__}.generate"
         _refuse_others(others, name)

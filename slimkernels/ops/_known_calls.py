@@ -6,6 +6,9 @@ come to the same each time. A call is known by everything that they look at.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch._C import _are_functorch_transforms_active as is_transformed
 from torch._C import _is_any_autocast_enabled as is_any_autocast
@@ -49,6 +52,24 @@ def remember(op: str, tensors: tuple, options: tuple) -> None:
 def forget() -> None:
     """For who changes what a choice depends on, as tests do."""
     _known.clear()
+
+
+class _Nothing(set):
+    """What stays empty."""
+
+    def add(self, _) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def nothing_known() -> Iterator[None]:
+    """For who watches choices, as doctor does: inside, every call makes its own."""
+    global _known
+    kept, _known = _known, _Nothing()
+    try:
+        yield
+    finally:
+        _known = kept
 
 
 def _signature(op: str, tensors: tuple, options: tuple) -> tuple | None:

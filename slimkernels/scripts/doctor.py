@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from slimkernels.dispatch import Op
 from slimkernels.integrations.replace import replace, restore
+from slimkernels.ops._known_calls import nothing_known
 from slimkernels.training.device import resolve_device, resolve_precision
 
 # From a disk that has not been read before it takes a minute: imported when that has been said.
@@ -176,7 +177,8 @@ def recorded() -> Iterator[Counter]:
 
     Op.select = record
     try:
-        yield chosen
+        with nothing_known():
+            yield chosen
     finally:
         Op.select = select
 

@@ -6,7 +6,8 @@ import copy
 
 import pytest
 import torch
-from hf_families import FAMILIES, LENGTHS, REAL, B, L, answered, causal, masked, tokens
+from hf_configs import GPT2
+from hf_families import FAMILIES, LENGTHS, REAL, B, L, answered, causal, masked, tagged, tokens
 
 import slimkernels
 from slimkernels.nn import _torchs_own
@@ -122,6 +123,42 @@ def test_labels_where_padding_is_keep_it(name, packings):
     assert not packings
     slimkernels.restore(replaced)
     assert type(replaced) is type(model)
+
+
+def test_labels_that_are_shifted_already_are_looked_at_too(packings):
+    model = FAMILIES["llama"].make().train()
+    replaced = slimkernels.replace(model, inplace=False).model
+    batch = {**causal(), "use_cache": False}
+    labels = batch["labels"].roll(-1, 1)
+    for given, packs in ((labels.masked_fill(~REAL, -100), True), (labels.clamp(min=0), False)):
+        packings.clear()
+        _assert_right(model, replaced, {**batch, "shift_labels": given})
+        assert bool(packings) == packs
+
+
+@pytest.mark.parametrize("name", ["bert-tokens", "llama"])
+def test_a_loss_of_ones_own_may_read_all_logits(name, packings):
+    def with_z_loss(logits, labels, *args, **kwargs):
+        cross_entropy = torch.nn.functional.cross_entropy(logits.mT, labels)
+        return cross_entropy + 0.1 * logits.logsumexp(-1).square().mean()
+
+    model = FAMILIES[name].make().train()
+    batch = {**causal(), "use_cache": False} if name == "llama" else tagged()
+    model.loss_function = with_z_loss
+    _assert_right(model, slimkernels.replace(model, inplace=False).model, batch)
+    assert not packings
+
+
+def test_a_head_may_take_the_last_place(packings):
+    """Which is padding's, if nobody says which it is."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = transformers.GPT2DoubleHeadsModel(transformers.GPT2Config(**GPT2)).eval()
+    replaced = slimkernels.replace(model, inplace=False).model
+    batch = {**causal(), "use_cache": False}
+    expected, actual = (m(**batch).mc_logits for m in (model, replaced))
+    torch.testing.assert_close(actual, expected)
+    assert not packings
 
 
 @pytest.mark.parametrize("parts_first", [False, True])

@@ -169,8 +169,16 @@ def test_small_float32_is_left_to_aten(monkeypatch):
     assert torch.equal(sk.layer_norm(x, 11), F.layer_norm(x, (11,)))
     with pytest.raises(sk.BackendError, match="faster below 100 elements and input has 99"):
         sk.layer_norm(x, 11, backend="cpu")
-    for run in (x.bfloat16(), torch.randn(10, 11)):
+    larger = torch.randn(10, 11)
+    for run in (x.bfloat16(), larger):
         assert sk.explain(sk.layer_norm, run, 11).startswith("layer_norm runs on cpu")
+
+    monkeypatch.setattr(cpu, "MIN_FLOAT32_TRAINED", 111)
+    weight = torch.ones(11, requires_grad=True)
+    with pytest.raises(sk.BackendError, match="with gradients is faster below 111 elements"):
+        sk.layer_norm(larger, 11, weight, backend="cpu")
+    with torch.no_grad():
+        assert sk.explain(sk.layer_norm, larger, 11, weight).startswith("layer_norm runs on cpu")
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)

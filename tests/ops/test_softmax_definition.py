@@ -179,3 +179,13 @@ def test_the_torch_backend_keeps_the_dtype_under_autocast(dtype):
         actual = sk.softmax(x, backend="torch")
     eager, truth = (softmax_reference(t) for t in (x, x.double()))
     assert_no_worse(actual, eager, truth)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), 2 + 1e-13])
+def test_more_than_rounding_is_told(wrong):
+    right = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    assert_rounding_alone(right, right + 1e-16, terms=2)
+    with pytest.raises(AssertionError):
+        assert_rounding_alone(right, right.clone().fill_(wrong), terms=2)
+    with pytest.raises(AssertionError):
+        assert_rounding_alone(torch.stack([right[0], right[0] - 1 + wrong]), right, terms=2)

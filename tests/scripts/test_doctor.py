@@ -86,6 +86,16 @@ def test_each_is_timed_in_its_own_state_and_the_model_left_as_it_was(folder, mon
     assert sum(chosen.values()) == 1 and Op.select is select
 
 
+def test_each_choice_is_counted_where_the_call_is_known_too():
+    x = torch.ones(2, 8)
+    for _ in range(2):
+        slimkernels.linear(x, x)
+        with doctor.recorded() as chosen:
+            for _ in range(3):
+                slimkernels.linear(x, x)
+        assert chosen == {("linear", "torch"): 3}
+
+
 def test_the_batch_is_padded_and_ends_rows(folder):
     model = doctor.load(str(folder))
     batch = doctor.padded_batch(model, 8, 32)

@@ -12,7 +12,6 @@ from slimkernels.backends.cpu._common import (
     run,
     unsupported_tensor,
 )
-from slimkernels.dispatch import needs_gradient
 
 # Elements below which ATen's float32 norm is the faster, without gradients and with them. Its time
 # over ours, forward and backward, an Intel Xeon with AMX, two threads: 0.63 at 1024x384, 0.68 at
@@ -23,7 +22,8 @@ MIN_FLOAT32, MIN_FLOAT32_TRAINED = 1 << 23, 1 << 25
 
 def unsupported(x, weight, bias, eps, zero_centered):
     reason = unsupported_tensor(x)
-    trained = needs_gradient(x, weight, bias)
+    wanted = [t for t in (x, weight, bias) if t is not None and t.requires_grad]
+    trained = bool(wanted) and torch.is_grad_enabled()
     least = MIN_FLOAT32_TRAINED if trained else MIN_FLOAT32
     if reason is None and x.dtype == torch.float32 and x.numel() < least:
         which = "with gradients" if trained else "without gradients"
