@@ -19,6 +19,8 @@ TOOLKIT = "/usr/local/cuda/bin"  # where setup.py looks, too
 # What must be in the code of the kernels whose names match; none of them may use local memory. A
 # name has the element type and the elements of a load: Li8 of a 16-bit type are 16 bytes.
 ALIGNED = r"({})_kernelI(fLi4|6__halfLi8|13__nv_bfloat16Li8)E"
+# Loads and counts of a turn in their order: what the CPU's tests cannot see.
+TURNS = ("LDG.E.STRONG.GPU", "REDG.E.ADD.S32.STRONG.GPU", "MEMBAR.ALL.GPU", "FENCE.VIEW.ASYNC.G")
 EXPECTED = {
     ALIGNED.format("norm_forward"): ("LDG.E.128", "STG.E.128", "no LDG.E.U16", "no STG.E.U16"),
     ALIGNED.format("norm_backward"): ("LDG.E.128", "STG.E.128", "no LDG.E.U16", "no STG.E.U16"),
@@ -33,7 +35,7 @@ EXPECTED = {
     r"attention_sm90": ("HGMMA", "UTMALDG", "USETMAXREG", "SYNCS"),
     # With dq: dS to shared memory by matrices, dq from there by bulk copies, the first of which
     # overwrites, and turns.
-    r"attention_sm90_dkdv\w+Lb1E": ("STSM", "UBLKCP", "UBLKRED", "ATOMG"),
+    r"attention_sm90_dkdv\w+Lb1E": ("STSM", "UBLKCP", "UBLKRED", "ATOMG", *TURNS),
     r"attention_dq_kernel": ("LDG.E.128", "STG.E.128"),
 }
 

@@ -127,9 +127,10 @@ SLIM_BOTH inline QueryTile ragged_tile(const AttentionShape& shape, int work, in
   int tile = work / shape.heads;
   if (is_last_first(shape)) tile = query_tiles(shape, M) - 1 - tile;
   const int sequence = ragged_sequence(shape.cu_seqlens_q, shape.sequences, tile, M);
-  // After a product that may overflow where boundaries are nonsense.
-  const int first = larger((tile - sequence - shape.cu_seqlens_q[sequence] / M) * M, 0);
-  return {sequence, work % shape.heads, first};
+  // Negative before the first sequence, of boundaries that do not start with 0: such tiles have no
+  // tokens. As that sequence's first tile once more they would add to dq again.
+  const int first = (tile - sequence - shape.cu_seqlens_q[sequence] / M) * M;
+  return {sequence, work % shape.heads, first < 0 ? kFarthest : first};
 }
 
 // Piece `work` of all tiles: section by section, in each those first that weigh most. Ragged: all

@@ -194,7 +194,8 @@ __device__ inline void store_matrices(void* row, const uint32_t (&words)[4]) {
 }
 
 // Turns: a count in global memory, which blocks wait for and increase. "ld", "red", and "membar,
-// fence" for the proxy fences: bulk copies are of another proxy than these two.
+// fence" for the proxy fences: bulk copies are of another proxy than these two. Of global memory
+// alone, since a fence of all spaces is a membar more on the way from turn to turn.
 
 // A minute and more: only a call that is wrong (cu_seqlens that go down) waits as long, and it ends
 // in an error.
@@ -211,11 +212,11 @@ __device__ inline void wait_turn(const int* passed, int turn) {
                  : "memory");
     if (++polls == kMostPolls) __trap();
   } while (count < turn);
-  asm volatile("fence.proxy.async;" ::: "memory");
+  asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 // After bulk_wait().
 __device__ inline void pass_turn(int* passed) {
-  asm volatile("fence.proxy.async;" ::: "memory");
+  asm volatile("fence.proxy.async.global;" ::: "memory");
   asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(__cvta_generic_to_global(passed))
                : "memory");
 }

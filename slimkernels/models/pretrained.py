@@ -131,11 +131,16 @@ class Pretrained(nn.Module):
                 f"{caller}: dtype must be a floating torch.dtype or None; got {dtype!r}"
             )
         try:
-            torch.device("cpu" if device is None else device)
+            device = torch.device("cpu" if device is None else device)
         except (RuntimeError, TypeError) as error:
             raise ValueError(
                 f"{caller}: device must be a torch.device or its name; got {device!r}"
             ) from error
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{caller}: device {device} cannot be used: {reason}") from error
 
     @classmethod
     def _options(cls, theirs: dict, options: dict) -> dict:

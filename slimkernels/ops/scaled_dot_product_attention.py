@@ -63,7 +63,8 @@ def scaled_dot_product_attention(
                  cu_seqlens[b] up to cu_seqlens[b + 1]; it sees no other. A pair for queries and
                  keys where they differ. Starts with 0, ends with T, never falls: checked on the
                  CPU only, since on a GPU the check would wait for the device; there a token that
-                 no sequence has gets an undefined output and gradient.
+                 no sequence has gets an undefined output and gradient, and boundaries that fall
+                 may end backend "cuda" in a CUDA error, after a minute.
     variant      an AttentionVariant: bias beside a mask, window, ALiBi, softcap, sinks, relative
                  bias, your own function, in any combination
     return_lse   also return lse, the log of softmax's denominator, through which gradients flow

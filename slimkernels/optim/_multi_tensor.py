@@ -288,6 +288,8 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
 
     def _check_state_dict(self, state_dict: dict) -> None:
         """ValueError for the state of another kind of optimizer, or of other parameters."""
+        if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
+            raise ValueError(f"{_name(self)}: the state dict must have state and param_groups")
         groups = state_dict["param_groups"]
         sizes = [[len(group["params"]) for group in side] for side in (self.param_groups, groups)]
         if sizes[0] != sizes[1]:
@@ -324,6 +326,8 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         if name == "step":
             if not (isinstance(value, Real) if shape is None else value.numel() == 1):
                 raise ValueError(f"{_name(self)}: {what} must be one number; got {got}")
+            if not 0 <= float(value) < math.inf:
+                raise ValueError(f"{_name(self)}: {what} must be 0 or more; got {float(value)}")
         elif name in SHAPED and (shape != param.shape or not value.is_floating_point()):
             raise ValueError(
                 f"{_name(self)}: {what} must be real and of its shape {tuple(param.shape)}; "

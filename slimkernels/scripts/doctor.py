@@ -70,7 +70,8 @@ def diagnose(options: Options) -> int:
         if getattr(options, name) < 1:
             raise ValueError(f"--{name} must be at least 1; got {getattr(options, name)}")
     device = resolve_device(options.device)
-    where = "" if os.path.isdir(options.model) else " from the Hugging Face Hub, or its cache here"
+    is_path = os.path.exists(options.model) or os.path.isabs(options.model)
+    where = "" if is_path else " from the Hugging Face Hub, or its cache here"
     with step(f"Loading transformers, and {options.model}{where}"):
         model = load(options.model).to(device, resolve_precision(options.precision, device)).eval()
     inputs = padded_batch(model, options.batch, options.length)

@@ -252,7 +252,8 @@ void check_turns(const AttentionShape& shape, int M, int N) {
 }
 
 void check_ragged_turns(std::mt19937& random) {
-  std::vector<int> cu_q = {0}, cu_k = {0}, lengths, offsets;
+  // Boundaries that do not start with 0 are wrong, but must not spoil the tokens they have.
+  std::vector<int> cu_q = {int(random() % 7)}, cu_k = {int(random() % 7)}, lengths, offsets;
   const int B = 1 + random() % 5, group = 1 + random() % 2;
   for (int b = 0; b < B; ++b) {
     cu_q.push_back(cu_q.back() + random() % 9);

@@ -129,6 +129,11 @@ def test_a_count_of_steps_is_one_number(make):
     train(params, optimizer)
     with pytest.raises(ValueError, match="step of parameter 0 must be one number; got torch.float"):
         optimizer.load_state_dict(altered(optimizer, "step", lambda value: torch.ones(2)))
+    for count in (-1, torch.tensor(torch.nan)):
+        with pytest.raises(ValueError, match="step of parameter 0 must be 0 or more; got (-1|nan)"):
+            optimizer.load_state_dict(altered(optimizer, "step", lambda _, count=count: count))
+    with pytest.raises(ValueError, match="the state dict must have state and param_groups"):
+        optimizer.load_state_dict({})
     for count in (7, 7.0, torch.tensor([7.0])):
         optimizer.load_state_dict(altered(optimizer, "step", lambda value, count=count: count))
         train(params, optimizer, 1)

@@ -148,7 +148,7 @@ def test_ctrl_c_leaves_a_checkpoint(corpus, tmp_path):
         (["--weight-decay", "nan"], "--weight-decay must be at least 0.0; got nan"),
         (["--lr", "-1"], "--lr must be positive; got -1.0"),
         (["--max-grad-norm", "inf"], "--max-grad-norm must be positive; got inf"),
-        (["--dropout", "1.5"], r"dropout_p must be in \[0, 1\); got 1.5"),
+        (["--dropout", "1.5"], r"dropout_p must be a number in \[0, 1\); got 1.5"),
         (["--device", "quantum"], "the device 'quantum' cannot be used"),
         (["--max-length", "4"], "--max-length must be at least 8; got 4"),
         (["--vocab-size", "10"], "--vocab-size must be at least 64; got 10"),
