@@ -49,7 +49,8 @@ class CausalLM(Generates, Pretrained):
         attention_mask  (B, T): 0 where there is padding, wherever it stands
         position_ids    like input_ids; counted from 0 in each sequence, or each token's column
         labels          like input_ids, and not shifted: that of token i is what token i - 1 is to
-                        predict; -100 for none. One on padding is not counted
+                        predict; -100 for none. One on padding is not counted, nor that of
+                        the first token after padding, which Hugging Face predicts from there
         cu_seqlens      (B+1,) int32: sequence i is tokens [cu_seqlens[i], cu_seqlens[i + 1])
         skip_logits     with labels: logits are None, and are never stored
         Returns         logits (T, V) or (B, T, V), 0 on padding; the loss is a mean over labels
