@@ -9,12 +9,12 @@
 
 namespace slimkernels::SLIM_ISA {
 
-// The largest of n scores. Up to a whole vector, what no key stands behind becomes -inf, whose
-// exponential is zero. kScale: of s times scale, which it becomes; not later, in one operation with
-// the subtraction of the largest, since that would not round where this does, and a large score
-// could pass its own maximum.
+// The largest of n scores, a lane of the result's for each lane's. Up to a whole vector, what no
+// key stands behind becomes -inf, whose exponential is zero. kScale: of s times scale, which it
+// becomes; not later, in one operation with the subtraction of the largest, since that would not
+// round where this does, and a large score could pass its own maximum.
 template <bool kScale = false>
-inline float peak_of(float* s, int64_t n, float scale = 1.f) {
+inline vfloat peaks_of(float* s, int64_t n, float scale = 1.f) {
   vfloat most[2] = {broadcast(-kInfinity), broadcast(-kInfinity)};
   const auto score = [&](int64_t i) {
     const vfloat x = load(s + i, Full{});
@@ -31,7 +31,7 @@ inline float peak_of(float* s, int64_t n, float scale = 1.f) {
     store(s + n, broadcast(-kInfinity), Part{int(kLanes - n % kLanes)});
     most[1] = vmax(load(s + i, Full{}), most[1]);
   }
-  return max(vmax(most[0], most[1]));
+  return vmax(most[0], most[1]);
 }
 
 // s *= factor, up to a whole vector.
@@ -39,24 +39,27 @@ inline void multiply_row(float* s, int64_t n, float factor) {
   for (int64_t i = 0; i < n; i += kLanes) store(s + i, load(s + i, Full{}) * factor, Full{});
 }
 
-// One row of scores, with kScale still to be multiplied by scale, to probabilities relative to the
-// maximum so far, which may overwrite the scores from their own start or from before it. Inlined,
-// as its gradients are: the keys in RowBits would be read from memory for every vector otherwise.
-template <bool kDropout, bool kScale, typename Probability>
-inline __attribute__((always_inline)) void softmax_row(float* s, float scale,
-                                                       Probability* probabilities, int64_t n,
-                                                       float& peak, float& total, float* y,
-                                                       int64_t width, const Dropout& dropout,
-                                                       const RowBits& bits, int64_t first_key) {
-  const float before = peak, here = peak_of<kScale>(s, n, scale);
-  peak = here > before ? here : before;
-  // While all scores are -inf, they add exp(-inf - 0) = 0, not exp(-inf + inf) = NaN.
-  const float shift = peak == -kInfinity ? 0.f : peak;
-  if (before != peak && before != -kInfinity) {
-    const float shrink = exp_of_nonpositive(broadcast(before - peak))[0];
-    total *= shrink;
-    for (int64_t d = 0; d < width; d += kLanes) store(y + d, load(y + d, Full{}) * shrink, Full{});
-  }
+// One vector of the sums, or of what else `combine` makes of two, of each of kLanes vectors, which
+// are lost: one by one they would wait for each of their additions.
+template <typename Combine>
+inline vfloat fold(vfloat* rows, Combine combine) {
+  transpose_step<kLanes / 2>(rows, EveryLane{});
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) rows[i] = combine(rows[i], rows[i + width]);
+  return rows[0];
+}
+
+// While all scores are -inf, they add exp(-inf - 0) = 0, not exp(-inf + inf) = NaN.
+inline vfloat shift_of(vfloat peak) { return peak == -kInfinity ? vfloat{} : peak; }
+
+// One row of scores to probabilities relative to `shift`, which may overwrite the scores from their
+// own start or from before it; returns their sums, lane by lane. Inlined, as its gradients are: the
+// keys in RowBits would be read from memory for every vector otherwise.
+template <bool kDropout, typename Probability>
+inline __attribute__((always_inline)) vfloat exponentials(const float* s, vfloat shift,
+                                                          Probability* probabilities, int64_t n,
+                                                          const Dropout& dropout,
+                                                          const RowBits& bits, int64_t first_key) {
   vfloat sums[2] = {};
   const auto exponential = [&](int64_t j, vfloat& sum) {
     const vfloat p = exp_of_nonpositive(load(s + j, Full{}) - shift);
@@ -70,7 +73,7 @@ inline __attribute__((always_inline)) void softmax_row(float* s, float scale,
   for (; i + 2 * kLanes <= n; i += 2 * kLanes)
     for (int k = 0; k < 2; ++k) exponential(i + k * kLanes, sums[k]);
   for (; i < n; i += kLanes) exponential(i, sums[0]);
-  total += sum(sums[0] + sums[1]);
+  return sums[0] + sums[1];
 }
 
 // Of one row: probabilities p = exp(s - lse), where lse is the sum of `lse` and `low`, and with
@@ -103,7 +106,7 @@ inline __attribute__((always_inline)) float gradient_whole_row(float* s, float* 
                                                                const Dropout& dropout,
                                                                const RowBits& bits,
                                                                int64_t first_key) {
-  const float most = peak_of(s, n), peak = sink > most ? sink : most;
+  const float most = max(peaks_of(s, n)), peak = sink > most ? sink : most;
   if (n % kLanes) store(dp + n, vfloat{}, Part{int(kLanes - n % kLanes)});
   vfloat total = {}, dot = {};
   for (int64_t i = 0; i < n; i += kLanes) {

@@ -101,8 +101,9 @@ class Direct {
       const RowBits bits(
           dropout_.seed,
           kDropout ? at(p_.dropout_rows(), sequence.batch, head, sequence.q_begin + i) : 0);
-      softmax_row<kDropout, false>(s + seen.begin, 1.f, s + seen.begin, n, peak, total, nullptr, 0,
-                                   dropout_, bits, split.begin + seen.begin);
+      peak = max(peaks_of(s + seen.begin, n));
+      total = sum(exponentials<kDropout>(s + seen.begin, shift_of(broadcast(peak)), s + seen.begin,
+                                         n, dropout_, bits, split.begin + seen.begin));
     }
     fill(s, 0, n ? seen.begin : keys, 0.f);
     fill(s, n ? seen.end : keys, keys, 0.f);

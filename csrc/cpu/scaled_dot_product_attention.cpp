@@ -91,30 +91,62 @@ class Forward {
   }
 
  private:
-  // Of the keys that the tile sees, a row may see fewer.
+  // A vector of rows at a time, whose statistics are computed side by side.
   void softmax(const Sequence& sequence, int64_t head, int64_t i, int64_t rows, int64_t first,
                int64_t count, const Span& tile, float* scores, int64_t stride,
                const Running& running) const {
-    const int64_t out_width = padded(p_.Dv);
-    for (int64_t r = 0; r < rows; ++r, scores += stride) {
-      const Span seen = p_.seen(sequence, i + r, i + r + 1, first, count);
-      const int64_t token = sequence.q_begin + i + r, n = seen.end - seen.begin;
-      auto* p = (typename Blocks::Probability*)scores;
+    for (int64_t r = 0; r < rows; r += kLanes)
+      softmax_rows(sequence, head, i + r, int(clamp(rows - r, 0, kLanes)), first, count, tile,
+                   scores + r * stride, stride,
+                   {running.peak + r, running.sum + r, running.y + r * padded(p_.Dv)});
+  }
+
+  // Of the keys that the tile sees, a row may see fewer.
+  void softmax_rows(const Sequence& sequence, int64_t head, int64_t i, int rows, int64_t first,
+                    int64_t count, const Span& tile, float* scores, int64_t stride,
+                    const Running& running) const {
+    constexpr bool kScale = !Blocks::kScaled && !kModified;  // which modify() does not wait for
+    Span seen[kLanes];
+    vfloat statistic[kLanes];
+    for (int r = 0; r < kLanes; ++r) {
+      statistic[r] = broadcast(-kInfinity);
+      seen[r] = r < rows ? p_.seen(sequence, i + r, i + r + 1, first, count) : Span{0, 0};
+      const int64_t n = seen[r].end - seen[r].begin;
+      if (n == 0) continue;
+      float* s = scores + r * stride + seen[r].begin;
+      if constexpr (!Blocks::kScaled && kModified) multiply_row(s, n, scale_);
+      if constexpr (kModified)
+        modify(variant_, {sequence, head, i + r, first + seen[r].begin, n}, s, nullptr);
+      statistic[r] = peaks_of<kScale>(s, n, scale_);
+    }
+    const vfloat before = load(running.peak, Part{rows});
+    const vfloat peak = vmax(fold(statistic, vmax), before);
+    // Of what was summed relative to a smaller peak; before the first keys there is nothing.
+    const auto shrinks = before != peak && before != -kInfinity;
+    alignas(64) float shift[kLanes], shrink[kLanes];
+    store(shift, shift_of(peak), Full{});
+    store(shrink, shrinks ? exp_of_nonpositive(before - peak) : broadcast(1.f), Full{});
+    for (int r = 0; r < kLanes; ++r) {
+      statistic[r] = vfloat{};
+      if (r >= rows) continue;
+      const int64_t n = seen[r].end - seen[r].begin;
+      auto* p = (typename Blocks::Probability*)(scores + r * stride);
       if (n) {
-        float* s = scores + seen.begin;
-        constexpr bool kScale = !Blocks::kScaled && !kModified;  // which modify() does not wait for
-        if constexpr (!Blocks::kScaled && kModified) multiply_row(s, n, scale_);
-        if constexpr (kModified)
-          modify(variant_, {sequence, head, i + r, first + seen.begin, n}, s, nullptr);
+        const int64_t token = sequence.q_begin + i + r;
         const RowBits bits(dropout_.seed,
                            kDropout ? at(p_.dropout_rows(), sequence.batch, head, token) : 0);
-        softmax_row<kDropout, kScale>(s, scale_, p + seen.begin, n, running.peak[r], running.sum[r],
-                                      running.y + r * out_width, out_width, dropout_, bits,
-                                      first + seen.begin);
+        statistic[r] =
+            exponentials<kDropout>(scores + r * stride + seen[r].begin, broadcast(shift[r]),
+                                   p + seen[r].begin, n, dropout_, bits, first + seen[r].begin);
       }
-      clear(p, tile.begin, n ? seen.begin : tile.end);
-      clear(p, n ? seen.end : tile.end, tile.end);
+      clear(p, tile.begin, n ? seen[r].begin : tile.end);
+      clear(p, n ? seen[r].end : tile.end, tile.end);
+      if (shrink[r] != 1.f) multiply_row(running.y + r * padded(p_.Dv), p_.Dv, shrink[r]);
     }
+    const vfloat sums = fold(statistic, [](vfloat a, vfloat b) { return a + b; });
+    const vfloat so_far = load(running.sum, Part{rows}) * load(shrink, Full{});
+    store(running.peak, peak, Part{rows});
+    store(running.sum, so_far + sums, Part{rows});
   }
 
   void write(const Sequence& sequence, int64_t head, int64_t begin, int64_t rows,

@@ -134,7 +134,8 @@ class Block(nn.Module):
     def _attend(self, hidden, cu_seqlens, key_lengths, is_causal, places, cache):
         joined = self._heads(affine(self.qkv, hidden))
         # (T, H, D) or (B, T, H, D): views, never copied
-        q, k, v = joined.split([self.config.num_heads, *[self.config.key_heads] * 2], -2)
+        heads = [self.config.num_heads, *[self.config.key_heads] * 2]
+        q, k, v = torch.split_with_sizes(joined, heads, -2)
         if places.turns is not None:
             q, k = turn(q, k, *places.turns)
         if cache is not None:
@@ -189,7 +190,7 @@ class Block(nn.Module):
         return self._attention(q, k, v, boundaries)
 
     def _heads(self, x):
-        return x.unflatten(-1, (-1, self.config.head_size))
+        return x.view(*x.shape[:-1], -1, self.config.head_size)  # unflatten() is slow Python
 
     def _attention(self, q, k, v, cu_seqlens, **options):
         """(..., H * D) from heads (T, H, D) with cu_seqlens, or (B, T, H, D)."""

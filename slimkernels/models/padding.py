@@ -38,7 +38,7 @@ class Ragged(NamedTuple):
         if not self._is_full:
             B, T = self.shape
             whole = rows.new_zeros(B * T, *rows.shape[1:])
-            rows = whole.index_copy(0, self.tokens, rows)
+            rows = whole.index_copy_(0, self.tokens, rows)
         return rows.view(*self.shape, *rows.shape[1:])
 
     @property

@@ -110,7 +110,7 @@ def check_boundary_values(cu_seqlens, of, tensor):
             f"{NAME}: cu_seqlens of {of} must go from 0 to its {T} tokens; "
             f"got {values[0]} to {values[-1]}"
         )
-    if any(a > b for a, b in zip(values, values[1:], strict=False)):
+    if values != sorted(values):
         raise ValueError(f"{NAME}: cu_seqlens of {of} must not fall; got {values}")
 
 
