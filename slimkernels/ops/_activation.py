@@ -15,6 +15,7 @@ from torch import Tensor
 from slimkernels.dispatch import OPS, Op, distinct, kernel_op, needs_gradient
 from slimkernels.ops._checks import check_parameter, check_tensor
 from slimkernels.ops._first_order import first_order
+from slimkernels.ops._known_calls import ANY, chosen_before, remember
 from slimkernels.ops.layer_norm import gradient_of
 
 
@@ -86,11 +87,21 @@ def activation_arguments(op: str, input: object, bias: object, curve: str) -> tu
 
 
 def activate(
-    op: Op, function: type[torch.autograd.Function], args: tuple, backend: str | None
+    op: Op,
+    function: type[torch.autograd.Function],
+    x: Tensor,
+    bias: Tensor | None,
+    curve: str,
+    backend: str | None,
 ) -> Tensor:
-    """The public call of `op`, whose gradients are `function`'s, after its arguments' check."""
-    x, bias, curve = args
-    chosen = op.select(*args, backend=backend)
+    """The public call of `op`, whose gradients are `function`'s."""
+    args = x, bias, curve
+    call = (x, bias), (op.name, curve, backend)
+    chosen = chosen_before(call)
+    if chosen is None:
+        activation_arguments(op.name, *args)
+        chosen = op.select(*args, backend=backend)
+        remember(call, chosen, limit=ANY)
     if chosen == "torch":
         # The definition in torch's own kernels, which are what eager code would call.
         z = x if bias is None else x.to(torch.promote_types(x.dtype, torch.float32)) + bias

@@ -12,6 +12,7 @@ from slimkernels.dispatch import OPS, Op, distinct, kernel_op, needs_gradient
 from slimkernels.ops._activation import DEFINITIONS, EAGER
 from slimkernels.ops._checks import check_alike, check_tensor, promoted
 from slimkernels.ops._first_order import first_order
+from slimkernels.ops._known_calls import ANY, chosen_before, remember
 
 _OP_OF = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu"}
 
@@ -47,11 +48,21 @@ def gated_arguments(op: str, input: object, gate: object, curve: str) -> tuple:
 
 
 def multiply(
-    op: Op, function: type[torch.autograd.Function], args: tuple, backend: str | None
+    op: Op,
+    function: type[torch.autograd.Function],
+    x: Tensor,
+    gate: Tensor | None,
+    curve: str,
+    backend: str | None,
 ) -> Tensor:
-    """The public call of `op`, whose gradients are `function`'s, after its arguments' check."""
-    x, gate, curve = args
-    chosen = op.select(*args, backend=backend)
+    """The public call of `op`, whose gradients are `function`'s."""
+    args = x, gate, curve
+    call = (x, gate), (op.name, curve, backend)
+    chosen = chosen_before(call)
+    if chosen is None:
+        args = x, gate, curve = gated_arguments(op.name, *args)
+        chosen = op.select(*args, backend=backend)
+        remember(call, chosen, limit=ANY)  # not where autocast has cast one of the two
     if chosen == "torch":
         gate, up = _halves(x, gate)
         return EAGER[curve](gate) * up

@@ -1,6 +1,6 @@
-"""Calls that are known to be torch's own: checked before, and found to be faster in ATen.
+"""Which backend was chosen for calls that have been checked before.
 
-What ATen computes in microseconds is not to wait for checks and for the choice of a backend, which
+What takes microseconds to compute is not to wait for checks and for the choice of a backend, which
 come to the same each time.
 """
 
@@ -17,42 +17,45 @@ from torch.compiler import is_compiling, is_dynamo_compiling
 from slimkernels import dispatch
 from slimkernels.ops._call_memory import CallMemory, NoCallMemory
 
-# Calls for which an op's automatic choice was torch, and one function of torch is all of it.
-# The first of a call's options is the op's name.
+# Calls, and what was chosen for them automatically: "torch" where one function of torch is all of
+# the op, or a backend that takes the call's tensors as they are. The first of a call's options is
+# the op's name.
 _known = CallMemory(4096)
 _recall = _known.get  # one name less to look up
-# Elements of the first tensor past which a call takes long enough to be looked at. There, whether
-# a gradient is wanted has a say too, which is not looked at below.
+# Elements of the first tensor past which torch's own calls take long enough to be looked at. There,
+# whether a gradient is wanted has a say too, which is not looked at below.
 _LARGE = 1 << 20
+ANY = 1 << 62
+_TORCH_OR_NONE = "torch", None
 
 
-def is_torchs_own(call: tuple[tuple, tuple]) -> bool:
-    """Whether this call has been remembered, and neither an order nor autocast changes it.
+def chosen_before(call: tuple[tuple, tuple]) -> str | None:
+    """What has been chosen for this call, if no order and not autocast changes it; else None.
 
-    All that a known call costs is this, and in a model it runs out of cold caches, where each name
-    that is looked up takes a microsecond: it does without what it can. Strides have no say: torch
-    gets the tensors as they are, either way. Nor have modes, transforms and forward-mode
-    differentiation, which see torch's function like any other.
+    All that a known call costs before its kernel is this, and in a model it runs out of cold
+    caches, where each name that is looked up takes a microsecond: it does without what it can.
+    Strides have no say, since no choice depends on them. Nor have modes, transforms and
+    forward-mode differentiation: torch's function sees them like any other, and tensors that take
+    part in them are not known.
     """
-    return (
-        not is_dynamo_compiling()
-        and dispatch._forced is None
-        and not is_any_autocast()
-        and _recall(call) is not None
-    )
+    if is_dynamo_compiling() or dispatch._forced is not None or is_any_autocast():
+        return None
+    chosen = _recall(call)
+    return None if chosen not in _TORCH_OR_NONE and is_transformed() else chosen
 
 
-def remember(call: tuple[tuple, tuple]) -> None:
-    """This call was given to one function of torch."""
+def remember(call: tuple[tuple, tuple], chosen: str = "torch", *, limit: int = _LARGE) -> None:
+    """This call was given to one function of torch, or to a backend with its tensors as they are.
+
+    limit  elements of the first tensor, above which the call is not kept
+    """
     # What compiles or transforms a call, or has forced its backend, has had its say in the choice.
     if is_compiling() or dispatch._forced is not None or is_any_autocast() or is_transformed():
         return
     if forward_ad._current_level >= 0:
         return
-    x = call[0][0]
-    if not x.is_cpu or x.numel() > _LARGE:  # on a GPU the host is ahead
-        return
-    _known.put(call, True)
+    if call[0][0].numel() <= limit:
+        _known.put(call, chosen)
 
 
 def forget() -> None:

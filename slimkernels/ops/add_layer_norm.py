@@ -15,7 +15,7 @@ from slimkernels.dispatch import Op, distinct, kernel_op, needs_gradient
 from slimkernels.ops._checks import check_eps
 from slimkernels.ops._dropout import draw_seed
 from slimkernels.ops._first_order import first_order
-from slimkernels.ops._known_calls import is_torchs_own, remember
+from slimkernels.ops._known_calls import ANY, chosen_before, remember
 from slimkernels.ops._residual import (
     add_branch,
     branch_gradients,
@@ -79,12 +79,18 @@ def add_layer_norm(
     """
     tensors = input, residual, weight, bias, row_scale
     call = tensors, ("add_layer_norm", normalized_shape, eps, dropout_p, zero_centered, backend)
-    if is_torchs_own(call):
+    chosen = chosen_before(call)
+    if chosen == "torch":
         total = input + residual
         return torch.layer_norm(total, weight.shape, weight, bias, eps), total
-    options = {"dropout_p": dropout_p, "row_scale": row_scale, "zero_centered": zero_centered}
-    args = _arguments(input, residual, normalized_shape, weight, bias, eps, **options)
-    chosen = ADD_LAYER_NORM.select(*args, backend=backend)
+    if chosen is not None:
+        args = input, residual, weight, bias, eps, dropout_p, row_scale, zero_centered
+    else:
+        options = {"dropout_p": dropout_p, "row_scale": row_scale, "zero_centered": zero_centered}
+        args = _arguments(input, residual, normalized_shape, weight, bias, eps, **options)
+        chosen = ADD_LAYER_NORM.select(*args, backend=backend)
+        if chosen != "torch" and args[0] is input and row_scale is None:
+            remember(call, chosen, limit=ANY)
     seed = draw_seed(input.device) if dropout_p > 0 else None
     if chosen == "torch" and is_plain_sum(*args[:2], row_scale, seed):
         total = args[0] + args[1]

@@ -10,6 +10,7 @@ from torch import Tensor
 from slimkernels.dispatch import Op, distinct, kernel_op, needs_gradient
 from slimkernels.ops._dropout import draw_seed
 from slimkernels.ops._first_order import first_order
+from slimkernels.ops._known_calls import ANY, chosen_before, remember
 from slimkernels.ops._residual import (
     add_branch,
     branch_gradients,
@@ -65,9 +66,18 @@ def add_rms_norm(
     Saves             sum, weight, rstd (one float32 a row), row_scale and the seed
     Errors            ValueError naming the argument whose shape, dtype or device is wrong
     """
-    options = {"dropout_p": dropout_p, "row_scale": row_scale, "zero_centered": zero_centered}
-    args = _arguments(input, residual, normalized_shape, weight, eps, **options)
-    chosen = ADD_RMS_NORM.select(*args, backend=backend)
+    tensors = input, residual, weight, row_scale
+    call = tensors, ("add_rms_norm", normalized_shape, eps, dropout_p, zero_centered, backend)
+    chosen = chosen_before(call)
+    if chosen is not None:
+        eps = checked_eps("add_rms_norm", eps, input)
+        args = input, residual, weight, eps, dropout_p, row_scale, zero_centered
+    else:
+        options = {"dropout_p": dropout_p, "row_scale": row_scale, "zero_centered": zero_centered}
+        args = _arguments(input, residual, normalized_shape, weight, eps, **options)
+        chosen = ADD_RMS_NORM.select(*args, backend=backend)
+        if chosen != "torch" and args[0] is input and row_scale is None:
+            remember(call, chosen, limit=ANY)
     seed = draw_seed(input.device) if dropout_p > 0 else None
     if chosen == "torch" and is_plain_sum(*args[:2], row_scale, seed):
         total = args[0] + args[1]

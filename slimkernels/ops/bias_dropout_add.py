@@ -10,7 +10,7 @@ from slimkernels.ops._activation import check_bias
 from slimkernels.ops._checks import check_alike, check_dropout, check_tensor, promoted
 from slimkernels.ops._dropout import draw_seed, dropped
 from slimkernels.ops._first_order import first_order
-from slimkernels.ops._known_calls import is_torchs_own, remember
+from slimkernels.ops._known_calls import chosen_before, remember
 from slimkernels.ops.layer_norm import gradient_of
 
 
@@ -48,7 +48,7 @@ def bias_dropout_add(
     Errors     ValueError naming the argument whose value, shape, dtype or device is wrong
     """
     call = (input, bias, residual), ("bias_dropout_add", dropout_p, backend)
-    if is_torchs_own(call):
+    if chosen_before(call) == "torch":
         return _by_torch(input, bias, residual)
     x, bias, residual, _ = args = _arguments(input, bias, residual, dropout_p)
     chosen = BIAS_DROPOUT_ADD.select(*args, backend=backend)

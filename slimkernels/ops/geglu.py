@@ -31,8 +31,8 @@ def geglu(
 
     Caution: torch's F.glu has the gate last, and so has GEGLU in diffusers.
     """
-    args = _arguments(input, gate=gate, approximate=approximate)
-    return _gated.multiply(GEGLU, _gated.GEGLU, args, backend)
+    curve = gelu_curve("geglu", approximate)
+    return _gated.multiply(GEGLU, _gated.GEGLU, input, gate, curve, backend)
 
 
 def _arguments(input, *, gate=None, approximate="none"):

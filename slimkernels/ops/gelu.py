@@ -26,8 +26,8 @@ def gelu(
     Saves        input and bias
     Errors       ValueError naming the argument whose value, shape, dtype or device is wrong
     """
-    args = _arguments(input, approximate=approximate, bias=bias)
-    return _activation.activate(GELU, _activation.GELU, args, backend)
+    curve = _activation.gelu_curve("gelu", approximate)
+    return _activation.activate(GELU, _activation.GELU, input, bias, curve, backend)
 
 
 def _arguments(input, *, approximate="none", bias=None):

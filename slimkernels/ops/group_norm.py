@@ -15,7 +15,7 @@ from slimkernels.ops._checks import (
     outside_autocast,
 )
 from slimkernels.ops._first_order import first_order
-from slimkernels.ops._known_calls import is_torchs_own, remember
+from slimkernels.ops._known_calls import chosen_before, remember
 from slimkernels.ops.layer_norm import gradient_of, layer_norm_reference
 
 
@@ -53,7 +53,7 @@ def group_norm(
     Errors        ValueError naming the argument whose shape, dtype or device is wrong
     """
     call = (input, weight, bias), ("group_norm", num_groups, eps, backend)
-    if is_torchs_own(call):
+    if chosen_before(call) == "torch":
         return torch.group_norm(input, num_groups, weight, bias, eps)
     args = _arguments(input, num_groups, weight, bias, eps)
     chosen = GROUP_NORM.select(*args, backend=backend)

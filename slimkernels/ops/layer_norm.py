@@ -10,7 +10,7 @@ from torch import Tensor
 from slimkernels.dispatch import Op, distinct, kernel_op, needs_gradient
 from slimkernels.ops._checks import check_eps, check_flag, normalized_rows, outside_autocast
 from slimkernels.ops._first_order import first_order
-from slimkernels.ops._known_calls import is_torchs_own, remember
+from slimkernels.ops._known_calls import chosen_before, remember
 
 
 def layer_norm_reference(
@@ -52,10 +52,16 @@ def layer_norm(
     Errors            ValueError naming the argument whose shape, dtype or device is wrong
     """
     call = (input, weight, bias), ("layer_norm", normalized_shape, eps, zero_centered, backend)
-    if is_torchs_own(call):
+    chosen = chosen_before(call)
+    if chosen == "torch":
         return torch.layer_norm(input, weight.shape, weight, bias, eps)
-    args = _arguments(input, normalized_shape, weight, bias, eps, zero_centered=zero_centered)
-    chosen = LAYER_NORM.select(*args, backend=backend)
+    if chosen is not None:
+        args = input, weight, bias, eps, zero_centered
+    else:
+        args = _arguments(input, normalized_shape, weight, bias, eps, zero_centered=zero_centered)
+        chosen = LAYER_NORM.select(*args, backend=backend)
+        if chosen != "torch" and args[0] is input:
+            remember(call, chosen)
     if chosen == "torch":
         y = layer_norm_by_torch(*args)
         if backend is None and weight is not None and not is_odd(*args):

@@ -9,7 +9,7 @@ from torch import Tensor
 from slimkernels.dispatch import Op, distinct, kernel_op, needs_gradient
 from slimkernels.ops._checks import check_tensor
 from slimkernels.ops._first_order import first_order
-from slimkernels.ops._known_calls import is_torchs_own, remember
+from slimkernels.ops._known_calls import ANY, chosen_before, remember
 
 
 def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -33,10 +33,15 @@ def linear(
     Errors   ValueError naming the argument whose shape, dtype or device is wrong
     """
     call = (input, weight, bias), ("linear", backend)
-    if is_torchs_own(call):
+    chosen = chosen_before(call)
+    if chosen == "torch":
         return F.linear(input, weight, bias)
-    args = _arguments(input, weight, bias)
-    chosen = LINEAR.select(*args, backend=backend)
+    args = input, weight, bias
+    if chosen is None:
+        _arguments(*args)
+        chosen = LINEAR.select(*args, backend=backend)
+        if chosen != "torch":
+            remember(call, chosen, limit=ANY)
     if chosen == "torch":
         if backend is None:
             remember(call)

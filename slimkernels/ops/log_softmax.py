@@ -9,7 +9,7 @@ from torch import Tensor
 
 from slimkernels.dispatch import Op, kernel_op, needs_gradient
 from slimkernels.ops._first_order import first_order
-from slimkernels.ops._known_calls import is_torchs_own, remember
+from slimkernels.ops._known_calls import chosen_before, remember
 from slimkernels.ops._softmax import converted, scores_of, softmax_arguments
 from slimkernels.ops.softmax import gradients_of
 
@@ -52,7 +52,7 @@ def log_softmax(
     Errors     ValueError naming the argument whose shape, dtype or device is wrong
     """
     call = (input, mask), ("log_softmax", dim, dtype, scale, is_causal, backend)
-    if is_torchs_own(call):
+    if chosen_before(call) == "torch":
         return torch.log_softmax(input, dim)
     x, *_ = args = _arguments(input, dim, dtype=dtype, scale=scale, mask=mask, is_causal=is_causal)
     chosen = LOG_SOFTMAX.select(*args, backend=backend)

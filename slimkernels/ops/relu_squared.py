@@ -21,8 +21,8 @@ def relu_squared(
     Saves    input and bias
     Errors   ValueError naming the argument whose shape, dtype or device is wrong
     """
-    args = _arguments(input, bias=bias)
-    return _activation.activate(RELU_SQUARED, _activation.ReLUSquared, args, backend)
+    function = _activation.ReLUSquared
+    return _activation.activate(RELU_SQUARED, function, input, bias, "relu_squared", backend)
 
 
 def _arguments(input, *, bias=None):

@@ -11,6 +11,7 @@ from torch import Tensor
 from slimkernels.dispatch import Op, distinct, kernel_op, needs_gradient
 from slimkernels.ops._checks import check_eps, check_flag, normalized_rows, outside_autocast
 from slimkernels.ops._first_order import first_order
+from slimkernels.ops._known_calls import ANY, chosen_before, remember
 from slimkernels.ops.layer_norm import full_weight, gradient_of
 
 
@@ -46,8 +47,15 @@ def rms_norm(
     Saves             input, weight and rstd (one float32 a row)
     Errors            ValueError naming the argument whose shape, dtype or device is wrong
     """
-    args = _arguments(input, normalized_shape, weight, eps, zero_centered=zero_centered)
-    chosen = RMS_NORM.select(*args, backend=backend)
+    call = (input, weight), ("rms_norm", normalized_shape, eps, zero_centered, backend)
+    chosen = chosen_before(call)
+    if chosen is not None:
+        args = input, weight, checked_eps("rms_norm", eps, input), zero_centered
+    else:
+        args = _arguments(input, normalized_shape, weight, eps, zero_centered=zero_centered)
+        chosen = RMS_NORM.select(*args, backend=backend)
+        if chosen != "torch" and args[0] is input:
+            remember(call, chosen, limit=ANY)
     if chosen == "torch":
         y = rms_norm_by_torch(*args)
     elif needs_gradient(*args[:2]):

@@ -18,8 +18,7 @@ def silu(input: Tensor, *, bias: Tensor | None = None, backend: str | None = Non
     Saves    input and bias
     Errors   ValueError naming the argument whose shape, dtype or device is wrong
     """
-    args = _arguments(input, bias=bias)
-    return _activation.activate(SILU, _activation.SiLU, args, backend)
+    return _activation.activate(SILU, _activation.SiLU, input, bias, "silu", backend)
 
 
 def _arguments(input, *, bias=None):

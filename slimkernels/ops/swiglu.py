@@ -24,8 +24,7 @@ def swiglu(input: Tensor, *, gate: Tensor | None = None, backend: str | None = N
 
     Caution: torch's F.glu has the gate last.
     """
-    args = _arguments(input, gate=gate)
-    return _gated.multiply(SWIGLU, _gated.SwiGLU, args, backend)
+    return _gated.multiply(SWIGLU, _gated.SwiGLU, input, gate, "silu", backend)
 
 
 def _arguments(input, *, gate=None):
