@@ -24,7 +24,8 @@ from slimkernels.ops._attention_checks import (
 from slimkernels.ops._attention_variant import AttentionVariant, Call, RelativeBias
 from slimkernels.ops._checks import (
     FLOATING,
-    cast_alike,
+    autocast_dtype,
+    cast_unless_float64,
     check_dropout,
     check_flag,
     check_integer,
@@ -59,16 +60,15 @@ def call_of(
     return_lse=False,
 ) -> tuple[Tensor, Tensor, Tensor, Call]:
     """What the op, the definition and every backend take, without dropout's seed."""
+    dtype = autocast_dtype(query)
+    if dtype is not None:
+        given = query, key, value, attn_mask, variant
+        query, key, value, attn_mask, variant = _as_autocast(dtype, *given)
     options = dropout_p, is_causal, scale, enable_gqa, return_lse
     is_plain = attn_mask is cu_seqlens is variant is None
     signature = _signature(query, key, value, options) if is_plain else None
     call = None if signature is None else _known_calls.get(signature)
     if call is None:
-        cast = cast_alike(query, key, value, attn_mask)
-        if cast is not None:
-            of = {"scale": scale, "enable_gqa": enable_gqa, "return_lse": return_lse}
-            of |= {"key_lengths": key_lengths, "cu_seqlens": cu_seqlens, "variant": variant}
-            return call_of(*cast, dropout_p, is_causal, **of)
         call = _checked(query, key, value, attn_mask, cu_seqlens, variant, options)
         if signature is not None:
             if len(_known_calls) >= _MOST_KNOWN:
@@ -96,6 +96,25 @@ def _signature(query, key, value, options):
         *(value.shape, value.dtype, value.device, value.layout),
         options,
     )
+
+
+def _as_autocast(dtype, query, key, value, attn_mask, variant):
+    """What torch's function has, too, is cast as there. A variant's parameters may be float32
+    beside any dtype; narrower ones go along, or the checks would refuse them."""
+    if any(getattr(t, "dtype", None) == torch.float64 for t in (query, key, value)):
+        return query, key, value, attn_mask, variant
+    tensors = [cast_unless_float64(t, dtype) for t in (query, key, value, attn_mask)]
+    if isinstance(variant, AttentionVariant):
+        relative = variant.relative_bias
+        if isinstance(relative, RelativeBias):
+            relative = relative._replace(table=_unless_float32(relative.table, dtype))
+        bias, sinks = (_unless_float32(t, dtype) for t in (variant.bias, variant.sinks))
+        variant = variant._replace(bias=bias, sinks=sinks, relative_bias=relative)
+    return *tensors, variant
+
+
+def _unless_float32(x, dtype):
+    return x if getattr(x, "dtype", None) == torch.float32 else cast_unless_float64(x, dtype)
 
 
 def _checked(query, key, value, attn_mask, cu_seqlens, variant, options):
