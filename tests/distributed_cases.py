@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 
 import slimkernels
 from slimkernels.dispatch import OPS
+from slimkernels.integrations import _hf_mask
 from slimkernels.nn import _torchs_own
 
 RANKS = 2
@@ -26,12 +28,14 @@ CASES = [
 ]
 
 
-def batch_of(family: str, rank: int) -> dict[str, Tensor]:
+def batch_of(family: str, rank: int) -> dict[str, Tensor | bool]:
     """Each rank's own two rows, of other lengths."""
-    return {name: t[rank : rank + 2] for name, t in FAMILIES[family].inputs().items()}
+    batch = {name: t[rank : rank + 2] for name, t in FAMILIES[family].inputs().items()}
+    # As in the Trainer: a decoder that caches keeps its padding.
+    return batch | ({"use_cache": False} if family == "llama" else {})
 
 
-def two_steps(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def two_steps(model: nn.Module, batch: dict[str, Tensor | bool]) -> dict[str, Tensor]:
     """Both losses, and the gradients of the second; under the model's own names."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     results = {}
@@ -99,8 +103,10 @@ def _tried(mesh, family, wrapper, first):
             model = nn.parallel.DistributedDataParallel(model)
         if first != "replace":
             swapped = slimkernels.replace(model).swapped
-        results = two_steps(model, batch_of(family, dist.get_rank()))
-        return results | {"swapped": len(swapped)}
+        begin = _hf_mask.Packing.begin
+        with mock.patch.object(_hf_mask.Packing, "begin", side_effect=begin) as spy:
+            results = two_steps(model, batch_of(family, dist.get_rank()))
+        return results | {"swapped": len(swapped), "packed": spy.call_count}
     except Exception as error:  # so that the other rank does not wait for this one's next case
         return error
 

@@ -28,6 +28,7 @@ LAYERS = {
         *("__version__", "dispatch", "info", "ops", "nn", "models", "integrations", "data"),
         "training",
     },
+    "__main__": {"scripts"},
     "testing": {"dispatch", "ops"},
     "info": {"__version__", "dispatch"},
     "__init__": {"dispatch", "info", "ops", "nn", "optim", "integrations", "models"},

@@ -56,7 +56,6 @@ def attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, **options
         )
-    tensors = _as_autocast((query, key, value))
     extras = {"softcap": softcap or None, "sinks": s_aux, "bias": position_bias}
     options = {"dropout_p": dropout, "scale": scaling}
     boundaries = None
@@ -66,10 +65,10 @@ def attention(
         boundaries = cu_seq_lens_q, cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k
         extras["window"] = _window(sliding_window, is_causal)
     if boundaries is not None:
-        return _ragged(*tensors, boundaries, options, extras), None
+        return _ragged(query, key, value, boundaries, options, extras), None
     options |= _masked(attention_mask, query, key, is_causal, extras)
     options |= {"enable_gqa": key.shape[1] != query.shape[1], "variant": _variant(extras)}
-    y = scaled_dot_product_attention(*tensors, **options)
+    y = scaled_dot_product_attention(query, key, value, **options)
     return y.transpose(1, 2).contiguous(), None
 
 
@@ -168,12 +167,3 @@ def _is_small(query, mask):
 def _is_foreign(query, key):
     """What torch's function does and ours does not: other devices, and one row for all keys."""
     return not (query.is_cpu or query.is_cuda) or query.shape[0] != key.shape[0]
-
-
-def _as_autocast(tensors):
-    """In autocast's dtype where it is on, as torch's own attention would be."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) for t in tensors)

@@ -190,7 +190,7 @@ class Packing:
         row = row.repeat_interleave(lengths, output_size=total)  # so that nobody waits
         within = torch.arange(total, device=lengths.device) - self.cu_seqlens[row]
         self.indices = row * L + within
-        self._tables: dict[int, tuple] = {}
+        self._tables: dict[tuple[int, ...], tuple] = {}
 
     @classmethod
     def begin(cls, mask: Tensor, pattern: Pattern) -> Packing:
@@ -205,16 +205,16 @@ class Packing:
 
     def unpack(self, x: Tensor) -> Tensor:
         """(1, T, ...) to (B, L, ...), zeros where padding was."""
-        B, L = self.shape
-        return _Unpack.apply(x[0], self.indices, B * L).view(B, L, *x.shape[2:])
+        return _Unpack.apply(x[0], self.indices, self.shape)
 
     def tables(self, tables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Tables (1 or B, L, D) by position as (1, T, D) by token; made once for all layers."""
-        known = self._tables.get(id(tables))
+        key = tuple(map(id, tables))  # of FSDP's hooks each layer gets another tuple of them
+        known = self._tables.get(key)
         if known is None:
             B, L = self.shape
             made = tuple(self.pack(t.expand(B, *t.shape[1:])) for t in tables)
-            known = self._tables[id(tables)] = tables, made  # kept: an id is one while it lives
+            known = self._tables[key] = tables, made  # kept: ids are theirs while they live
         return known[1]
 
 
@@ -230,22 +230,25 @@ class _Pack(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, indices):
         ctx.save_for_backward(indices)
-        ctx.rows = x.shape[0]
+        ctx.shape = x.shape[:1]
         return x.index_select(0, indices)
 
     @staticmethod
     def backward(ctx, dy):
-        return _Unpack.apply(dy, ctx.saved_tensors[0], ctx.rows), None
+        return _Unpack.apply(dy, ctx.saved_tensors[0], ctx.shape), None
 
 
 class _Unpack(torch.autograd.Function):
-    """_Pack's transpose."""
+    """_Pack's transpose, of rows in any shape. No view comes out: FSDP2 warns of one."""
 
     @staticmethod
-    def forward(ctx, x, indices, rows):
+    def forward(ctx, x, indices, shape):
         ctx.save_for_backward(indices)
-        return x.new_zeros(rows, *x.shape[1:]).index_copy_(0, indices, x)
+        ctx.last = len(shape) - 1
+        y = x.new_zeros(*shape, *x.shape[1:])
+        y.view(-1, *x.shape[1:]).index_copy_(0, indices, x)
+        return y
 
     @staticmethod
     def backward(ctx, dy):
-        return _Pack.apply(dy, ctx.saved_tensors[0]), None, None
+        return _Pack.apply(dy.flatten(0, ctx.last), ctx.saved_tensors[0]), None, None

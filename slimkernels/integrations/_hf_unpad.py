@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextvars
 import functools
 import inspect
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -120,10 +121,10 @@ class Stack:
 
     The padded path is taken under torch.compile, where padding is on the left or absent or less
     than a twentieth of the batch, where a sequence has no tokens, where hidden states or attentions
-    are recorded, where a hook in the stack would see packed shapes, where a part is compiled, under
-    activation checkpointing of the reentrant kind, and inside a Head that reads padding. A decoder
-    takes it, too, where keys and values are cached, and where no Head has labels: who has none may
-    read a token after the last.
+    are recorded, where a hook in the stack would see packed shapes (FSDP2's do not look), where a
+    part is compiled, under activation checkpointing of the reentrant kind, and inside a Head that
+    reads padding. A decoder takes it, too, where keys and values are cached, and where no Head has
+    labels: who has none may read a token after the last.
     """
 
     def forward(self, *args, **kwargs):
@@ -193,6 +194,8 @@ class GPT2Layer(Layer):
         return _unpacked(output, packing)
 
 
+# Where the hooks that fully_shard registers are defined.
+_FSDP2 = "torch.distributed.fsdp._fully_shard._fsdp_state"
 # Names of the cache of keys and values: the first is transformers' own, the last GPT-NeoX's.
 _CACHES = "cache", "past_key_values", "layer_past"
 
@@ -250,8 +253,7 @@ def _is_seen(stack: Module) -> bool:
             *(module._backward_hooks or {}).values(),
             *(module._backward_pre_hooks or {}).values(),
         )
-        # transformers leaves its recorders in place, idle unless something is recorded.
-        if any(getattr(hook, "__name__", "") != "output_capturing_hook" for hook in hooks):
+        if any(not _is_blind(hook, module, stack) for hook in hooks):
             return True
         if module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule":
             return True  # compiled code neither packs nor knows of packing
@@ -260,6 +262,17 @@ def _is_seen(stack: Module) -> bool:
             if getattr(function, "keywords", {}).get("use_reentrant", True):
                 return True  # it recomputes with a copy of the mask
     return False
+
+
+def _is_blind(hook: Callable, module: Module, stack: Module) -> bool:
+    """Whether a hook has no use for the shapes inside `stack`."""
+    # transformers leaves its recorders in place, idle unless something is recorded.
+    if getattr(hook, "__name__", "") == "output_capturing_hook":
+        return True
+    # FSDP2's gather and free parameters, and hand tensors on. Inside a layer that would be too late
+    # for one that reads its parts' parameters before it runs them, as BiasedLayer does.
+    is_whole = isinstance(module, Layer) or module is stack or module in stack.children()
+    return is_whole and getattr(hook, "__module__", "") == _FSDP2
 
 
 def _unpacked(output, packing: Packing | None):

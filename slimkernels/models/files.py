@@ -28,6 +28,11 @@ def path_of(path: object, caller: str) -> Path:
     return Path(path)
 
 
+def is_hub_name(path: str) -> bool:
+    """Whether `path` has the form of a name on the Hub, which no absolute path has."""
+    return _NAME.fullmatch(path) is not None
+
+
 def folder_of(path: str | Path, caller: str) -> Path:
     """`path` if it is a folder; else what huggingface_hub has downloaded under this name.
 
@@ -38,7 +43,7 @@ def folder_of(path: str | Path, caller: str) -> Path:
         return folder
     if folder.exists():
         raise ValueError(f"{caller}: path must be a folder; {path} is a file")
-    if _NAME.fullmatch(str(path)) is None:
+    if not is_hub_name(str(path)):
         raise ValueError(f"{caller}: path must be a folder that exists; {path} does not")
     try:
         from huggingface_hub import snapshot_download

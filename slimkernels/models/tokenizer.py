@@ -19,6 +19,7 @@ TOKENIZER = "tokenizer.json"
 _SETTINGS = "tokenizer_config.json"
 _VOCABULARY = "vocab.txt"
 _SPECIAL = ("pad", "unk", "cls", "sep", "mask", "bos", "eos")
+_LARGEST_ID = 2**32 - 1  # of the library's integers
 # What stands in for "no limit" in tokenizer_config.json is around 1e30.
 _NO_LIMIT = 10**9
 # Classes that do not say whose inputs they make.
@@ -152,7 +153,11 @@ class AutoTokenizer:
         self._set(padding, truncation, max_length)
         is_one = isinstance(text, str)
         texts = _texts(text, text_pair)
-        encoded = self.inner.encode_batch(texts, add_special_tokens=add_special_tokens)
+        try:
+            encoded = self.inner.encode_batch(texts, add_special_tokens=add_special_tokens)
+        except TypeError:  # of all that is checked above it is left to be no Unicode
+            _refuse_surrogates(texts)
+            raise
         fields = {
             "input_ids": [e.ids for e in encoded],
             "token_type_ids": [e.type_ids for e in encoded],
@@ -172,9 +177,8 @@ class AutoTokenizer:
         return self(text, add_special_tokens=add_special_tokens)["input_ids"]
 
     def decode(self, ids: Iterable[int] | Tensor, *, skip_special_tokens: bool = False) -> str:
-        """The text of ids."""
-        ids = [int(i) for i in ids]
-        return self.inner.decode(ids, skip_special_tokens=skip_special_tokens)
+        """The text of ids; one that no token has stands for nothing, as in transformers."""
+        return self.inner.decode(_ids(ids), skip_special_tokens=skip_special_tokens)
 
     def batch_decode(self, rows: Iterable, *, skip_special_tokens: bool = False) -> list[str]:
         """The text of each row of ids."""
@@ -187,9 +191,9 @@ class AutoTokenizer:
             return self.unk_token_id if found is None else found
         return [self.convert_tokens_to_ids(token) for token in tokens]
 
-    def convert_ids_to_tokens(self, ids: Iterable[int] | Tensor) -> list[str]:
-        """The token of each id."""
-        return [self.inner.id_to_token(int(i)) for i in ids]
+    def convert_ids_to_tokens(self, ids: Iterable[int] | Tensor) -> list[str | None]:
+        """The token of each id; None where no token has it."""
+        return [self.inner.id_to_token(i) for i in _ids(ids)]
 
     def _set(self, padding, truncation, max_length):
         """Every call sets both anew: a tokenizer.json may come with settings of its own."""
@@ -257,6 +261,26 @@ def _texts(text, text_pair) -> list[str | tuple[str, str]]:
             f"tokenizer: text_pair must have {len(texts)} texts like text; got {len(seconds)}"
         )
     return list(zip(texts, seconds, strict=True))
+
+
+def _refuse_surrogates(texts: list[str | tuple[str, str]]) -> None:
+    """Names the first character that no encoding of Unicode has."""
+    for text in (each for t in texts for each in ((t,) if isinstance(t, str) else t)):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"tokenizer: text must be Unicode; got half of a surrogate pair, "
+                f"{text[error.start]!r}, at {error.start} of a text of {len(text)} characters"
+            ) from None
+
+
+def _ids(ids: Iterable[int] | Tensor) -> list[int]:
+    found = [int(i) for i in ids]
+    for i in found:
+        if not 0 <= i <= _LARGEST_ID:
+            raise ValueError(f"tokenizer: ids must be from 0 to {_LARGEST_ID}; got {i}")
+    return found
 
 
 def _tensor(rows: list[list[int]]) -> Tensor:

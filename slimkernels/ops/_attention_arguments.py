@@ -26,7 +26,8 @@ from slimkernels.ops._attention_variant import AttentionVariant, Call, RelativeB
 from slimkernels.ops._call_memory import CallMemory
 from slimkernels.ops._checks import (
     FLOATING,
-    cast_alike,
+    autocast_dtype,
+    cast_unless_float64,
     check_dropout,
     check_flag,
     check_integer,
@@ -37,7 +38,8 @@ from slimkernels.ops._score_function import ScoreFunction
 # Of offsets and windows: kernels add two of them to a position in 32 bits.
 _FARTHEST = 2**29
 
-# Checked calls without further tensors: the checks take as long as a small call's numbers.
+# Checked calls without further tensors but boundaries, which are not kept: the checks take as long
+# as a small call's numbers.
 _MOST_KNOWN = 1024
 _known_calls = CallMemory(_MOST_KNOWN)
 
@@ -58,27 +60,47 @@ def call_of(
     return_lse=False,
 ) -> tuple[Tensor, Tensor, Tensor, Call]:
     """What the op, the definition and every backend take, without dropout's seed."""
+    dtype = autocast_dtype(query)
+    if dtype is not None:
+        given = query, key, value, attn_mask, variant
+        query, key, value, attn_mask, variant = _as_autocast(dtype, *given)
     options = dropout_p, is_causal, scale, enable_gqa, return_lse
-    is_plain = attn_mask is cu_seqlens is variant is None
-    may_be_known = is_plain and not is_dynamo_compiling()
-    outside = (query, key, value), options
+    boundaries = cu_seqlens if isinstance(cu_seqlens, tuple) else (cu_seqlens, cu_seqlens)
+    outside = (query, key, value, *boundaries), options
+    may_be_known = attn_mask is variant is None and not is_dynamo_compiling()
     call = _known_calls.get(outside) if may_be_known else None
     if call is None:
-        cast = cast_alike(query, key, value, attn_mask)
-        if cast is not None:
-            of = {"scale": scale, "enable_gqa": enable_gqa, "return_lse": return_lse}
-            of |= {"key_lengths": key_lengths, "cu_seqlens": cu_seqlens, "variant": variant}
-            return call_of(*cast, dropout_p, is_causal, **of)
         call = _checked(query, key, value, attn_mask, cu_seqlens, variant, options)
         # What traces has tensors for sizes: they must not be in a call that is kept.
         if may_be_known and may_skip_dispatcher((query, key, value)):
-            _known_calls.put(outside, call)
+            _known_calls.put(outside, call._replace(cu_seqlens_q=None, cu_seqlens_k=None))
+    elif cu_seqlens is not None:
+        call = call._replace(cu_seqlens_q=boundaries[0], cu_seqlens_k=boundaries[1])
     if key_lengths is not None:
         check_key_lengths(key_lengths, query, call)
         call = call._replace(key_lengths=key_lengths)
-    if key_lengths is not None or not is_plain:
+    if not (key_lengths is attn_mask is cu_seqlens is variant is None):
         check_values(query, key, call)
     return query, key, value, call
+
+
+def _as_autocast(dtype, query, key, value, attn_mask, variant):
+    """What torch's function has, too, is cast as there. A variant's parameters may be float32
+    beside any dtype; narrower ones go along, or the checks would refuse them."""
+    if any(getattr(t, "dtype", None) == torch.float64 for t in (query, key, value)):
+        return query, key, value, attn_mask, variant
+    tensors = [cast_unless_float64(t, dtype) for t in (query, key, value, attn_mask)]
+    if isinstance(variant, AttentionVariant):
+        relative = variant.relative_bias
+        if isinstance(relative, RelativeBias):
+            relative = relative._replace(table=_unless_float32(relative.table, dtype))
+        bias, sinks = (_unless_float32(t, dtype) for t in (variant.bias, variant.sinks))
+        variant = variant._replace(bias=bias, sinks=sinks, relative_bias=relative)
+    return *tensors, variant
+
+
+def _unless_float32(x, dtype):
+    return x if getattr(x, "dtype", None) == torch.float32 else cast_unless_float64(x, dtype)
 
 
 def _checked(query, key, value, attn_mask, cu_seqlens, variant, options):
@@ -139,7 +161,8 @@ def check_values(query: Tensor, key: Tensor, call: Call) -> None:
     """
     if call.ragged:
         check_boundary_values(call.cu_seqlens_q, "query", query)
-        check_boundary_values(call.cu_seqlens_k, "key", key)
+        if call.cu_seqlens_k is not call.cu_seqlens_q or len(key) != len(query):
+            check_boundary_values(call.cu_seqlens_k, "key", key)
     if call.key_lengths is not None:
         Tk = key.shape[2]
         check_range("key_lengths", f"from 0 to the {Tk} keys", call.key_lengths, 0, Tk)

@@ -200,22 +200,20 @@ def promoted(x: Tensor, other: object) -> tuple[Tensor, object]:
     return x.to(dtype), other.to(dtype)
 
 
-def cast_alike(*tensors: object) -> tuple | None:
-    """Query, key, value and a mask in autocast's dtype, as torch's own attention takes them; None
-    where the first three are alike, or autocast is off or leaves one of them alone."""
-    *three, mask = tensors
-    if not all(isinstance(t, Tensor) and t.dtype in FLOATING for t in three):
+def autocast_dtype(x: object) -> torch.dtype | None:
+    """What autocast casts to beside x, by x's device; None where it is off, or there is none."""
+    if not isinstance(x, Tensor):
         return None
-    dtypes = [t.dtype for t in three]
-    if dtypes[0] == dtypes[1] == dtypes[2] or torch.float64 in dtypes:
+    device = autocast_device(x)
+    if not torch.is_autocast_enabled(device) or x.is_meta:  # which torch leaves as it is
         return None
-    device = autocast_device(three[0])
-    if not torch.is_autocast_enabled(device):
-        return None
-    dtype = torch.get_autocast_dtype(device)
-    if isinstance(mask, Tensor) and mask.dtype in (torch.float16, torch.bfloat16):
-        mask = mask.to(dtype)  # a wider one may stay
-    return *(t.to(dtype) for t in three), mask
+    return torch.get_autocast_dtype(device)
+
+
+def cast_unless_float64(x: object, dtype: torch.dtype) -> object:
+    """x in `dtype`, as autocast casts: a floating tensor, but no float64."""
+    casts = isinstance(x, Tensor) and x.dtype in FLOATING and x.dtype != torch.float64
+    return x.to(dtype) if casts else x
 
 
 def outside_autocast(function: Callable[..., Tensor], x: Tensor, *args) -> Tensor:

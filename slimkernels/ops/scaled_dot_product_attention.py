@@ -76,8 +76,8 @@ def scaled_dot_product_attention(
     Caution      Nothing in another sequence or past key_lengths is ever seen, NaN included. But NaN
                  or infinity in a key or value that another mask hides may reach the queries that
                  do not see it, as in torch.
-                 Under autocast query, key and value of different dtypes are cast to autocast's, as
-                 by torch; of one dtype they stay as they are, and the output has query's.
+                 Under autocast query, key, value and a floating attn_mask are cast to its dtype, as
+                 by torch, unless query, key or value is float64.
                  torch.func's grad, jvp and vmap, and second derivatives, want use_backend("torch").
                  The backend "torch" stores all scores, with cu_seqlens those between sequences too:
                  O(H * Tq * Tk) memory. explain() says when it runs, and why.

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from slimkernels.dispatch import Op
 from slimkernels.integrations.replace import replace, restore
+from slimkernels.models.files import is_hub_name
 from slimkernels.ops._known_calls import nothing_known
 from slimkernels.training.device import resolve_device, resolve_precision
 
@@ -70,8 +71,7 @@ def diagnose(options: Options) -> int:
         if getattr(options, name) < 1:
             raise ValueError(f"--{name} must be at least 1; got {getattr(options, name)}")
     device = resolve_device(options.device)
-    is_path = os.path.exists(options.model) or os.path.isabs(options.model)
-    where = "" if is_path else " from the Hugging Face Hub, or its cache here"
+    where = "" if is_folder(options.model) else " from the Hugging Face Hub, or its cache here"
     with step(f"Loading transformers, and {options.model}{where}"):
         model = load(options.model).to(device, resolve_precision(options.precision, device)).eval()
     inputs = padded_batch(model, options.batch, options.length)
@@ -90,6 +90,17 @@ def diagnose(options: Options) -> int:
     real = inputs["attention_mask"].sum().item() if "attention_mask" in inputs else None
     print(verdict(seconds, error, options, real))
     return 0
+
+
+def is_folder(model: str) -> bool:
+    """False for what may be a name on the Hub; a ValueError for what is neither."""
+    exists = os.path.exists(model)
+    if not os.path.isdir(model) and (exists or not is_hub_name(model)):
+        reason = "is a file" if exists else "does not exist"
+        raise ValueError(
+            f"model must be a folder, or a name on the Hugging Face Hub; {model} {reason}"
+        )
+    return exists
 
 
 def compare(model, inputs: dict[str, Tensor]) -> float:

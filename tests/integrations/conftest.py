@@ -4,9 +4,11 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 from hf_families import FAMILIES
 from module_cases import assert_model_no_worse, outputs_and_gradients
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from slimkernels import replace
 from slimkernels.nn import _torchs_own
@@ -80,6 +82,14 @@ def expected(original, batch):
     return tuple(
         outputs_and_gradients(module, lambda m: m(*batch)) for module in (original, double)
     )
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    """Of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
 
 
 @pytest.fixture

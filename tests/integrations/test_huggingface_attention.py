@@ -15,6 +15,7 @@ from transformers import AttentionInterface
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward as with_sinks
 from transformers.models.llama.modeling_llama import eager_attention_forward as plain
 
+import slimkernels.integrations.huggingface  # noqa: F401  registers attention
 from slimkernels.integrations import _hf_attention, _hf_mask
 
 

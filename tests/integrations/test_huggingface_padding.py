@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
 from hf_configs import GPT2
 from hf_families import FAMILIES, LENGTHS, REAL, B, L, answered, causal, masked, tagged, tokens
+from torch.distributed.fsdp import fully_shard
 
 import slimkernels
 from slimkernels.nn import _torchs_own
@@ -94,6 +96,42 @@ def test_activation_checkpointing(name, reentrant, packings):
     torch.testing.assert_close(loss, expected)
     for n, p in model.named_parameters():
         torch.testing.assert_close(p.grad, gradients[n], msg=n)
+
+
+@pytest.mark.parametrize("case", ["layers", "parts of them", "watched"])
+@pytest.mark.parametrize(
+    "name, layers, part", [("gpt2", "transformer.h", "attn"), ("t5", "encoder.block", "layer.0")]
+)
+def test_sharded_layers_are_packed(name, layers, part, case, mesh, packings):
+    family = FAMILIES[name]
+    model = family.make().train()
+    batch = family.inputs() | ({"use_cache": False} if name == "gpt2" else {})
+    slimkernels.replace(model)
+    if case != "layers":  # a hook of somebody else's
+        model.get_submodule(layers)[0].register_forward_hook(lambda *_: None)
+    expected = model(**batch).loss
+    expected.backward()
+    gradients = {n: p.grad for n, p in model.named_parameters()}
+    assert bool(packings) == (case == "layers")
+
+    sharded = family.make().train()
+    for layer in sharded.get_submodule(layers):
+        fully_shard(layer.get_submodule(part if case == "parts of them" else ""), mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    slimkernels.replace(sharded)
+    if case == "watched":
+        layer.register_forward_hook(lambda *_: None)
+    packings.clear()
+    with warnings.catch_warnings():
+        # Of a view that comes out, as out of the others of transformers' own modules here.
+        is_theirs = (name, case) not in [("gpt2", "layers"), ("gpt2", "watched")]
+        warnings.simplefilter("ignore" if is_theirs else "error", UserWarning)
+        loss = sharded(**batch).loss
+    loss.backward()
+    assert bool(packings) == (case == "layers")
+    assert torch.equal(loss, expected)
+    for n, p in sharded.named_parameters():
+        assert torch.equal(p.grad.full_tensor(), gradients[n]), n
 
 
 def test_positions_of_a_packed_bias_are_those_in_the_sequences(monkeypatch):

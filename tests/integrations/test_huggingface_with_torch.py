@@ -63,6 +63,7 @@ def test_data_parallel_and_sharded(tmp_path):
         if isinstance(actual[case], Exception):
             raise AssertionError(case) from actual[case]
         counts.setdefault(case[0], set()).add(actual[case].pop("swapped"))
+        assert actual[case].pop("packed") == 2, case  # one a step
         assert_model_no_worse(actual[case], *expected[case[0]])
     assert all(len(each) == 1 and min(each) > 8 for each in counts.values()), counts
 

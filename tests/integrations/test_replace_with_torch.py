@@ -4,10 +4,8 @@ import copy
 
 import pytest
 import torch
-import torch.distributed as dist
 from module_cases import assert_model_no_worse, outputs_and_gradients
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_module, distribute_tensor
 from torch.nn.utils.parametrizations import weight_norm
@@ -140,13 +138,6 @@ def test_parametrized_parts_are_left_and_the_rest_is_right(model, batch):
     assert parametrized == {"encoder.norm", "encoder.layers.0.linear1", "mlp.0"}
     truth = outputs_and_gradients(double, lambda m: m(*batch))
     assert_model_no_worse(outputs_and_gradients(model, lambda m: m(*batch)), expected, truth)
-
-
-@pytest.fixture(scope="module")
-def mesh():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("first", ["replace", "wrap"])

@@ -118,11 +118,24 @@ def test_padding_on_the_left(saved):
         ({"text": ["the", 1]}, "text must be a string, a list of .*; got 1 in it"),
         ({"text": [("a", "b", "c")]}, r"text must be .*; got \('a', 'b', 'c'\) in it"),
         ({"text": [("a", "b")], "text_pair": ["c"]}, "text_pair must be None where text has pairs"),
+        ({"text": "a\ud800"}, r"text must be Unicode; got half .*, '\\ud800', at 1 of a text of 2"),
+        ({"text": [("a", "b"), ("c", "\udfff")]}, r"text must be Unicode; .*'\\udfff', at 0 of"),
     ],
 )
 def test_bad_calls_are_one_sentence(saved, options, sentence):
     with pytest.raises(ValueError, match="^tokenizer: .*" + sentence):
         AutoTokenizer.from_pretrained(saved)(**{"text": TEXTS} | options)
+
+
+@pytest.mark.parametrize("wrong", [-1, 2**32])
+def test_what_is_no_id_is_one_sentence(saved, wrong):
+    ours, theirs = AutoTokenizer.from_pretrained(saved), transformers.BertTokenizer
+    for function in (ours.decode, ours.convert_ids_to_tokens):
+        with pytest.raises(ValueError, match=f"^tokenizer: ids must be from 0 to .*; got {wrong}$"):
+            function([5, wrong])
+    ids = [5, 10**9, 6]  # of the library's integers, and nobody's
+    assert ours.decode(ids) == theirs.from_pretrained(saved).decode(ids) == "the cat"
+    assert ours.convert_ids_to_tokens(ids) == ["the", None, "cat"]
 
 
 @pytest.mark.parametrize("entry, value", [("model_max_length", "512"), ("padding_side", "up")])

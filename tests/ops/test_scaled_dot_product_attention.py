@@ -25,7 +25,7 @@ from op_cases import (
 )
 
 import slimkernels as sk
-from slimkernels.testing import assert_op_matches, run_with_gradients
+from slimkernels.testing import run_with_gradients
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
@@ -212,46 +212,78 @@ def test_same_bits_every_time(backend):
         assert torch.equal(second[name], expected), name
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_autocast_does_not_touch_the_definition(dtype):
-    inputs, options = ragged_case("dropout", dtype, "cpu")
+def test_autocast_does_not_touch_the_definition():
+    inputs, options = ragged_case("dropout", torch.bfloat16, "cpu")
     ours, _, _ = functions_of("torch", inputs, options)
-
-    def under_autocast(*inputs):
-        with torch.autocast("cpu", torch.bfloat16):
-            return ours(*inputs)
-
-    expected, actual = (run_with_gradients(f, inputs) for f in (ours, under_autocast))
+    expected, actual = (run_with_gradients(f, inputs) for f in (ours, _under_autocast(ours)))
     for name in expected:
         assert torch.equal(actual[name], expected[name]), name
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("backend", ["cpu", "torch"])
-def test_autocast_casts_tensors_of_different_dtypes_as_torch_does(backend, compiled):
+def _under_autocast(function):
+    def call(*inputs):
+        with torch.autocast("cpu", torch.bfloat16):
+            return function(*inputs)
+
+    return call
+
+
+@pytest.mark.parametrize(
+    "dtypes",
+    [(torch.float32,) * 4, (torch.float32, torch.bfloat16, torch.float32, torch.float16)],
+    ids=["float32", "mixed"],
+)
+@pytest.mark.parametrize(
+    "backend, compiled", [("cpu", False), ("cpu", True), ("torch", False), ("triton", False)]
+)
+def test_autocast_casts_as_torch_does(backend, compiled, dtypes):
+    tensors = *strided((2, 9, 4), (2, 13, 4), 6, torch.float32, "cpu", True), torch.randn(9, 13)
+    inputs = tuple(t.to(dtype) for t, dtype in zip(tensors, dtypes, strict=True))
+    skip_unsupported(NAME, backend, *(t.bfloat16() for t in inputs))
+
+    def ours(*inputs):
+        return sk.scaled_dot_product_attention(*inputs, backend=backend)
+
+    for function in (F.scaled_dot_product_attention, ours):
+        autocast = maybe_compiled(_under_autocast(function), compiled and function is ours)
+        actual = run_with_gradients(autocast, inputs)
+        expected = run_with_gradients(
+            lambda *ts, f=function: f(*(t.bfloat16() for t in ts)), inputs
+        )
+        for name in expected:
+            assert actual[name].dtype == expected[name].dtype, name
+            assert torch.equal(actual[name], expected[name]), name
+
+
+def test_autocast_is_looked_at_by_each_call():
     q, k, v = strided((2, 9, 4), (2, 13, 4), 6, torch.float32, "cpu", True)
-    q, k, v = (t.bfloat16().to(d) for t, d in ((q, q.dtype), (k, torch.bfloat16), (v, v.dtype)))
-    mask = torch.randn(9, 13).half()
-
-    def autocast(function, **options):
-        def call(q, k, v):
-            with torch.autocast("cpu", torch.bfloat16):
-                return function(q, k, v, attn_mask=mask, **options)
-
-        return call
-
-    skip_unsupported(NAME, backend, *(t.bfloat16() for t in (q, k, v)))
-    ours = maybe_compiled(autocast(sk.scaled_dot_product_attention, backend=backend), compiled)
-
-    def truth(q, k, v):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.bfloat16().to(q.dtype))
-
-    eager = autocast(F.scaled_dot_product_attention)
-    results = assert_op_matches(ours, eager, truth, (q, k, v))
-    expected = run_with_gradients(eager, (q, k, v))
-    assert {n: t.dtype for n, t in results.items()} == {n: t.dtype for n, t in expected.items()}
+    attend, autocast = sk.scaled_dot_product_attention, _under_autocast
+    for function in (attend, autocast(attend), attend, autocast(attend)):
+        expected = torch.float32 if function is attend else torch.bfloat16
+        assert function(q, k, v).dtype == expected
     with pytest.raises(ValueError, match="key must have query's dtype torch.float32; got"):
-        sk.scaled_dot_product_attention(q, k, v, backend=backend)
+        attend(q, k.bfloat16(), v)
+    for dtype, device in ((torch.float64, "cpu"), (torch.float32, "meta")):  # torch leaves both
+        inputs = [t.to(device, dtype) for t in (q, k, v)]
+        theirs = autocast(F.scaled_dot_product_attention)(*inputs)
+        assert autocast(attend)(*inputs).dtype == theirs.dtype == dtype
+    with pytest.raises(ValueError, match="key must have query's dtype torch.float32; got"):
+        autocast(attend)(q, k.double(), v)
+
+
+def test_autocast_takes_a_variants_parameters_along():
+    q, k, v = strided((2, 9, 4), (2, 9, 4), 6, torch.float16, "cpu", True)
+    bias, sinks, table = torch.randn(9, 9), torch.randn(4).half(), torch.randn(3, 4).half()
+    buckets = torch.tensor([0, 1, 2], dtype=torch.int32)
+
+    def call(q, k, v, sinks, table):
+        variant = sk.AttentionVariant(
+            bias=bias, sinks=sinks, relative_bias=sk.RelativeBias(table, buckets)
+        )
+        return sk.scaled_dot_product_attention(q, k, v, variant=variant)
+
+    given = q, k, v, sinks, table
+    assert torch.equal(_under_autocast(call)(*given), call(*(t.bfloat16() for t in given)))
 
 
 @pytest.mark.parametrize("is_causal", [False, True])

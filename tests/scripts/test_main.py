@@ -1,10 +1,25 @@
-"""The command line without the packages of the extra `train`."""
+"""The command line, also without the packages of the extra `train`."""
 
 import os
+import runpy
 import subprocess
 import sys
 
 import pytest
+
+from slimkernels.scripts.main import COMMANDS
+
+
+@pytest.mark.parametrize("argv, status", [([], 0), (["--help"], 0), (["nothing"], 2)])
+def test_the_package_runs_as_the_command(argv, status, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["slimkernels", *argv])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("slimkernels", run_name="__main__", alter_sys=True)
+    assert end.value.code == status
+    shown = capsys.readouterr()
+    told = shown.err if status else shown.out
+    assert told.startswith("slimkernels: unknown" if status else "usage: slimkernels <command>")
+    assert all(name in told for name in COMMANDS)
 
 
 @pytest.mark.parametrize("package", ["tyro", "tokenizers", "tqdm", "safetensors"])
