@@ -72,11 +72,6 @@ def use_backend(name: str | None) -> Iterator[None]:
         _forced = previous
 
 
-def is_forced() -> bool:
-    """Whether use_backend or SLIMKERNELS_BACKEND has named a backend."""
-    return _forced is not None
-
-
 def _is_transformed() -> bool:
     """Whether a transform of torch.func surrounds the call: it hides that a gradient is due."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()

@@ -128,7 +128,7 @@ class SelfOutput:
     """BertSelfOutput, BertOutput: LayerNorm(input_tensor + dropout(dense(hidden_states)))."""
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-        if is_theirs(hidden_states):
+        if is_theirs(input_tensor):
             return super().forward(hidden_states, input_tensor)
         branch = product(self.dense, hidden_states)
         return add_norm(branch, input_tensor, self.LayerNorm, self.dropout)[0]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling, is_dynamo_compiling
 
-from slimkernels.dispatch import is_forced
+from slimkernels import dispatch
 
 # Elements of x below which, in evaluation on the CPU, the one call into C++ that torch's attention
 # and encoder layer make is faster than our ops one by one (one thread). A layer of torch's: 1.7
@@ -25,8 +26,14 @@ def is_torchs(x: object) -> bool:
 def is_small(x: Tensor) -> bool:
     """Whether torch's path for evaluation is faster for x, if torch has one for the call.
 
-    It raises under autocast on the CPU, and whoever has named a backend gets that.
+    It raises under autocast on the CPU, and whoever has named a backend gets that. A small model
+    asks dozens of times in a forward pass: the checks that decide most often come first.
     """
-    if torch.compiler.is_compiling() or is_torchs(x) or torch.is_grad_enabled() or is_forced():
+    if torch.is_grad_enabled() or is_dynamo_compiling() or dispatch._forced is not None:
+        return False
+    if type(x) is not Tensor:  # what traces has types of its own
+        if is_compiling() or is_torchs(x):
+            return False
+    elif x.is_nested:
         return False
     return x.is_cpu and x.numel() < MIN_ELEMENTS and not torch.is_autocast_enabled("cpu")
