@@ -32,6 +32,7 @@ def assert_no_worse(
     assert actual.dtype == eager.dtype, f"{what}: dtype {actual.dtype}, expected {eager.dtype}"
     ulp = torch.finfo(actual.dtype).eps
     actual, eager, truth = (t.detach().double().cpu() for t in (actual, eager, truth))
+    assert not (truth.isnan() & eager.isfinite()).any(), f"{what}: the truth itself is NaN"
     finite = truth.isfinite() & eager.isfinite()  # float16 may overflow where float64 does not
     same = torch.where(finite, actual.isfinite(), actual.isfinite() == eager.isfinite())
     assert same.all(), f"{what}: {int((~same).sum())} values are finite where they must not, or not"

@@ -48,13 +48,7 @@ def two_steps(model: nn.Module, batch: dict[str, Tensor | bool]) -> dict[str, Te
     for name, p in model.named_parameters():
         grad = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
         results[name.removeprefix("module.")] = grad
-    return without_rounding(results)
-
-
-def without_rounding(results: dict[str, Tensor]) -> dict[str, Tensor]:
-    """All but the gradients of keys' biases, which change no softmax: those are rounding alone, in
-    units of which no other error would be seen."""
-    return {name: t for name, t in results.items() if not name.endswith("key.bias")}
+    return results
 
 
 def alone(family: str, dtype: torch.dtype) -> list[dict[str, Tensor]]:
@@ -76,7 +70,7 @@ def alone(family: str, dtype: torch.dtype) -> list[dict[str, Tensor]]:
                         p -= 0.01 * mean
     names = [name for name, _ in models[0].named_parameters()]
     gradients = dict(zip(names, means, strict=True))
-    return [without_rounding(each | gradients) for each in losses]
+    return [each | gradients for each in losses]
 
 
 def in_group(rank: int, meeting: Path) -> dict[tuple, dict[str, Tensor] | Exception]:

@@ -253,7 +253,8 @@ FAMILIES = {
     "gemma2": Family(
         "Gemma2ForCausalLM",
         "Gemma2Config",
-        {**LLAMA, "sliding_window": 4, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0},
+        # A window in which padding, too, sees a token: it is NaN in theirs, in float64.
+        {**LLAMA, "sliding_window": 9, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0},
         causal,
         ("ZeroCenteredRMSNorm", "GatedMLP"),
         generates=True,

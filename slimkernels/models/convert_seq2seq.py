@@ -20,6 +20,14 @@ from slimkernels.models.convert import (
     taken,
 )
 
+
+def _ties(config: TransformerConfig, prefix: str) -> dict[str, str]:
+    """Both stacks have the shared table, and so has the vocabulary where the config says so."""
+    seconds = [f"{prefix}{stack}.embed_tokens.weight" for stack in ("encoder", "decoder")]
+    seconds += ["lm_head.weight"] if config.tie_embeddings else []
+    return dict.fromkeys(seconds, f"{prefix}shared.weight")
+
+
 _T5_ACTIVATIONS = {
     "relu": "relu",
     "gelu": "gelu",
@@ -128,12 +136,6 @@ def _t5_entries(config: TransformerConfig) -> dict:
     )
 
 
-def _t5_ties(config: TransformerConfig) -> dict[str, str]:
-    seconds = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"]
-    seconds += ["lm_head.weight"] if config.tie_embeddings else []
-    return {name: "shared.weight" for name in seconds}
-
-
 # Of the published models.
 _T5_TOKENS = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
 T5 = Family(
@@ -142,7 +144,7 @@ T5 = Family(
     names=_t5_names,
     from_theirs=_t5_config,
     to_theirs=_t5_entries,
-    ties=_t5_ties,
+    ties=lambda config: _ties(config, ""),
     defaults=_T5_TOKENS,
     # The first checkpoints have a table of distances that no model reads.
     constants=("EncDecAttention.relative_attention_bias.weight",),
@@ -240,12 +242,6 @@ def _bart_entries(config: TransformerConfig) -> dict:
     }
 
 
-def _bart_ties(config: TransformerConfig) -> dict[str, str]:
-    seconds = ["model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight"]
-    seconds += ["lm_head.weight"] if config.tie_embeddings else []
-    return {name: "model.shared.weight" for name in seconds}
-
-
 _BART_TOKENS = {
     "bos_token_id": 0,
     "pad_token_id": 1,
@@ -259,7 +255,7 @@ BART = Family(
     names=_bart_names,
     from_theirs=_bart_config,
     to_theirs=_bart_entries,
-    ties=_bart_ties,
+    ties=lambda config: _ties(config, "model."),
     defaults=_BART_TOKENS,
     untied="lm_head.weight",
 )

@@ -7,7 +7,7 @@ import multiprocessing
 
 import pytest
 import torch
-from distributed_cases import CASES, RANKS, alone, child, in_group, without_rounding
+from distributed_cases import CASES, RANKS, alone, child, in_group
 from hf_families import FAMILIES, LENGTHS, L, masked, tokens
 from module_cases import assert_model_no_worse
 from torch.nn.utils.parametrizations import weight_norm
@@ -37,7 +37,7 @@ def _results(model):
     loss = model(**masked()).loss
     loss.backward()
     gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    return {"loss": loss.detach()} | without_rounding(gradients)
+    return {"loss": loss.detach()} | gradients
 
 
 def test_data_parallel_and_sharded(tmp_path):

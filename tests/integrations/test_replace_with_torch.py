@@ -115,17 +115,17 @@ def test_made_on_the_meta_device(original, assert_right):
     assert_right(model)
 
 
-def test_functional_call(swapped, batch, expected):
+def test_functional_call(original, swapped, batch):
     parameters = dict(swapped.named_parameters())
 
     def loss(parameters):
         return torch.func.functional_call(swapped, parameters, batch)[0]
 
-    gradients = torch.func.grad(loss)(parameters)
-    with slimkernels.use_backend("torch"):
-        swapped(*batch)[0].backward()
-    for name, parameter in parameters.items():
-        torch.testing.assert_close(gradients[name], parameter.grad)
+    results = [torch.func.grad(loss)(parameters)]
+    for model in (copy.deepcopy(original), copy.deepcopy(original).double()):
+        model(*batch)[0].backward()
+        results.append({n: p.grad for n, p in model.named_parameters()})
+    assert_model_no_worse(*results)
 
 
 def test_parametrized_parts_are_left_and_the_rest_is_right(model, batch):
