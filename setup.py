@@ -27,6 +27,7 @@ AVX512 = "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefe
 ISAS = {"avx2": "-mavx2 -mfma -mf16c", "avx512": AVX512, "avx512bf16": AVX512 + " -mavx512bf16"}
 if platform.machine() not in ("x86_64", "AMD64"):
     ISAS = {"base": ""}
+BASELINE = {"bindings", "call_memory"}  # sources of csrc/cpu that are compiled once
 
 CXXFLAGS = (
     "-std=c++17 -O3 -fPIC -fopenmp -fvisibility=hidden -Wall -Wno-psabi -Wno-ignored-attributes "
@@ -113,8 +114,9 @@ def cpu_objects(sources: list[str], cxx: str) -> tuple[list[tuple[str, str, str]
     every = " ".join(f"apply({isa})" for isa in ISAS)
     objects = []
     for source in sources:
-        if source.endswith("bindings.cpp"):
-            objects.append(("bindings.o", source, f"{cxx} '-DSLIM_ISA_LIST(apply)={every}'"))
+        if Path(source).stem in BASELINE:
+            command = f"{cxx} '-DSLIM_ISA_LIST(apply)={every}'"
+            objects.append((f"{Path(source).stem}.o", source, command))
             continue
         for isa, flags in ISAS.items():
             command = f"{cxx} -DSLIM_ISA={isa} {flags}"

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "../ops.h"
+#include "call_memory.h"
 
 namespace py = pybind11;
 
@@ -139,6 +140,8 @@ PYBIND11_MODULE(_cpu, m) {
   });
   m.def("isa", [] { return active ? active->name : std::string(); });
   m.def("set_isa", &set_isa);
+
+  if (add_call_memory(m.ptr()) != 0) throw py::error_already_set();
 
   bind(m, "layer_norm_forward", &Kernels::layer_norm_forward);
   bind(m, "layer_norm_backward", &Kernels::layer_norm_backward);

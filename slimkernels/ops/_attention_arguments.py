@@ -6,6 +6,7 @@ from numbers import Integral
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from slimkernels.dispatch import may_skip_dispatcher
 from slimkernels.ops._attention_checks import (
@@ -22,6 +23,7 @@ from slimkernels.ops._attention_checks import (
     refuse,
 )
 from slimkernels.ops._attention_variant import AttentionVariant, Call, RelativeBias
+from slimkernels.ops._call_memory import CallMemory
 from slimkernels.ops._checks import (
     FLOATING,
     cast_alike,
@@ -35,12 +37,9 @@ from slimkernels.ops._score_function import ScoreFunction
 # Of offsets and windows: kernels add two of them to a position in 32 bits.
 _FARTHEST = 2**29
 
-# Checked calls without further tensors, by _signature(): to look one up takes a third of the time
-# that the checks take, which is that of a small call's numbers.
-_known_calls: dict[tuple, Call] = {}
+# Checked calls without further tensors: the checks take as long as a small call's numbers.
 _MOST_KNOWN = 1024
-# The types of _signature's options. Others, such as 1 for True, are refused or equal to these.
-_ORDINARY = {(float, bool, kind, bool, bool) for kind in (type(None), float)}
+_known_calls = CallMemory(_MOST_KNOWN)
 
 
 def call_of(
@@ -61,8 +60,9 @@ def call_of(
     """What the op, the definition and every backend take, without dropout's seed."""
     options = dropout_p, is_causal, scale, enable_gqa, return_lse
     is_plain = attn_mask is cu_seqlens is variant is None
-    signature = _signature(query, key, value, options) if is_plain else None
-    call = None if signature is None else _known_calls.get(signature)
+    may_be_known = is_plain and not is_dynamo_compiling()
+    outside = (query, key, value), options
+    call = _known_calls.get(outside) if may_be_known else None
     if call is None:
         cast = cast_alike(query, key, value, attn_mask)
         if cast is not None:
@@ -70,32 +70,15 @@ def call_of(
             of |= {"key_lengths": key_lengths, "cu_seqlens": cu_seqlens, "variant": variant}
             return call_of(*cast, dropout_p, is_causal, **of)
         call = _checked(query, key, value, attn_mask, cu_seqlens, variant, options)
-        if signature is not None:
-            if len(_known_calls) >= _MOST_KNOWN:
-                _known_calls.clear()
-            _known_calls[signature] = call
+        # What traces has tensors for sizes: they must not be in a call that is kept.
+        if may_be_known and may_skip_dispatcher((query, key, value)):
+            _known_calls.put(outside, call)
     if key_lengths is not None:
         check_key_lengths(key_lengths, query, call)
         call = call._replace(key_lengths=key_lengths)
     if key_lengths is not None or not is_plain:
         check_values(query, key, call)
     return query, key, value, call
-
-
-def _signature(query, key, value, options):
-    """All that a plain call's checks look at; None where some of it is out of the ordinary."""
-    if not may_skip_dispatcher((query, key, value)) or tuple(map(type, options)) not in _ORDINARY:
-        return None  # what traces may have tensors for sizes
-    if not type(query) is type(key) is type(value) is Tensor:
-        return None
-    if query.is_nested or key.is_nested or value.is_nested:  # which have no shape
-        return None
-    return (
-        *(query.shape, query.dtype, query.device, query.layout),
-        *(key.shape, key.dtype, key.device, key.layout),
-        *(value.shape, value.dtype, value.device, value.layout),
-        options,
-    )
 
 
 def _checked(query, key, value, attn_mask, cu_seqlens, variant, options):

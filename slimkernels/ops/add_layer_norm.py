@@ -78,8 +78,8 @@ def add_layer_norm(
     Errors            ValueError naming the argument whose shape, dtype or device is wrong
     """
     tensors = input, residual, weight, bias, row_scale
-    call = tensors, (normalized_shape, eps, dropout_p, zero_centered, backend)
-    if is_torchs_own("add_layer_norm", *call):
+    call = tensors, ("add_layer_norm", normalized_shape, eps, dropout_p, zero_centered, backend)
+    if is_torchs_own(call):
         total = input + residual
         return torch.layer_norm(total, weight.shape, weight, bias, eps), total
     options = {"dropout_p": dropout_p, "row_scale": row_scale, "zero_centered": zero_centered}
@@ -90,7 +90,7 @@ def add_layer_norm(
         total = args[0] + args[1]
         y = layer_norm_by_torch(total, *args[2:5], zero_centered)
         if backend is None and weight is not None and not is_odd(total, *args[2:5], zero_centered):
-            remember("add_layer_norm", *call)
+            remember(call)
     elif chosen == "torch":
         y, total = add_layer_norm_reference(*args, seed)
     elif needs_gradient(*args[:4]):

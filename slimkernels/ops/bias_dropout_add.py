@@ -47,15 +47,15 @@ def bias_dropout_add(
     Saves      bias and the seed of the dropout
     Errors     ValueError naming the argument whose value, shape, dtype or device is wrong
     """
-    call = (input, bias, residual), (dropout_p, backend)
-    if is_torchs_own("bias_dropout_add", *call):
+    call = (input, bias, residual), ("bias_dropout_add", dropout_p, backend)
+    if is_torchs_own(call):
         return _by_torch(input, bias, residual)
     x, bias, residual, _ = args = _arguments(input, bias, residual, dropout_p)
     chosen = BIAS_DROPOUT_ADD.select(*args, backend=backend)
     seed = draw_seed(x.device) if dropout_p > 0 else None
     if chosen == "torch" and seed is None:
         if backend is None and x is input:
-            remember("bias_dropout_add", *call)
+            remember(call)
         return _by_torch(x, bias, residual)
     if chosen == "torch":
         return bias_dropout_add_reference(*args, seed)

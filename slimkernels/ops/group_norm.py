@@ -52,14 +52,14 @@ def group_norm(
     Saves         input, weight, bias, mean and rstd (one float32 each a group)
     Errors        ValueError naming the argument whose shape, dtype or device is wrong
     """
-    call = (input, weight, bias), (num_groups, eps, backend)
-    if is_torchs_own("group_norm", *call):
+    call = (input, weight, bias), ("group_norm", num_groups, eps, backend)
+    if is_torchs_own(call):
         return torch.group_norm(input, num_groups, weight, bias, eps)
     args = _arguments(input, num_groups, weight, bias, eps)
     chosen = GROUP_NORM.select(*args, backend=backend)
     if chosen == "torch":
         if backend is None and not is_odd(*args):
-            remember("group_norm", *call)
+            remember(call)
         return group_norm_by_torch(*args)
     if needs_gradient(input, weight, bias):
         return _GroupNorm.apply(*distinct(*args), chosen)

@@ -51,15 +51,15 @@ def layer_norm(
     Saves             input, weight, bias, mean and rstd (one float32 each a row)
     Errors            ValueError naming the argument whose shape, dtype or device is wrong
     """
-    call = (input, weight, bias), (normalized_shape, eps, zero_centered, backend)
-    if is_torchs_own("layer_norm", *call):
+    call = (input, weight, bias), ("layer_norm", normalized_shape, eps, zero_centered, backend)
+    if is_torchs_own(call):
         return torch.layer_norm(input, weight.shape, weight, bias, eps)
     args = _arguments(input, normalized_shape, weight, bias, eps, zero_centered=zero_centered)
     chosen = LAYER_NORM.select(*args, backend=backend)
     if chosen == "torch":
         y = layer_norm_by_torch(*args)
         if backend is None and weight is not None and not is_odd(*args):
-            remember("layer_norm", *call)
+            remember(call)
     elif needs_gradient(*args[:3]):
         y = _LayerNorm.apply(*distinct(*args), chosen)
     else:

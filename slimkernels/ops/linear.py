@@ -32,14 +32,14 @@ def linear(
     Saves    input and weight
     Errors   ValueError naming the argument whose shape, dtype or device is wrong
     """
-    call = (input, weight, bias), (backend,)
-    if is_torchs_own("linear", *call):
+    call = (input, weight, bias), ("linear", backend)
+    if is_torchs_own(call):
         return F.linear(input, weight, bias)
     args = _arguments(input, weight, bias)
     chosen = LINEAR.select(*args, backend=backend)
     if chosen == "torch":
         if backend is None:
-            remember("linear", *call)
+            remember(call)
         return linear_reference(*args)
     if needs_gradient(*args):
         return _Linear.apply(*distinct(*args), chosen)

@@ -51,15 +51,15 @@ def log_softmax(
     Saves      the output. Under a mask or is_causal, gradients take what is -inf for hidden.
     Errors     ValueError naming the argument whose shape, dtype or device is wrong
     """
-    call = (input, mask), (dim, dtype, scale, is_causal, backend)
-    if is_torchs_own("log_softmax", *call):
+    call = (input, mask), ("log_softmax", dim, dtype, scale, is_causal, backend)
+    if is_torchs_own(call):
         return torch.log_softmax(input, dim)
     x, *_ = args = _arguments(input, dim, dtype=dtype, scale=scale, mask=mask, is_causal=is_causal)
     chosen = LOG_SOFTMAX.select(*args, backend=backend)
     if chosen == "torch":
         y = _by_torch(*args)
-        if backend is None and scale == 1 and mask is None and not is_causal:
-            remember("log_softmax", *call)
+        if backend is dtype is mask is None and scale == 1 and not is_causal:
+            remember(call)
     elif needs_gradient(x, mask):
         y = _LogSoftmax.apply(*args, chosen)
     else:

@@ -2,10 +2,15 @@
 
 import pytest
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 import slimkernels as sk
 from slimkernels.dispatch import OPS
-from slimkernels.ops import _known_calls
+from slimkernels.ops import _call_memory, _known_calls
+
+pytest.importorskip("slimkernels._cpu", reason="nothing is kept without the extension")
 
 x, y = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0)), torch.ones(2, 6, 8)
 w, b = torch.linspace(0.5, 2, 8), torch.linspace(-1, 1, 8)
@@ -45,6 +50,7 @@ CALLS = {
         [
             lambda: sk.log_softmax(x, 2),
             lambda: sk.log_softmax(x, 1, scale=2.0),
+            lambda: sk.log_softmax(x, 1, dtype=torch.float64),
             lambda: sk.log_softmax(x, 1, is_causal=False, mask=torch.zeros(8)),
             lambda: sk.log_softmax(x, 2, is_causal=True),
             lambda: sk.log_softmax(gaps.mT.contiguous().mT, 1),
@@ -97,7 +103,10 @@ def test_an_order_a_mode_and_a_transform_are_looked_at_again():
     def norm(x):
         return sk.layer_norm(x, 8, w, b)
 
-    torch.vmap(norm)(torch.stack([x, x]))  # takes the definition, whatever is faster
+    # It takes the definition, whatever is faster. Anew: as where none has been seen before.
+    _call_memory.recognize_torch(Tensor, Parameter, torch.Size, _call_memory.is_transformed)
+    torch.vmap(lambda shift: norm(x) + shift)(y)
+    torch.vmap(norm)(torch.stack([x, x]))
     assert not _known_calls._known
     with sk.use_backend("torch"):
         norm(x)
@@ -109,10 +118,16 @@ def test_an_order_a_mode_and_a_transform_are_looked_at_again():
 
 
 def test_what_is_wrong_is_refused_after_what_was_right():
-    sk.layer_norm(x, 8, w, b)
+    for row in (8, (8,), [8], w.shape):
+        sk.layer_norm(x, row, w, b)
+    assert len(_known_calls._known) == 3
     for wrong in (
         lambda: sk.layer_norm(x, 8, w, b, zero_centered=0),
         lambda: sk.layer_norm(x, 8.0, w, b),
+        lambda: sk.layer_norm(x, (8.0,), w, b),
+        lambda: sk.layer_norm(x, [8.0], w, b),
+        lambda: sk.layer_norm(x.to_sparse(), 8, w, b),
+        lambda: sk.layer_norm(x, 8, w.to("meta"), b),
     ):
         with pytest.raises(ValueError, match="layer_norm: "):
             wrong()
@@ -130,3 +145,59 @@ def test_gradients_of_a_known_call():
     first = gradients()
     assert len(_known_calls._known) == 1
     assert all(map(torch.equal, first, gradients()))
+
+
+def test_autocast_is_looked_at_again():
+    call = (x, w, b), ("layer_norm", 8, 1e-5, False, None)
+    sk.layer_norm(x, 8, w, b)
+    assert _known_calls.is_torchs_own(call)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not _known_calls.is_torchs_own(call)
+        sk.linear(x, y[0])
+        assert len(_known_calls._known) == 1
+    assert _known_calls.is_torchs_own(call)
+
+
+def test_transforms_and_tangents_go_through_a_known_call():
+    def norm(x):
+        return sk.layer_norm(x, 8, w, b)
+
+    def torchs(x):
+        return torch.layer_norm(x, (8,), w, b)
+
+    def results_of(norm):
+        primal, tangent = torch.func.jvp(norm, (x,), (y,))
+        with forward_ad.dual_level():
+            dual = forward_ad.unpack_dual(norm(forward_ad.make_dual(x, y)))
+        gradient = torch.func.grad(lambda x: norm(x).square().sum())(x)
+        return primal, tangent, *dual, gradient, torch.vmap(norm)(torch.stack([x, y]))
+
+    results_of(norm)
+    assert len(_known_calls._known) == 0
+    norm(x)
+    for ours, expected in zip(results_of(norm), results_of(torchs), strict=True):
+        assert torch.equal(ours, expected)
+
+
+def test_known_calls_compile_and_trace():
+    def both(x):
+        return sk.layer_norm(x, 8, w, b), sk.scaled_dot_product_attention(x, x, x, scale=0.5)
+
+    q = x[None]
+    expected = both(q)
+    assert len(_known_calls._known) == 1
+    torch._dynamo.reset()
+    compiled = torch.compile(both, fullgraph=True, backend="eager")(q)
+    assert all(map(torch.equal, compiled, expected))
+    traced = torch.jit.trace(lambda x: sk.layer_norm(x, 8, w, b), q)
+    assert torch.equal(traced(q + 1), sk.layer_norm(q + 1, 8, w, b))
+
+
+def test_who_watches_choices_sees_every_one():
+    call = (x, w, b), ("layer_norm", 8, 1e-5, False, None)
+    for _ in range(2):
+        sk.layer_norm(x, 8, w, b)
+        assert _known_calls.is_torchs_own(call)
+        with _known_calls.nothing_known():
+            sk.layer_norm(x, 8, w, b)
+            assert not _known_calls.is_torchs_own(call)
