@@ -29,6 +29,7 @@ from types import ModuleType
 
 import torch
 from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
 
 BACKENDS = ("cuda", "triton", "cpu", "torch")
 GPU_BACKENDS = ("cuda", "triton")  # chosen for CPU tensors only when asked for by name
@@ -74,7 +75,7 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 def _is_transformed() -> bool:
     """Whether a transform of torch.func surrounds the call: it hides that a gradient is due."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return not is_dynamo_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def _load(backend: str, op: str) -> ModuleType | str:
@@ -259,7 +260,7 @@ def may_skip_dispatcher(args: Sequence) -> bool:
     Tensors of other types (fake ones, DTensors), modes and tracers have their say in torch's
     dispatcher, where a lazy negation is also carried out. A kernel would read address 0.
     """
-    if torch.compiler.is_compiling():
+    if is_dynamo_compiling():  # other tracers are modes, or have tensors of their own
         return False
     if torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing():
         return False

@@ -2,6 +2,7 @@
 
 import enum
 import runpy
+import struct
 import sys
 
 import pytest
@@ -30,15 +31,19 @@ def test_calls_that_differ():
         *((-1,), (63,), (64,), (-64,), (-65,), (2**63 - 1,), (-(2**63),), (float("nan"),)),
         *(((),), ((), ()), (((),),), ([],), ((8,),), ((8.0,),), ((True,),), ([8],), ([8.0],)),
         *((8, 1), ((8, 1),), ((8,), 1), (((8,), 1),), ("1",), ("",), ("", ""), ("a", "b"), ("ab",)),
-        *(("N",), ("a\0",), ("a",), ("\xe9",)),
+        *(("N",), ("a\0",), ("a",), ("\xe9",), ("a", "Sb"), ("aS", "b")),
     ]
-    dtypes = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.bool]
-    dtypes += [torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.uint8]
+    # Whose bytes would be the same without their types.
+    options += [(struct.unpack("<d", b"\x80" * 7 + b"\x40")[0],), (1 << 54,)]
+    dtypes = [torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.uint8, torch.bool]
+    dtypes += [torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2]
     shapes = [(), (0,), (1,), (6,), (2, 3), (3, 2), (1, 2, 3), (2, 3, 1), (127,), (128,), (200, 3)]
-    tensors = [(torch.zeros(1, dtype=dtype),) for dtype in dtypes[1:]]
+    shapes += [(136, 3), (128, 5), (0, 641), (2, ord("("), 1)]
+    tensors = [(torch.zeros(1, dtype=dtype),) for dtype in dtypes]
     tensors += [(torch.zeros(shape),) for shape in shapes]
     tensors += [(), (None,), (X, None), (None, X), (X, X), (X, None, None)]
     calls = [((X,), o) for o in options] + [(t, ()) for t in tensors]
+    calls += [((torch.zeros(2),), ((),))]
     memory = _call_memory.CallMemory(200)
     for value, call in enumerate(calls):
         assert memory.get(call) is None, call

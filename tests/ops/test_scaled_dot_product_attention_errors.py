@@ -317,7 +317,20 @@ def test_a_remembered_call_answers_for_no_other():
                 sk.scaled_dot_product_attention(q, other, k, **options)
 
 
+@pytest.mark.filterwarnings("ignore:Converting a tensor to a Python boolean")
+def test_what_is_traced_is_not_remembered():
+    def scale_of(q):
+        return OPS[NAME].arguments(q, q, q)[-1].scale
+
+    _attention_arguments._known_calls.clear()
+    torch.jit.trace(lambda q: (scale_of(q), q + 1)[1], Q, check_trace=False)  # sizes are tensors
+    assert len(_attention_arguments._known_calls) == 0
+    for _ in range(2):
+        assert type(scale_of(Q)) is float
+
+
 def test_few_calls_are_remembered():
+    pytest.importorskip("slimkernels._cpu", reason="nothing is kept without the extension")
     known, most = _attention_arguments._known_calls, _attention_arguments._MOST_KNOWN
     for n in range(most + 10):
         call = OPS[NAME].arguments(Q, Q, Q, scale=1.0 + n)[-1]
