@@ -11,11 +11,10 @@ from torch import Tensor
 from transformers import activations
 
 from slimkernels import nn
-from slimkernels.nn._parts import add_norm, is_plain, is_plain_linear, product
+from slimkernels.nn._parts import is_plain, is_plain_linear, norm_of_sum, product
 from slimkernels.nn._torchs_own import is_small, is_torchs
 from slimkernels.ops.geglu import geglu
-from slimkernels.ops.gelu import gelu
-from slimkernels.ops.linear import linear
+from slimkernels.ops.gelu import gelu, gelu_of_product
 from slimkernels.ops.relu_squared import relu_squared
 from slimkernels.ops.rms_norm import rms_norm
 from slimkernels.ops.silu import silu
@@ -90,7 +89,7 @@ def activated(layer: torch.nn.Module, activation, x: Tensor) -> Tensor:
     form = _gelu_form(activation)
     if form is None or not is_plain_linear(layer):
         return activation(product(layer, x))
-    return gelu(linear(x, layer.weight), approximate=form, bias=layer.bias)
+    return gelu_of_product(x, layer.weight, layer.bias, form)
 
 
 class RMSNorm:
@@ -131,7 +130,7 @@ class SelfOutput:
         if is_theirs(input_tensor):
             return super().forward(hidden_states, input_tensor)
         branch = product(self.dense, hidden_states)
-        return add_norm(branch, input_tensor, self.LayerNorm, self.dropout)[0]
+        return norm_of_sum(branch, input_tensor, self.LayerNorm, self.dropout)
 
 
 class Intermediate:

@@ -24,10 +24,10 @@ from slimkernels.models.cache import LayerCache
 from slimkernels.models.config import GATED, TransformerConfig
 from slimkernels.nn import LayerNorm, RMSNorm
 from slimkernels.ops._attention_variant import AttentionVariant, RelativeBias
-from slimkernels.ops.add_layer_norm import add_layer_norm
+from slimkernels.ops.add_layer_norm import add_layer_norm, post_norm
 from slimkernels.ops.add_rms_norm import add_rms_norm
 from slimkernels.ops.geglu import geglu
-from slimkernels.ops.gelu import gelu
+from slimkernels.ops.gelu import gelu_of_product
 from slimkernels.ops.linear import linear
 from slimkernels.ops.rotary import rotary
 from slimkernels.ops.scaled_dot_product_attention import scaled_dot_product_attention
@@ -218,8 +218,10 @@ class Block(nn.Module):
         dropout_p = config.dropout_p if self.training else 0.0
         if config.norm == "rms_norm":
             y, total = add_rms_norm(*args, norm.eps, dropout_p=dropout_p)
-        else:
+        elif config.norm_first:
             y, total = add_layer_norm(*args, norm.bias, norm.eps, dropout_p=dropout_p)
+        else:
+            y = post_norm(*args, norm.bias, norm.eps, dropout_p=dropout_p)
         return y, total if config.norm_first else y
 
 
@@ -267,7 +269,7 @@ def activate(x: Tensor, layer: nn.Linear, activation: str) -> Tensor:
     approximate = _APPROXIMATE[activation]
     if activation in GATED:
         return geglu(affine(layer, x), approximate=approximate)
-    return gelu(linear(x, layer.weight), approximate=approximate, bias=layer.bias)
+    return gelu_of_product(x, layer.weight, layer.bias, approximate)
 
 
 @torch.no_grad()

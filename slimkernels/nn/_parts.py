@@ -11,8 +11,8 @@ from torch import Tensor
 from slimkernels.nn.dropout import Dropout
 from slimkernels.nn.gelu import GELU
 from slimkernels.nn.layer_norm import LayerNorm
-from slimkernels.ops.add_layer_norm import add_layer_norm
-from slimkernels.ops.gelu import gelu
+from slimkernels.ops.add_layer_norm import add_layer_norm, post_norm
+from slimkernels.ops.gelu import gelu, gelu_of_product
 from slimkernels.ops.linear import linear
 
 
@@ -53,7 +53,7 @@ def activated_product(layer: torch.nn.Module, activation: Callable, x: Tensor) -
     if approximate is None:
         return activation(product(layer, x))
     if is_plain_linear(layer):
-        return gelu(linear(x, layer.weight), approximate=approximate, bias=layer.bias)
+        return gelu_of_product(x, layer.weight, layer.bias, approximate)
     return gelu(layer(x), approximate=approximate)
 
 
@@ -61,17 +61,28 @@ def add_norm(
     branch: Tensor, residual: Tensor, norm: torch.nn.Module, dropout: torch.nn.Module
 ) -> tuple[Tensor, Tensor]:
     """(norm(total), total) with total = residual + dropout(branch)."""
+    if _is_one_pass(norm, dropout):
+        return _in_one_pass(add_layer_norm, branch, residual, norm, dropout)
+    total = residual + dropout(branch)
+    return norm(total), total
+
+
+def norm_of_sum(
+    branch: Tensor, residual: Tensor, norm: torch.nn.Module, dropout: torch.nn.Module
+) -> Tensor:
+    """norm(residual + dropout(branch)), where nobody goes on with the sum."""
+    if _is_one_pass(norm, dropout):
+        return _in_one_pass(post_norm, branch, residual, norm, dropout)
+    return norm(residual + dropout(branch))
+
+
+def _is_one_pass(norm, dropout):
     fused = is_plain(norm, LayerNorm, torch.nn.LayerNorm)
-    if not (fused and is_plain(dropout, Dropout, torch.nn.Dropout)):
-        total = residual + dropout(branch)
-        return norm(total), total
-    return add_layer_norm(
-        # Under autocast products come in its dtype; as in torch, the sum is in residual's.
-        branch.to(residual.dtype),
-        residual,
-        norm.normalized_shape,
-        norm.weight,
-        norm.bias,
-        norm.eps,
-        dropout_p=dropout.p if dropout.training else 0.0,
-    )
+    return fused and is_plain(dropout, Dropout, torch.nn.Dropout)
+
+
+def _in_one_pass(op, branch, residual, norm, dropout):
+    p = dropout.p if dropout.training else 0.0
+    # Under autocast products come in its dtype; as in torch, the sum is in residual's.
+    args = branch.to(residual.dtype), residual, norm.normalized_shape, norm.weight, norm.bias
+    return op(*args, norm.eps, dropout_p=p)

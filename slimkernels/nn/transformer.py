@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slimkernels.nn._parts import activated_product, add_norm, is_plain, product
+from slimkernels.nn._parts import activated_product, add_norm, is_plain, norm_of_sum, product
 from slimkernels.nn._torchs_own import is_small, is_torchs
 from slimkernels.nn.layer_norm import LayerNorm
 from slimkernels.nn.multihead_attention import MultiheadAttention
@@ -88,8 +88,8 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
             branch = attend(self.norm1(src))
             x, total = add_norm(branch, src, self.norm2, self.dropout1)
             return total + self.dropout2(_feed_forward(self, x))
-        x, _ = add_norm(attend(src), src, self.norm1, self.dropout1)
-        return add_norm(_feed_forward(self, x), x, self.norm2, self.dropout2)[0]
+        x = norm_of_sum(attend(src), src, self.norm1, self.dropout1)
+        return norm_of_sum(_feed_forward(self, x), x, self.norm2, self.dropout2)
 
 
 class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
@@ -151,9 +151,9 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
             x, total = add_norm(attend(self.norm1(tgt)), tgt, self.norm2, self.dropout1)
             x, total = add_norm(cross(x), total, self.norm3, self.dropout2)
             return total + self.dropout3(_feed_forward(self, x))
-        x, _ = add_norm(attend(tgt), tgt, self.norm1, self.dropout1)
-        x, _ = add_norm(cross(x), x, self.norm2, self.dropout2)
-        return add_norm(_feed_forward(self, x), x, self.norm3, self.dropout3)[0]
+        x = norm_of_sum(attend(tgt), tgt, self.norm1, self.dropout1)
+        x = norm_of_sum(cross(x), x, self.norm2, self.dropout2)
+        return norm_of_sum(_feed_forward(self, x), x, self.norm3, self.dropout3)
 
 
 def _check_activation(module, activation):
@@ -284,8 +284,8 @@ def _unpadded_layer(layer, x, cu_seqlens):
     qkv = qkv.unflatten(-1, (3, attention.num_heads, attention.head_dim))  # (N, 3, H, D)
     y = scaled_dot_product_attention(*qkv.unbind(1), cu_seqlens=cu_seqlens)
     y = linear(y.flatten(-2), attention.out_proj.weight, attention.out_proj.bias)
-    x, _ = add_norm(y, x, layer.norm1, layer.dropout1)
-    return add_norm(_feed_forward(layer, x), x, layer.norm2, layer.dropout2)[0]
+    x = norm_of_sum(y, x, layer.norm1, layer.dropout1)
+    return norm_of_sum(_feed_forward(layer, x), x, layer.norm2, layer.dropout2)
 
 
 class TransformerDecoder(torch.nn.TransformerDecoder):

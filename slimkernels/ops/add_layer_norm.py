@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from slimkernels.dispatch import Op, distinct, kernel_op, needs_gradient
+from slimkernels.dispatch import Op, distinct, kernel_op, may_skip_dispatcher, needs_gradient
 from slimkernels.ops._checks import check_eps
 from slimkernels.ops._dropout import draw_seed
 from slimkernels.ops._first_order import first_order
@@ -104,6 +104,30 @@ def add_layer_norm(
     else:
         y, total, _, _ = add_layer_norm_forward(*args, seed, chosen)
     return (y, total) if args[0] is input else (y.view(input.shape), total.view(input.shape))
+
+
+def post_norm(
+    x: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    dropout_p: float,
+) -> Tensor:
+    """layer_norm(residual + dropout(x)) without the sum, with which post-norm blocks do not go on.
+
+    On the CPU, where no gradient wants it, the sum is then not stored.
+    """
+    tensors = x, residual, weight, bias
+    options = "add_layer_norm", normalized_shape, eps, dropout_p, False, None
+    if dropout_p == 0 and chosen_before(((*tensors, None), options)) == "cpu":
+        is_plain = x.dtype == residual.dtype and may_skip_dispatcher(tensors)
+        if is_plain and not needs_gradient(*tensors):
+            return ADD_LAYER_NORM.modules["cpu"].forward_alone(*tensors, eps)
+    norm = normalized_shape, weight, bias, eps
+    return add_layer_norm(x, residual, *norm, dropout_p=dropout_p)[0]
 
 
 def _arguments(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from slimkernels.dispatch import Op
+from slimkernels.dispatch import Op, may_skip_dispatcher, needs_gradient
 from slimkernels.ops import _activation
+from slimkernels.ops._known_calls import chosen_before
+from slimkernels.ops.linear import linear
 
 
 def gelu(
@@ -28,6 +30,19 @@ def gelu(
     """
     curve = _activation.gelu_curve("gelu", approximate)
     return _activation.activate(GELU, _activation.GELU, input, bias, curve, backend)
+
+
+def gelu_of_product(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
+    """gelu(x @ weight^T + bias), the inside of a feed-forward layer.
+
+    The bias is added in gelu's pass, and on the CPU, where no gradient wants it, the product, which
+    nobody else has, is overwritten.
+    """
+    product, curve = linear(x, weight), _activation.GELU_CURVES[approximate]
+    is_known = chosen_before(((product, bias), ("gelu", curve, None))) == "cpu"
+    if is_known and may_skip_dispatcher((product, bias)) and not needs_gradient(product, bias):
+        return GELU.modules["cpu"].forward_in_place(product, bias, curve)
+    return gelu(product, approximate=approximate, bias=bias)
 
 
 def _arguments(input, *, approximate="none", bias=None):

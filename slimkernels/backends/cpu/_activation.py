@@ -15,6 +15,13 @@ def forward(x, bias, curve):
     return y
 
 
+def forward_in_place(x, bias, curve):
+    """forward(), whose y takes the place of an x without gaps: a third of the traffic less."""
+    x, bias, how = _prepared(x, bias, curve)
+    run(_cpu.activation_forward, *pointers(x, bias, x), *how)
+    return x
+
+
 def backward(dy, x, bias, curve):
     dy = dy.contiguous()
     x, bias, how = _prepared(x, bias, curve)

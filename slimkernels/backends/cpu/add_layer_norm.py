@@ -32,11 +32,23 @@ def unsupported(x, residual, weight, bias, eps, dropout_p, row_scale, zero_cente
 
 
 def forward(x, residual, weight, bias, eps, dropout_p, row_scale, zero_centered, seed):
+    total = torch.empty_like(residual, memory_format=torch.contiguous_format)
+    given = x, residual, weight, bias, eps, dropout_p, row_scale, zero_centered, seed
+    return _forward(total, *given)
+
+
+def forward_alone(x, residual, weight, bias, eps):
+    """y of a plain sum, which is made where y then takes its place: a third of the traffic less."""
+    return _forward(None, x, residual, weight, bias, eps, 0.0, None, False, None)[0]
+
+
+def _forward(total, x, residual, weight, bias, eps, dropout_p, row_scale, zero_centered, seed):
     x, residual = x.contiguous(), residual.contiguous()
     row_scale = None if row_scale is None else row_scale.contiguous()
     weight, bias, parameter_dtype = norm_parameters(weight, bias)
     N = x.shape[-1]
-    y, total = torch.empty_like(x), torch.empty_like(residual)
+    y = torch.empty_like(x)
+    total = y if total is None else total
     mean = x.new_empty(x.shape[:-1], dtype=torch.float32)
     rstd = torch.empty_like(mean)
     tensors = x, residual, weight, bias, y, total, mean, rstd, seed, row_scale

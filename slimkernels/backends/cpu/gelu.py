@@ -16,5 +16,8 @@ def forward(x, bias, curve):
     return _activation.forward(x, bias, curve)
 
 
+forward_in_place = _activation.forward_in_place
+
+
 def backward(dy, x, bias, curve):
     return _activation.backward(dy, x, bias, curve)
