@@ -24,7 +24,7 @@ _known = CallMemory(4096)
 _recall = _known.get  # one name less to look up
 # Elements of the first tensor past which torch's own calls take long enough to be looked at. There,
 # whether a gradient is wanted has a say too, which is not looked at below.
-_LARGE = 1 << 20
+_LARGE = 1 << 22
 ANY = 1 << 62
 _TORCH_OR_NONE = "torch", None
 

@@ -18,7 +18,12 @@ from slimkernels.ops._residual import (
     residual_arguments,
 )
 from slimkernels.ops.layer_norm import gradient_of
-from slimkernels.ops.rms_norm import checked_eps, rms_norm_by_torch, rms_norm_reference
+from slimkernels.ops.rms_norm import (
+    checked_eps,
+    is_mixed,
+    rms_norm_by_torch,
+    rms_norm_reference,
+)
 
 
 def add_rms_norm_reference(
@@ -69,6 +74,10 @@ def add_rms_norm(
     tensors = input, residual, weight, row_scale
     call = tensors, ("add_rms_norm", normalized_shape, eps, dropout_p, zero_centered, backend)
     chosen = chosen_before(call)
+    if chosen == "torch":
+        total = input + residual
+        eps = checked_eps("add_rms_norm", eps, input)
+        return torch.rms_norm(total, weight.shape, weight, eps), total
     if chosen is not None:
         eps = checked_eps("add_rms_norm", eps, input)
         args = input, residual, weight, eps, dropout_p, row_scale, zero_centered
@@ -82,6 +91,8 @@ def add_rms_norm(
     if chosen == "torch" and is_plain_sum(*args[:2], row_scale, seed):
         total = args[0] + args[1]
         y = rms_norm_by_torch(total, *args[2:4], zero_centered)
+        if backend is None and weight is not None and not is_mixed(total, args[2], zero_centered):
+            remember(call)
     elif chosen == "torch":
         y, total = add_rms_norm_reference(*args, seed)
     elif needs_gradient(*args[:3]):

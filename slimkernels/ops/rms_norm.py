@@ -49,6 +49,8 @@ def rms_norm(
     """
     call = (input, weight), ("rms_norm", normalized_shape, eps, zero_centered, backend)
     chosen = chosen_before(call)
+    if chosen == "torch":
+        return torch.rms_norm(input, weight.shape, weight, checked_eps("rms_norm", eps, input))
     if chosen is not None:
         args = input, weight, checked_eps("rms_norm", eps, input), zero_centered
     else:
@@ -58,6 +60,8 @@ def rms_norm(
             remember(call, chosen, limit=ANY)
     if chosen == "torch":
         y = rms_norm_by_torch(*args)
+        if backend is None and weight is not None and not is_mixed(args[0], args[1], zero_centered):
+            remember(call)
     elif needs_gradient(*args[:2]):
         y = _RMSNorm.apply(*distinct(*args), chosen)
     else:
@@ -67,10 +71,16 @@ def rms_norm(
 
 def rms_norm_by_torch(x: Tensor, weight: Tensor | None, eps: float, zero_centered: bool) -> Tensor:
     """The definition in torch's one function, where it is as exact and takes the dtypes."""
-    is_mixed = weight is not None and (weight.dtype != x.dtype or zero_centered)
-    if x.dtype == torch.float64 or is_mixed:
+    if is_mixed(x, weight, zero_centered):
         return rms_norm_reference(x, weight, eps, zero_centered)
     return outside_autocast(F.rms_norm, x, x.shape[-1:], weight, eps)
+
+
+def is_mixed(x: Tensor, weight: Tensor | None, zero_centered: bool) -> bool:
+    """Whether torch's function would refuse the call, or be less exact than the definition."""
+    return x.dtype == torch.float64 or (
+        weight is not None and (weight.dtype != x.dtype or zero_centered)
+    )
 
 
 def _arguments(input, normalized_shape, weight=None, eps=None, *, zero_centered=False):

@@ -37,6 +37,25 @@ CALLS = {
             lambda: sk.add_layer_norm(x.bfloat16(), y, 8, w, b)[0],
         ],
     ),
+    "rms_norm": (
+        lambda: sk.rms_norm(x, 8, w),
+        [
+            lambda: sk.rms_norm(x, 8, w, 1e-2),
+            lambda: sk.rms_norm(x, (6, 8), y[0] * v[:, None]),
+            lambda: sk.rms_norm(x.bfloat16(), 8, w),
+            lambda: sk.rms_norm(x, 8, w, zero_centered=True),
+            lambda: sk.rms_norm(gaps, 8, w),
+        ],
+    ),
+    "add_rms_norm": (
+        lambda: sk.add_rms_norm(x, y, 8, w)[0],
+        [
+            lambda: sk.add_rms_norm(x, y, 8, w)[1],
+            lambda: sk.add_rms_norm(x, y, 8, w, 1e-2)[0],
+            lambda: sk.add_rms_norm(x, y, 8)[0],
+            lambda: sk.add_rms_norm(x.bfloat16(), y, 8, w)[0],
+        ],
+    ),
     "group_norm": (
         lambda: sk.group_norm(x, 3, v, v),
         [
