@@ -47,6 +47,7 @@ struct Kernels {
   // add_layer_norm.cpp: as layer_norm.cpp; total is the sum, in residual_dtype like residual, dsum
   // and dresidual: dtype or float32. dsum may be null. row_scale (M,), a null one is ones; a null
   // seed means no dropout. A null dx, of a branch whose gradient is dresidual, is not written.
+  // total may be y itself where their dtypes are the same.
   void (*add_layer_norm_forward)(const void* x, const void* residual, const void* weight,
                                  const void* bias, void* y, void* total, float* mean, float* rstd,
                                  const int64_t* seed, const float* row_scale, int64_t M, int64_t N,
@@ -103,7 +104,8 @@ struct Kernels {
                                                 const int64_t* variant, float scale, float softcap,
                                                 float dropout_p, int64_t threshold, int dtype);
 
-  // activation.cpp: x, y (M, N); bias (N,) in bias_dtype. Without a bias only M * N matters.
+  // activation.cpp: x, y (M, N); bias (N,) in bias_dtype. Without a bias only M * N matters. y may
+  // be x itself.
   void (*activation_forward)(const void* x, const void* bias, void* y, int64_t M, int64_t N,
                              int curve, int dtype, int bias_dtype);
   void (*activation_backward)(const void* dy, const void* x, const void* bias, void* dx,

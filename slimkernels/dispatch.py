@@ -51,6 +51,7 @@ def _known(name: str | None, who: str, where: str = "") -> str | None:
     return name
 
 
+# Where microseconds count, ops/_known_calls.py and nn/_torchs_own.py read it, too.
 # A plain global: torch.compile guards on it, and checkpointing's recomputation, which may
 # run on an autograd thread, sees it. A ContextVar gives neither.
 # The variable's name is looked at when an op is called: an import that fails would take
@@ -270,7 +271,7 @@ def may_skip_dispatcher(args: Sequence) -> bool:
         if arg is None:
             continue
         if type(arg) in _PLAIN:
-            if arg.is_neg():
+            if arg.is_neg() or arg._is_zerotensor():
                 return False
         elif isinstance(arg, torch.Tensor) or (type(arg) is list and not may_skip_dispatcher(arg)):
             return False

@@ -2,9 +2,9 @@
 //
 // Tiling   Threads split the rows; a row of the sum (1.5 KiB at N = 384) stays in L1 between the
 //          pass that stores it and adds it up and the two that normalise it.
-// Traffic  Forward reads 2 N and writes 2 N elements a row. Backward reads 2 N, or 3 N with a
-//          gradient of the sum, and writes N, or 2 N where the branch has a gradient of its own.
-//          Dropout stores nothing: backward draws its bits again.
+// Traffic  Forward reads 2 N and writes 2 N elements a row, or N where y takes the sum's place.
+//          Backward reads 2 N, or 3 N with a gradient of the sum, and writes N, or 2 N where the
+//          branch has a gradient of its own. Dropout stores nothing: backward draws its bits again.
 // Numerics Statistics are those of the sum as stored, so y is exactly layer_norm(sum). dx comes
 //          from dresidual before it is rounded. The rest as in layer_norm.cpp.
 #include "add_norm.h"

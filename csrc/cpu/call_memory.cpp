@@ -276,9 +276,11 @@ PyObject* memory_clear(PyObject* self, PyObject*) {
 
 Py_ssize_t memory_length(PyObject* self) { return memory_of(self)->kept; }
 
-PyObject* memory_new(PyTypeObject* type, PyObject* args, PyObject*) {
+PyObject* memory_new(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
   int most;
-  if (!PyArg_ParseTuple(args, "i", &most)) return nullptr;
+  char name[] = "most";
+  char* names[] = {name, nullptr};
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "i", names, &most)) return nullptr;
   if (most < 1 || most > 1 << 20) {
     PyErr_SetString(PyExc_ValueError, "CallMemory: from 1 to 2^20 calls can be kept");
     return nullptr;

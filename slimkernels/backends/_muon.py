@@ -99,7 +99,7 @@ def orthogonalize(
 
 
 def _iterate(x: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
-    if x.dim() == 3 and len(x) == 1:  # on the CPU a batch of one takes up to a third longer
+    if x.dim() == 3 and len(x) == 1 and x.is_cpu:  # there a batch of one takes up to a third longer
         return _iterate(x[0], coefficients, steps)[None]
     a, b, c = coefficients
     is_tall = x.shape[-2] > x.shape[-1]

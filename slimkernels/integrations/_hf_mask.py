@@ -214,6 +214,8 @@ class Packing:
         if known is None:
             B, L = self.shape
             made = tuple(self.pack(t.expand(B, *t.shape[1:])) for t in tables)
+            if len(self._tables) > 3:  # each layer gets tables of its own, and none comes again
+                self._tables.clear()
             known = self._tables[key] = tables, made  # kept: ids are theirs while they live
         return known[1]
 

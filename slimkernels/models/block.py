@@ -190,7 +190,8 @@ class Block(nn.Module):
         return self._attention(q, k, v, boundaries)
 
     def _heads(self, x):
-        return x.view(*x.shape[:-1], -1, self.config.head_size)  # unflatten() is slow Python
+        size = self.config.head_size  # unflatten() is slow Python
+        return x.view(*x.shape[:-1], x.shape[-1] // size, size)
 
     def _attention(self, q, k, v, cu_seqlens, **options):
         """(..., H * D) from heads (T, H, D) with cu_seqlens, or (B, T, H, D)."""

@@ -38,10 +38,11 @@ from slimkernels.ops._score_function import ScoreFunction
 # Of offsets and windows: kernels add two of them to a position in 32 bits.
 _FARTHEST = 2**29
 
-# Checked calls without further tensors but boundaries, which are not kept: the checks take as long
+# Checked calls without further tensors but boundaries; these are not kept. The checks take as long
 # as a small call's numbers.
 _MOST_KNOWN = 1024
 _known_calls = CallMemory(_MOST_KNOWN)
+_NO_BOUNDARIES = {"cu_seqlens_q": None, "cu_seqlens_k": None}
 
 
 def call_of(
@@ -67,13 +68,15 @@ def call_of(
     options = dropout_p, is_causal, scale, enable_gqa, return_lse
     boundaries = cu_seqlens if isinstance(cu_seqlens, tuple) else (cu_seqlens, cu_seqlens)
     outside = (query, key, value, *boundaries), options
-    may_be_known = attn_mask is variant is None and not is_dynamo_compiling()
+    is_pair = cu_seqlens is None or not any([b is None for b in boundaries])
+    may_be_known = attn_mask is variant is None and is_pair and not is_dynamo_compiling()
     call = _known_calls.get(outside) if may_be_known else None
     if call is None:
         call = _checked(query, key, value, attn_mask, cu_seqlens, variant, options)
         # What traces has tensors for sizes: they must not be in a call that is kept.
         if may_be_known and may_skip_dispatcher((query, key, value)):
-            _known_calls.put(outside, call._replace(cu_seqlens_q=None, cu_seqlens_k=None))
+            kept = call if cu_seqlens is None else call._replace(**_NO_BOUNDARIES)
+            _known_calls.put(outside, kept)
     elif cu_seqlens is not None:
         call = call._replace(cu_seqlens_q=boundaries[0], cu_seqlens_k=boundaries[1])
     if key_lengths is not None:

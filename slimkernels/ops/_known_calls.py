@@ -34,9 +34,9 @@ def chosen_before(call: tuple[tuple, tuple]) -> str | None:
 
     All that a known call costs before its kernel is this, and in a model it runs out of cold
     caches, where each name that is looked up takes a microsecond: it does without what it can.
-    Strides have no say, since no choice depends on them. Nor have modes, transforms and
-    forward-mode differentiation: torch's function sees them like any other, and tensors that take
-    part in them are not known.
+    Strides have no say: who chooses by them does not remember. Nor have modes and transforms, which
+    torch's function sees like any other; batched and traced tensors are not known. A tensor with a
+    tangent is, and needs_gradient() then says that autograd must see the kernel.
     """
     if is_dynamo_compiling() or dispatch._forced is not None or is_any_autocast():
         return None

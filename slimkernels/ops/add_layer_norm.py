@@ -123,7 +123,7 @@ def post_norm(
     tensors = x, residual, weight, bias
     options = "add_layer_norm", normalized_shape, eps, dropout_p, False, None
     if dropout_p == 0 and chosen_before(((*tensors, None), options)) == "cpu":
-        is_plain = x.dtype == residual.dtype and may_skip_dispatcher(tensors)
+        is_plain = is_plain_sum(x, residual, None, None) and may_skip_dispatcher(tensors)
         if is_plain and not needs_gradient(*tensors):
             return ADD_LAYER_NORM.modules["cpu"].forward_alone(*tensors, eps)
     norm = normalized_shape, weight, bias, eps

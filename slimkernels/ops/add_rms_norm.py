@@ -91,7 +91,8 @@ def add_rms_norm(
     if chosen == "torch" and is_plain_sum(*args[:2], row_scale, seed):
         total = args[0] + args[1]
         y = rms_norm_by_torch(total, *args[2:4], zero_centered)
-        if backend is None and weight is not None and not is_mixed(total, args[2], zero_centered):
+        is_whole = args[0] is input and weight is not None
+        if backend is None and is_whole and not is_mixed(total, weight, zero_centered):
             remember(call)
     elif chosen == "torch":
         y, total = add_rms_norm_reference(*args, seed)

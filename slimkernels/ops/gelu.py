@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from slimkernels.dispatch import Op, may_skip_dispatcher, needs_gradient
@@ -38,11 +39,18 @@ def gelu_of_product(x: Tensor, weight: Tensor, bias: Tensor | None, approximate:
     The bias is added in gelu's pass, and on the CPU, where no gradient wants it, the product, which
     nobody else has, is overwritten.
     """
-    product, curve = linear(x, weight), _activation.GELU_CURVES[approximate]
+    curve = _activation.gelu_curve("gelu", approximate)
+    product = linear(x, weight)
     is_known = chosen_before(((product, bias), ("gelu", curve, None))) == "cpu"
-    if is_known and may_skip_dispatcher((product, bias)) and not needs_gradient(product, bias):
+    is_ours = is_known and may_skip_dispatcher((product, bias)) and not _is_watched()
+    if is_ours and not needs_gradient(product, bias):
         return GELU.modules["cpu"].forward_in_place(product, bias, curve)
     return gelu(product, approximate=approximate, bias=bias)
+
+
+def _is_watched() -> bool:
+    """Whether a mode sees what functions of torch return, and may keep it."""
+    return torch._C._len_torch_function_stack() > 0
 
 
 def _arguments(input, *, approximate="none", bias=None):

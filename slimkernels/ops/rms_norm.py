@@ -60,7 +60,8 @@ def rms_norm(
             remember(call, chosen, limit=ANY)
     if chosen == "torch":
         y = rms_norm_by_torch(*args)
-        if backend is None and weight is not None and not is_mixed(args[0], args[1], zero_centered):
+        is_whole = args[0] is input and weight is not None
+        if backend is None and is_whole and not is_mixed(input, weight, zero_centered):
             remember(call)
     elif needs_gradient(*args[:2]):
         y = _RMSNorm.apply(*distinct(*args), chosen)

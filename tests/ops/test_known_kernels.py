@@ -131,3 +131,18 @@ def test_who_changes_calls_is_asked_first():
     with sk.use_backend("triton"):
         look(x)
     assert seen == ["cpu", None, None, None]
+
+
+def test_no_kernel_reads_what_has_no_memory():
+    zeros = torch._efficientzerotensor((3, 5, 16))
+    expected = sk.gelu(torch.zeros(3, 5, 16), bias=b)  # known from here on
+    assert torch.equal(sk.gelu(zeros, bias=b), expected)
+
+
+def test_a_layout_that_the_kernel_refuses_does_not_decide_for_others():
+    x = torch.randn(2, 4, 6, 8, generator=torch.Generator().manual_seed(0))
+    v = torch.linspace(0.5, 2, 4)
+    first = sk.group_norm(x, 2, v, v)
+    sk.group_norm(x.to(memory_format=torch.channels_last), 2, v, v)
+    assert _known_calls.chosen_before(((x, v, v), ("group_norm", 2, 1e-5, None))) is None
+    assert torch.equal(sk.group_norm(x, 2, v, v), first)

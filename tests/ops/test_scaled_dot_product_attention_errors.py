@@ -312,6 +312,8 @@ def test_a_remembered_call_answers_for_no_other():
             (name,) = wrong
             with pytest.raises(ValueError, match=f"^{NAME}: {name} must be"):
                 sk.scaled_dot_product_attention(q, k, k, **options | wrong)
+        with pytest.raises(ValueError, match=f"^{NAME}: "):
+            sk.scaled_dot_product_attention(q, k, k, **options, cu_seqlens=(None, None))
         for other in (k.to_sparse(), k.double(), k.to("meta"), torch.nested.nested_tensor([k[0]])):
             with pytest.raises(ValueError, match=f"^{NAME}: key must "):
                 sk.scaled_dot_product_attention(q, other, k, **options)
