@@ -222,11 +222,10 @@ def test_who_watches_choices_sees_every_one():
             assert _known_calls.chosen_before(call) is None
 
 
-@pytest.mark.parametrize("op", ["rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm"])
-def test_rows_of_two_dimensions_that_lie_apart(op):
-    for seed in range(8):
-        x = torch.randn(4, 24, 16, generator=torch.Generator().manual_seed(seed)).mT
-        w = torch.linspace(0.5, 2, 16 * 24).view(16, 24)
-        args = (x, x + 1) if op.startswith("add") else (x,)
-        results = [getattr(sk, op)(*args, (16, 24), w) for _ in range(2)]
-        assert all(map(torch.equal, *results))
+@pytest.mark.parametrize("op", ["rms_norm", "add_rms_norm"])
+def test_rows_of_two_dimensions_are_not_known(op):
+    """Of rows that lie apart torch makes other bits than of the copy that the checks make."""
+    x = torch.randn(4, 24, 16, generator=torch.Generator().manual_seed(0)).mT
+    args = (x, x + 1) if op.startswith("add") else (x,)
+    getattr(sk, op)(*args, (16, 24), torch.ones(16, 24))
+    assert not _known_calls._known
