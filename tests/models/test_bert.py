@@ -195,6 +195,14 @@ def test_predicts_one_place(model, batch):
     assert_model_no_worse({"y": actual}, {"y": expected}, {"y": truth})
 
 
+def test_a_block_without_tokens(model):
+    """As the last one is where no token of a batch has a label."""
+    for options in ({"cu_seqlens": torch.zeros(2, dtype=torch.int32)}, {}):
+        hidden = torch.randn(0, *([] if options else [7]), model.config.hidden_size)
+        y, _ = model.bert.layers[0](hidden, hidden, **options)
+        assert y.shape == hidden.shape
+
+
 def test_starts_as_bert_does():
     torch.manual_seed(0)
     model = BertForPreTraining(TransformerConfig.preset("tiny", vocab_size=500))

@@ -275,8 +275,6 @@ def test_skipped_logits_cost_nothing_else(folders, inputs):
     ys = [model(**inputs, **labels) for model in (ours, theirs, copy.deepcopy(theirs).double())]
     fields = [{"loss": y.loss, "logits": y.logits[real]} for y in ys]
     assert_model_no_worse(fields[0] | {"loss": skipped.loss}, *fields[1:])
-    nothing = torch.full_like(inputs["input_ids"], -100)  # the last block then has no tokens
-    assert ours(**inputs, labels=nothing, skip_logits=True).loss.isnan()
 
 
 def _both(path):
